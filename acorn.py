@@ -1,0 +1,56 @@
+"""The door: `acorn VERB …` calls the `main` of one module, imported only then."""
+
+import sys
+from importlib import import_module
+
+from training.errors import run_main, unknown
+
+__version__ = "0.1.0"
+
+# verb: (the module whose main() does it, what it does), in the order of the straight line
+VERBS = {
+    "recipes": ("training.list_recipes", "list the recipes, or print one"),
+    "estimate": ("training.estimate", "work out a recipe's parameters, memory and time before it runs"),
+    "tokenizer": ("training.train_tokenizer", "train a byte, character or BPE tokenizer on a text"),
+    "prepare": ("training.prepare", "turn a text into shards of tokens"),
+    "pretrain": ("training.pretrain", "grow a GPT from a recipe"),
+    "resume": ("training.resume", "go on with a run that was stopped"),
+    "evaluate": ("inference.evaluate", "measure loss, perplexity and bits per byte"),
+    "generate": ("inference.generate", "draw text from a model"),
+}
+
+# the first verb of a stage: the heading the help puts above it
+HEADINGS = {"recipes": "Choose", "tokenizer": "Text to tokens", "pretrain": "Tokens to model", "evaluate": "Use it"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the verb that the command line names."""
+    run_main(call_verb, sys.argv[1:] if argv is None else argv)
+
+
+def call_verb(argv: list[str]) -> None:
+    """Import the verb's module and hand it the rest of the line; a `UserError` names an unknown verb's neighbour."""
+    verb, *rest = argv or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(help_text())
+    elif verb in ("-V", "--version"):
+        print(f"acorn {__version__}")
+    elif verb in VERBS:
+        import_module(VERBS[verb][0]).main(rest)
+    else:
+        raise unknown("verb", verb, VERBS, mend="`acorn --help` lists them.")
+
+
+def help_text() -> str:
+    """Lay out the verbs by stage, and what to type next."""
+    lines = ["usage: acorn VERB RECIPE-OR-DIRECTORY [--flag value ...]", "", "Plant a text, grow a GPT."]
+    for verb, (_, description) in VERBS.items():
+        if verb in HEADINGS:
+            lines += ["", f"{HEADINGS[verb]}:"]
+        lines.append(f"  {verb:<11}{description}")
+    lines += ["", "A verb's own flags:  acorn pretrain --help", "Type next:           acorn pretrain quickstart"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From a run directory to text, figures, other formats and the Hub."""

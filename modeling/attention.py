@@ -1,0 +1,103 @@
+"""Softmax attention: full or sliding, grouped heads, keys and values shared between layers."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, KVSharingDict
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .positions import POSITIONS
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention by plain matmuls, the one backend that returns its weights.
+
+    query: (batch, heads, queries, head_dim); key, value: (batch, kv_heads, keys, head_dim); attention_mask: additive,
+    (batch, 1, queries, keys) or None. Returns ((batch, queries, heads, head_dim), (batch, heads, queries, keys)).
+    """
+    if module.num_key_value_groups > 1:
+        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal attention of one layer; the mask and the cache layer follow from `config.layer_types`.
+
+    A layer whose `kv_sharing_modes` entry is "reuse" has no key and value projections: it reads those of its source
+    layer from the `shared_key_values` that travel through the forward.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None  # flash attention reads it
+        self.kv_sharing_mode = config.kv_sharing_modes[layer_idx] if config.kv_sharing_modes else None
+        self.kv_source = config.kv_source(layer_idx) if self.kv_sharing_mode == "reuse" else None
+        self.rotate = POSITIONS[config.position_encoding].rotate
+
+        heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, heads_size, bias=config.bias)
+        if self.kv_source is None:
+            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
+            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
+        self.o_proj = nn.Linear(heads_size, config.hidden_size, bias=config.bias)
+        self.o_proj.is_residual_projection = True  # read by _init_weights, which meets leaves only
+        norm = config.qk_norm
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps, config.norm_gain) if norm else nn.Identity()
+        has_key_norm = norm and self.kv_source is None
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps, config.norm_gain) if has_key_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        shared_key_values: KVSharingDict | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states: (batch, tokens, hidden_size). Returns the same shape, and the weights under eager."""
+        batch_and_tokens = hidden_states.shape[:-1]
+        query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
+        if self.kv_source is None:
+            key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
+            value = self._split_heads(self.v_proj(hidden_states))
+            query, key = self.rotate(query, key, position_embeddings)
+            key, value = key.to(value.dtype), value  # a norm under autocast gives float32
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            if self.kv_sharing_mode == "store":
+                shared_key_values[self.layer_idx] = (key, value)
+        else:
+            query, _ = self.rotate(query, None, position_embeddings)
+            key, value = shared_key_values[self.kv_source]
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, weights = attend(
+            self,
+            query.to(value.dtype),
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*batch_and_tokens, -1)), weights
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, heads * head_dim) to (batch, heads, tokens, head_dim)."""
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

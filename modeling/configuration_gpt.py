@@ -1,0 +1,219 @@
+"""GPTConfig: the one strict place where every architecture choice is named, defaulted and checked."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+CHOICES = {
+    "position_encoding": ("learned", "sinusoidal", "rope", "none"),
+    "norm": ("layer_norm", "rms_norm"),
+    "norm_order": ("pre", "post"),
+    "hidden_act": ("gelu_new", "gelu", "relu", "relu2", "silu"),
+    "residual_init": ("scaled", "zero", "normal"),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt.GPTConfig",
+    "AutoModel": "modeling_gpt.GPTModel",
+    "AutoModelForCausalLM": "modeling_gpt.GPTForCausalLM",
+}
+
+
+@strict
+class GPTConfig(PreTrainedConfig):
+    """Architecture of a GPT; the defaults are GPT-2 small.
+
+    vocab_size, hidden_size, num_hidden_layers, num_attention_heads: the shape; all positive.
+    num_key_value_heads: fewer than the query heads is grouped-query attention, one is multi-query; default: as many.
+    head_dim: size of one head; default `hidden_size / num_attention_heads`.
+    intermediate_size: width of the MLP; default `4 * hidden_size`.
+    max_position_embeddings: context length in tokens.
+    position_encoding: `learned`, `sinusoidal`, `rope` (parameters in `rope_parameters`, as in transformers) or `none`.
+    norm, norm_eps, norm_gain, norm_order: kind of norm, its epsilon, whether it has a gain, and whether it comes
+        before the sub-layer (GPT-2) or after the residual sum (GPT-1).
+    qk_norm: RMS norm of queries and keys per head; embedding_norm: a norm before the first block.
+    hidden_act, gated_mlp: activation of the MLP, and whether a second projection multiplies it (GLU).
+    layer_types: one of `full_attention`, `sliding_attention` a layer; `sliding_window` in tokens.
+    kv_sharing_modes: None, "store" or "reuse" a layer; "reuse" takes the keys and values of the nearest "store"
+        below it (cross-layer attention, arXiv 2405.12981).
+    bias: in all linear layers and LayerNorms but the head, which has `lm_head_bias`.
+    initializer_range: standard deviation of linear weights; `embedding_initializer_range` of embeddings (default: the
+        same); residual_init: `scaled` divides the output projections' by sqrt(2 * layers) (GPT-2), `zero` zeroes them;
+        zero_init_head zeroes an untied head.
+    logit_softcap: c in `c * tanh(logits / c)`; label_smoothing: share of the target spread over the vocabulary.
+
+    nanoGPT's names (`n_embd`, `n_layer`, `n_head`, `n_kv_head`, `block_size`, `dropout`) are accepted and readable.
+    Raises ValueError for values that do not fit together, naming field, value and mend.
+    """
+
+    model_type = "gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' spelling
+    attribute_map = {  # noqa: RUF012
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "n_inner": "intermediate_size",
+        "block_size": "max_position_embeddings",
+        "n_positions": "max_position_embeddings",
+    }
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "final_norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    position_encoding: str = "learned"
+    rope_parameters: dict | None = None
+    norm: str = "layer_norm"
+    norm_eps: float | int = 1e-5
+    norm_gain: bool = True
+    norm_order: str = "pre"
+    qk_norm: bool = False
+    embedding_norm: bool = False
+    hidden_act: str = "gelu_new"
+    gated_mlp: bool = False
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    kv_sharing_modes: list[str | None] | None = None
+    bias: bool = True
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = True
+    embedding_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    embedding_initializer_range: float | int | None = None
+    residual_init: str = "scaled"
+    zero_init_head: bool = False
+    logit_softcap: float | int | None = None
+    label_smoothing: float | int = 0.0
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)  # consumes the aliases: what is derived from them comes after
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % max(self.num_attention_heads, 1) == 0:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        if self.position_encoding != "rope" and (self.rope_parameters or {}).keys() <= {"rope_theta", "rope_type"}:
+            self.rope_parameters = None  # transformers fills its defaults in, which would say "rope" to a reader
+        self.auto_map = dict(AUTO_MAP)
+
+    @property
+    def dropout(self) -> float | int:
+        """nanoGPT's one dropout; setting it sets embedding, attention and residual dropout."""
+        return self.residual_dropout
+
+    @dropout.setter
+    def dropout(self, rate: float | int) -> None:
+        self.embedding_dropout = self.attention_dropout = self.residual_dropout = rate
+
+    def validate_choices(self):
+        """Refuse a name that is in no table."""
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}")
+        for layer_type in self.layer_types:
+            if layer_type not in LAYER_TYPES:
+                raise ValueError(f"layer_types has {layer_type!r}: each is one of {', '.join(LAYER_TYPES)}")
+
+    def validate_sizes(self):
+        """Refuse sizes and rates outside their range."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for field in (*sizes, "intermediate_size", "max_position_embeddings"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+        for field in ("embedding_dropout", "attention_dropout", "residual_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
+        if self.zero_init_head and self.tie_word_embeddings:
+            raise ValueError("zero_init_head=true needs tie_word_embeddings=false: a tied head is the embedding")
+
+    def validate_heads(self):
+        """Refuse heads that do not divide what they share."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}: "
+                "change one of them, or give head_dim"
+            )
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: choose a divisor"
+            )
+        if self.position_encoding == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rope rotates pairs, so it must be even")
+        if self.position_encoding == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"hidden_size={self.hidden_size}: sinusoidal positions come in pairs, so it must be even")
+        if self.position_encoding != "rope" and self.rope_parameters:
+            raise ValueError(
+                f"rope_parameters is set but position_encoding={self.position_encoding!r}: set it to rope, or drop them"
+            )
+
+    def validate_layers(self):
+        """Refuse per-layer lists of another length, windows without size and sharing without source."""
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}: "
+                "give one a layer"
+            )
+        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
+            # Of a window of 1 a cache keeps the last 0 tokens, which transformers slices as all of them.
+            raise ValueError(f"sliding_window={self.sliding_window}: sliding_attention needs a window of at least 2")
+        if self.kv_sharing_modes is not None:
+            self._validate_kv_sharing()
+
+    def _validate_kv_sharing(self):
+        if len(self.kv_sharing_modes) != self.num_hidden_layers:
+            raise ValueError(
+                f"kv_sharing_modes has {len(self.kv_sharing_modes)} entries for "
+                f"num_hidden_layers={self.num_hidden_layers}: give one a layer"
+            )
+        for layer_idx, mode in enumerate(self.kv_sharing_modes):
+            if mode not in (None, "store", "reuse"):
+                raise ValueError(f"kv_sharing_modes[{layer_idx}]={mode!r}: each is null, store or reuse")
+            if mode == "reuse":
+                source = self.kv_source(layer_idx)
+                if source is None:
+                    raise ValueError(f"kv_sharing_modes[{layer_idx}]='reuse' has no 'store' layer below it")
+                if self.layer_types[source] != self.layer_types[layer_idx]:
+                    raise ValueError(
+                        f"kv_sharing_modes[{layer_idx}]='reuse' is {self.layer_types[layer_idx]} but its source, layer "
+                        f"{source}, is {self.layer_types[source]}: shared keys need the same layer type"
+                    )
+
+    def kv_source(self, layer_idx: int) -> int | None:
+        """Index of the layer whose keys and values `layer_idx` reuses, or None."""
+        stores = (i for i in range(layer_idx - 1, -1, -1) if self.kv_sharing_modes[i] == "store")
+        return next(stores, None)
+
+
+__all__ = ["GPTConfig"]

@@ -1,0 +1,310 @@
+"""The model, read from top to bottom: norm, MLP, block, GPTModel, GPTForCausalLM."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, KVSharingDict
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import SoftmaxAttention
+from .configuration_gpt import AUTO_MAP, GPTConfig
+from .loss import causal_lm_loss
+from .positions import POSITIONS, NoPositions
+
+
+def layer_norm(config: GPTConfig) -> nn.Module:
+    """Mean and variance normalised (arXiv 1607.06450); its bias follows `config.bias`."""
+    return nn.LayerNorm(config.hidden_size, config.norm_eps, config.norm_gain, bias=config.bias)
+
+
+def rms_norm(config: GPTConfig) -> nn.Module:
+    """Root mean square normalised (arXiv 1910.07467)."""
+    return nn.RMSNorm(config.hidden_size, config.norm_eps, config.norm_gain)
+
+
+class MLP(nn.Module):
+    """Two projections around an activation: (…, hidden_size) to the same shape."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.act_fn = ACT2FN[ACTIVATIONS.get(config.hidden_act, config.hidden_act)]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.down_proj.is_residual_projection = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class GatedMLP(MLP):
+    """The activation of one projection multiplies another (GLU variants, arXiv 2002.05202)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class PreNormBlock(GradientCheckpointingLayer):
+    """Attention and MLP, each on normed input and added to the residual stream (GPT-2)."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = ATTENTION[config.layer_types[layer_idx]](config, layer_idx)
+        self.mlp = (GatedMLP if config.gated_mlp else MLP)(config)
+        self.attn_norm = NORMS[config.norm](config)
+        self.mlp_norm = NORMS[config.norm](config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """hidden_states: (batch, tokens, hidden_size), positional so that checkpointing sees its gradient."""
+        attended, _ = self.self_attn(self.attn_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class PostNormBlock(PreNormBlock):
+    """The norm follows each residual sum (GPT-1 and the first Transformer)."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = self.attn_norm(hidden_states + self.dropout(attended))
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+# What a config's names pick, once, at construction.
+NORMS = {"layer_norm": layer_norm, "rms_norm": rms_norm}
+BLOCKS = {"pre": PreNormBlock, "post": PostNormBlock}
+ATTENTION = {"full_attention": SoftmaxAttention, "sliding_attention": SoftmaxAttention}
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+# The same function of the same name, fused by torch; transformers' own is seven element-wise kernels.
+ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    """Initialisation, capabilities and saving, shared by GPTModel and GPTForCausalLM."""
+
+    config: GPTConfig
+    config_class = GPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PreNormBlock", "PostNormBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "shared_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": PreNormBlock,
+        "attentions": SoftmaxAttention,
+    }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            self._init_linear(module)
+        elif isinstance(module, nn.Embedding):
+            std = self.config.embedding_initializer_range
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range if std is None else std)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            if module.weight is not None:
+                init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, NoPositions):
+            module.init_weights()
+
+    def _init_linear(self, linear: nn.Linear) -> None:
+        """Normal weights, with the output projections scaled or zeroed as `residual_init` says, and zero biases."""
+        std = self.config.initializer_range
+        if getattr(linear, "is_residual_projection", False):
+            std *= {"scaled": 1 / math.sqrt(2 * self.config.num_hidden_layers), "zero": 0.0, "normal": 1.0}[
+                self.config.residual_init
+            ]
+        if getattr(linear, "is_head", False) and self.config.zero_init_head:
+            std = 0.0
+        init.normal_(linear.weight, mean=0.0, std=std) if std else init.zeros_(linear.weight)
+        if linear.bias is not None:
+            init.zeros_(linear.bias)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
+        """As in transformers, but never reentrant: with shared keys and values that gives wrong gradients."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True: gradients of shared keys and values would be wrong; leave it out")
+        return super().activation_checkpointing_enable({"use_reentrant": False}, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; what is written always has the code, the whole `auto_map` and `use_cache=True`."""
+        use_cache = self.config.use_cache
+        self.config.auto_map, self.config.use_cache = dict(AUTO_MAP), True  # Trainer switches the cache off
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.use_cache = use_cache
+
+
+class GPTModel(GPTPreTrainedModel):
+    """Token ids to hidden states: embeddings, positions, blocks and the final norm."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = POSITIONS[config.position_encoding](config)
+        self.embed_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(BLOCKS[config.norm_order](config, i) for i in range(config.num_hidden_layers))
+        self.final_norm = NORMS[config.norm](config) if config.norm_order == "pre" else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids: (batch, tokens), or inputs_embeds: (batch, tokens, hidden_size). Returns the last hidden states.
+
+        attention_mask: (batch, keys) of ones and zeros, or ready masks by layer type. Raises ValueError for both or
+        neither kind of input, and for learned positions past the context.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._next_positions(inputs_embeds, past_key_values)
+
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
+        position_embeddings = self.positions.angles(hidden_states, position_ids)
+        shared_key_values = KVSharingDict()
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                shared_key_values=shared_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _next_positions(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
+        """Positions (1, tokens) that follow what the cache has seen."""
+        tokens, seen = inputs_embeds.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        limit = self.config.max_position_embeddings
+        if self.config.position_encoding == "learned" and isinstance(seen, int) and seen + tokens > limit:
+            raise ValueError(
+                f"{seen + tokens} tokens do not fit max_position_embeddings={limit}: learned positions end there; "
+                "shorten the input"
+            )
+        return (torch.arange(tokens, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+    def _masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+        """One mask a layer type; masks that come ready (from generate) pass through."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return {
+            layer_type: MASKS[layer_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for layer_type in dict.fromkeys(self.config.layer_types)
+        }
+
+
+class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
+    """GPTModel with a language-model head, its loss and generate()."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.model = GPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head.is_head = True
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, tokens, vocabulary) and, with labels, the loss in nats a token.
+
+        labels are shifted here, shift_labels are taken as they are; -100 counts nowhere. In training with labels the
+        logits are not returned: keeping them would keep their memory. logits_to_keep: compute only the last so many.
+        """
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels and past_key_values is None and use_cache is None:
+            use_cache = False  # a cache would also undo the separation of packed documents by position_ids
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, keep])
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        loss = None
+        if has_labels:
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch, smoothing)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=None if has_labels and self.training else logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["GPTForCausalLM", "GPTModel"]

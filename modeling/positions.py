@@ -1,0 +1,124 @@
+"""How a position enters the model: a table of classes with two hooks, of which each overrides one.
+
+`add(hidden_states, position_ids)` changes the embeddings; `rotate(query, key, angles)` turns queries and keys, with
+`angles(hidden_states, position_ids)` computed once a forward and shared by all layers.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+
+class NoPositions(nn.Module):
+    """No position information but the causal mask (NoPE, arXiv 2305.19466)."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def add(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    def angles(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple | None:
+        return None
+
+    @staticmethod
+    def rotate(query: torch.Tensor, key: torch.Tensor | None, angles: tuple | None) -> tuple:
+        return query, key
+
+    def init_weights(self) -> None:
+        """Fill what a checkpoint does not hold; nothing here."""
+
+
+class LearnedPositions(NoPositions):
+    """One trained vector a position (GPT-2); positions end at `max_position_embeddings`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def add(self, hidden_states, position_ids):
+        return hidden_states + self.embed(position_ids)
+
+
+class SinusoidalPositions(NoPositions):
+    """Fixed sines and cosines, interleaved (Attention Is All You Need, section 3.5); any position."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.hidden_size = config.hidden_size
+        self.register_buffer("inv_freq", self._inv_freq(), persistent=False)
+
+    def _inv_freq(self) -> torch.Tensor:
+        return 1.0 / 10000 ** (torch.arange(0, self.hidden_size, 2, dtype=torch.float) / self.hidden_size)
+
+    def add(self, hidden_states, position_ids):
+        phases = position_ids[..., None].float() * self.inv_freq.float()
+        waves = torch.stack((phases.sin(), phases.cos()), dim=-1).flatten(-2)
+        return hidden_states + waves.to(hidden_states.dtype)
+
+    def init_weights(self):
+        # Non-persistent buffers are uninitialised memory after from_pretrained.
+        init.copy_(self.inv_freq, self._inv_freq())
+
+
+class RotaryPositions(NoPositions):
+    """Rotary embedding (RoFormer, arXiv 2104.09864), half-split as in Llama, with transformers' scaling types."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self._frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @property
+    def rope_init_fn(self):
+        """The scaling function; transformers' dynamic update calls it too."""
+        return ROPE_INIT_FUNCTIONS.get(self.rope_type, default_frequencies)
+
+    def _frequencies(self) -> tuple[torch.Tensor, float]:
+        return self.rope_init_fn(self.config)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states, position_ids):
+        phases = position_ids[..., None].float() * self.inv_freq.float()
+        phases = torch.cat((phases, phases), dim=-1)[:, None]  # one axis for the heads
+        cos, sin = phases.cos() * self.attention_scaling, phases.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+    def angles(self, hidden_states, position_ids):
+        return self(hidden_states, position_ids)
+
+    @staticmethod
+    def rotate(query, key, angles):
+        return turn(query, *angles), None if key is None else turn(key, *angles)
+
+    def init_weights(self):
+        inv_freq, _ = self._frequencies()
+        init.copy_(self.inv_freq, inv_freq)
+        init.copy_(self.original_inv_freq, inv_freq)
+
+
+def default_frequencies(config, device=None, seq_len=None, **kwargs) -> tuple[torch.Tensor, float]:
+    """Unscaled rotary frequencies: (head_dim / 2,) and an attention factor of one."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+
+def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (i, i + head_dim / 2) of `states`, (batch, heads, tokens, head_dim), by the given angles."""
+    first, second = states.chunk(2, dim=-1)
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+POSITIONS = {
+    "learned": LearnedPositions,
+    "sinusoidal": SinusoidalPositions,
+    "rope": RotaryPositions,
+    "none": NoPositions,
+}

@@ -1,0 +1,1 @@
+"""Tiny, offline, on the CPU."""

@@ -1,0 +1,44 @@
+"""What the tests share: no network, one thread, fixed seeds, and a model that is built in milliseconds."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Read by transformers and tokenizers when they are imported, so set before anything else.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Code of saved models is copied here when it is loaded: one folder a process, so that parallel workers do not collide.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="acorn-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from . import variants  # noqa: E402
+
+torch.set_num_threads(1)  # the models are too small to share out, and pytest-xdist fills the cores
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Make every test draw the same numbers whatever ran before it."""
+    torch.manual_seed(1337)
+
+
+@pytest.fixture
+def tiny_config():
+    """The factory `tiny_config(**overrides) -> GPTConfig`: 2 layers of 4 heads, 32 wide, 61 tokens, context 32."""
+    return variants.tiny_config
+
+
+@pytest.fixture
+def tiny_model():
+    """The factory `tiny_model(**overrides) -> GPTForCausalLM` in eval mode, all of its parameters random."""
+    return lambda **overrides: variants.random_model(variants.tiny_config(**overrides))
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Random token ids, (3, 16), the same in every test."""
+    return torch.randint(variants.TINY["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(42))

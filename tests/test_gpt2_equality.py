@@ -1,0 +1,98 @@
+"""GPT-2 in our parts computes what transformers' GPT-2 computes."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from modeling import GPTConfig, GPTForCausalLM
+
+from .variants import randomize
+
+TINY_SHAPE = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 61, "n_positions": 32}
+REAL_WIDTH = {"n_embd": 768, "n_layer": 2, "n_head": 12, "vocab_size": 503, "n_positions": 64}
+LAYER = {  # our name: theirs
+    "attn_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+
+def copy_module(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """Copy weight and bias; theirs keeps what we call linear transposed."""
+    is_transposed = type(theirs).__name__ == "Conv1D"
+    ours.weight.copy_(theirs.weight.T if is_transposed else theirs.weight)
+    if getattr(theirs, "bias", None) is not None:
+        ours.bias.copy_(theirs.bias)
+
+
+@torch.no_grad()
+def ours_of(theirs: GPT2LMHeadModel, **shape) -> GPTForCausalLM:
+    """Our model with the weights of `theirs`."""
+    ours = GPTForCausalLM(GPTConfig(**shape)).eval()
+    for parameter in ours.parameters():
+        parameter.fill_(float("nan"))  # so that a weight left out is not overlooked
+    copy_module(ours.model.embed_tokens, theirs.transformer.wte)
+    copy_module(ours.model.positions.embed, theirs.transformer.wpe)
+    copy_module(ours.model.final_norm, theirs.transformer.ln_f)
+    for our_layer, their_layer in zip(ours.model.layers, theirs.transformer.h, strict=True):
+        for our_name, their_name in LAYER.items():
+            copy_module(our_layer.get_submodule(our_name), their_layer.get_submodule(their_name))
+        joint = their_layer.attn.c_attn
+        weights, biases = joint.weight.T.chunk(3), joint.bias.chunk(3)
+        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
+            linear = our_layer.self_attn.get_submodule(name)
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+    return ours
+
+
+def build_both(shape: dict, activation: str = "gelu_new") -> tuple[GPTForCausalLM, GPT2LMHeadModel, torch.Tensor]:
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    theirs = GPT2LMHeadModel(GPT2Config(**shape, **dropout, **special, activation_function=activation)).eval()
+    if shape is TINY_SHAPE:
+        randomize(theirs)  # their own initialisation leaves every bias at zero
+    else:
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.02)
+    ids = torch.randint(shape["vocab_size"], (2, shape["n_positions"]))
+    return ours_of(theirs, **shape, hidden_act=activation), theirs, ids
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("shape", [TINY_SHAPE, REAL_WIDTH], ids=["tiny", "real_width"])
+@torch.no_grad()
+def test_logits_and_loss_equal(shape: dict, backend: str) -> None:
+    ours, theirs, ids = build_both(shape)
+    ours.set_attn_implementation(backend)
+    theirs.set_attn_implementation(backend)
+    found, expected = ours(ids, labels=ids), theirs(ids, labels=ids)
+    assert expected.logits.std() > 0.1
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-5)
+
+
+def test_gradients_equal() -> None:
+    ours, theirs, ids = build_both(TINY_SHAPE)
+    for model in (ours, theirs):
+        model.train()(ids, labels=ids).loss.backward()
+    pairs = [(ours.model.embed_tokens, theirs.transformer.wte), (ours.model.positions.embed, theirs.transformer.wpe)]
+    for found, expected in pairs:
+        torch.testing.assert_close(found.weight.grad, expected.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_equals() -> None:
+    ours, theirs, ids = build_both(TINY_SHAPE)
+    prompt, mask = ids[:, :5], torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    assert torch.equal(ours.generate(prompt, **options), theirs.generate(prompt, **options))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+@torch.no_grad()
+def test_other_activations_equal(activation: str) -> None:
+    ours, theirs, ids = build_both(TINY_SHAPE, activation)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,220 @@
+"""Sources: documents come out whole and in order, and each bad input is refused in one line that says the mend."""
+
+import http.server
+import json
+import re
+import threading
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from training.errors import UserError
+from training.sources import (
+    SOURCE_DEFAULTS,
+    documents,
+    fingerprint_sources,
+    licence_of,
+    numbered_documents,
+    unit_hash,
+)
+
+
+def arguments(**changes) -> SimpleNamespace:
+    """Return data arguments with the given fields set."""
+    return SimpleNamespace(**SOURCE_DEFAULTS | {"mixture": None, "validation_seed": 2357} | changes)
+
+
+def texts(**changes) -> list[str]:
+    return [text for _, text in documents(arguments(**changes))]
+
+
+def write_rows(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep what `datasets` caches out of the home directory."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", cache / "downloads")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with text at two depths, and with files that are not text."""
+    (tmp_path / "deep/.git").mkdir(parents=True)
+    (tmp_path / "b.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    (tmp_path / "a.md").write_bytes("\ufeffé\x0b\u2028x".encode())
+    (tmp_path / "deep/c.txt").write_bytes(b"deep")
+    (tmp_path / "deep/.git/config").write_bytes(b"hidden")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    return tmp_path
+
+
+def test_stdlib_is_text_with_a_licence():
+    named = list(documents(arguments(dataset="python-stdlib")))
+    names = [name for name, _ in named]
+    assert names == sorted(names) and {"abc.py", "os.py"} <= set(names) and all(text for _, text in named)
+    assert licence_of(arguments(dataset="python-stdlib")) == "PSF-2.0"
+    assert licence_of(arguments(text_files=["x"])) is None
+    fingerprint = fingerprint_sources(arguments(dataset="python-stdlib"))
+    assert fingerprint["kind"] == "python-stdlib" and fingerprint["python"].startswith("3.")
+
+
+def test_text_files_keep_every_character(folder):
+    expected = ["\ufeffé\x0b\u2028x", "one\r\ntwo\rthree\n", "deep"]
+    assert texts(text_files=[str(folder)]) == expected
+    assert texts(text_files=[f"{folder}/b.txt", f"{folder}/**/c.txt"]) == expected[1:]
+    assert (
+        texts(text_files=f"{folder}/b.txt") == texts(text_files=[f"{folder}/b.txt", f"{folder}/b.*"]) == expected[1:2]
+    )
+
+
+def test_the_embedded_text_yields_to_a_named_one(folder):
+    assert texts(dataset="python-stdlib", text_files=[f"{folder}/b.txt"]) == ["one\r\ntwo\rthree\n"]
+
+
+def test_fingerprint_follows_the_content(folder):
+    before = fingerprint_sources(arguments(text_files=[str(folder)]))
+    assert before == fingerprint_sources(arguments(text_files=[str(folder)]))
+    (folder / "b.txt").write_bytes(b"one\r\ntwo\rThree\n")
+    assert before != fingerprint_sources(arguments(text_files=[str(folder)]))
+
+
+def test_url(folder, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # conftest forbids the Hub; this server is here
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/b.txt"
+    try:
+        assert list(documents(arguments(text_files=[url]))) == [(url, "one\r\ntwo\rthree\n")]
+        with pytest.raises(
+            UserError, match=r"text_files='http.*nothing': can not be downloaded \(.*\); name a local file"
+        ):
+            texts(text_files=[url.replace("b.txt", "nothing")])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_tables(tmp_path):
+    rows = [{"text": "a\r\nb", "n": 1}, {"text": "", "n": 2}, {"text": "é", "n": 3}]
+    write_rows(tmp_path / "x.jsonl", rows)
+    (tmp_path / "y.json").write_text(json.dumps([{"text": "list"}]))
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": "parquet"}]).to_parquet(tmp_path / "z.parquet")
+    files = [f"{tmp_path}/*.json*", f"{tmp_path}/z.parquet"]
+    assert texts(data_files=files) == ["a\r\nb", "", "é", "list", "parquet"]
+    assert [name for name, _ in documents(arguments(data_files=files))][2] == f"{tmp_path}/x.jsonl:2"
+    assert len(fingerprint_sources(arguments(data_files=files))["files"]) == 3
+
+
+def test_dataset_directories(tmp_path):
+    for name, streaming in (("tables", False), ("streams", True)):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.jsonl", [{"body": "a"}, {"body": "b\r\n"}])
+        directory = str(tmp_path / name)
+        assert texts(dataset=directory, text_column="body", streaming=streaming) == ["a", "b\r\n"]
+        assert fingerprint_sources(arguments(dataset=directory))["files"][0]["path"] == "train.jsonl"
+
+
+def test_a_dataset_of_text_files_keeps_line_breaks(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n")
+    assert texts(dataset=str(tmp_path)) == ["one\ntwo\n"]
+
+
+def test_a_dataset_that_was_a_script_is_read_from_the_hubs_conversion(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(path, revision=None, **options):
+        calls.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+        return datasets.Dataset.from_list([{"text": "converted"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts(dataset="someone/x") == ["converted"]
+    assert calls == [None, "refs/convert/parquet"]
+
+
+def test_mixture_shares_and_repeats(tmp_path):
+    small = write_rows(tmp_path / "small.jsonl", [{"text": f"s{n}"} for n in range(5)])
+    large = write_rows(tmp_path / "large.jsonl", [{"text": f"l{n}"} for n in range(300)])
+    mixture = [{"data_files": [small], "weight": 1}, {"data_files": [large], "weight": 3.0}]
+    drawn = list(numbered_documents(arguments(mixture=mixture)))
+    assert drawn == list(numbered_documents(arguments(mixture=mixture)))
+    assert drawn != list(numbered_documents(arguments(mixture=mixture, validation_seed=1)))
+    counts = Counter(document.text for document in drawn)
+    assert {text for text in counts if text[0] == "l"} == {f"l{n}" for n in range(300)}  # nothing is left out
+    assert drawn[-1].text == "l299"  # and it stops at once
+    assert abs(sum(counts[f"s{n}"] for n in range(5)) / len(drawn) - 0.25) < 0.08
+    numbers = {(document.number, document.text) for document in drawn}
+    assert len(numbers) == len({number for number, _ in numbers}) == 305
+    assert fingerprint_sources(arguments(mixture=mixture))["parts"][0]["weight"] == 1
+
+
+def test_unit_hash_is_even():
+    points = [unit_hash("x", 1, number) for number in range(4000)]
+    assert abs(sum(points) / 4000 - 0.5) < 0.03 and min(points) >= 0 and max(points) < 1
+
+
+BAD_FILES = {"empty.txt": b"", "binary.txt": b"ab\0c", "latin.txt": b"caf\xe9!", "bad.jsonl": b'{"text": "a"}\n{oh\n'}
+BAD_ROWS = {
+    "rows.jsonl": [{"body": "a", "n": 1}],
+    "null.jsonl": [{"text": "a"}, {"text": None}],
+    "half.jsonl": [{"text": "\ud800"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "no text: name a source, such as --text_files FILE, or --dataset python-stdlib"),
+        ({"text_files": ["a"], "data_files": ["b"]}, "text_files and data_files: two sources at once; name one"),
+        ({"text_files": ["none.txt"]}, "text_files='none.txt': there is no such file; check the path"),
+        ({"text_files": ["*.nothing"]}, "text_files='*.nothing': the pattern matches no file; check it"),
+        ({"text_files": ["void"]}, "text_files='void': the folder holds no text file; name one that does"),
+        ({"text_files": ["empty.txt"]}, "text_files='empty.txt': the file is empty; name one with text in it"),
+        ({"text_files": ["binary.txt"]}, "text_files='binary.txt': is binary (a NUL byte at offset 2); name text"),
+        ({"text_files": ["latin.txt"]}, "text_files='latin.txt': is not UTF-8 (byte 0xE9 at offset 3); convert it"),
+        ({"data_files": ["none.jsonl"]}, "data_files='none.jsonl': there is no such file"),
+        ({"data_files": ["empty.txt"]}, "data_files='empty.txt': the ending must be one of .jsonl, .json, .parquet"),
+        ({"data_files": ["bad.jsonl"]}, "data_files='bad.jsonl': can not be read ("),
+        ({"data_files": ["rows.jsonl"]}, "text_column='text': rows.jsonl has no such column; it has body, n"),
+        ({"data_files": ["null.jsonl"]}, "data_files='null.jsonl': row 1 holds NoneType in 'text', not text; name"),
+        ({"data_files": ["half.jsonl"]}, "data_files='half.jsonl': can not be read ("),
+        ({"dataset": "./none"}, "dataset='./none': can not be loaded ("),
+        ({"dataset": "sets", "text_column": "x"}, "text_column='x': sets has no such column; it has body"),
+        ({"dataset": "sets", "dataset_split": "dev"}, "dataset='sets': can not be loaded (Unknown split"),
+        ({"mixture": [{"text_files": "a"}]}, "mixture[0].weight=None: must be a number above 0"),
+        ({"mixture": [{"dataset": "a", "weight": 0}]}, "mixture[0].weight=0: must be a number above 0"),
+        ({"mixture": [{"weight": 1}]}, "no text: name a source"),
+        ({"mixture": [{"text_file": "a", "weight": 1}]}, "unknown key in mixture[0] 'text_file': did you mean"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "void").mkdir()
+    (tmp_path / "sets").mkdir()
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
+    for name, rows in BAD_ROWS.items():
+        write_rows(tmp_path / name, rows)
+    write_rows(tmp_path / "sets/train.jsonl", [{"body": "a"}])
+    with pytest.raises(UserError, match="^" + re.escape(message)) as refusal:
+        texts(**changes)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,1 @@
+"""From text to a run directory: tokens, rows, the one training loop."""

@@ -1,0 +1,127 @@
+"""The dataclasses that recipes and flags fill; what each field means is its `help`."""
+
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from .errors import UserError
+from .optimizers import OPTIMIZERS
+
+
+def _say(help_text: str, default=None, **kwargs):
+    kwargs = kwargs or {"default": default}
+    return field(metadata={"help": help_text}, **kwargs)
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from, how it becomes tokens and which part of it validates."""
+
+    text_files: list[str] = _say(
+        "Text files, folders, globs or http(s) addresses; a file is a document.", default_factory=list
+    )
+    data_files: list[str] = _say("JSONL or parquet files or globs, read by --text_column.", default_factory=list)
+    dataset: str | None = _say("A Hub data set id, a local directory of one, or python-stdlib (no download).")
+    dataset_config: str | None = _say("Configuration of the Hub data set.")
+    dataset_split: str = _say("Split of the Hub data set.", "train")
+    text_column: str = _say("The column that holds the text.", "text")
+    streaming: bool = _say("Read the Hub data set without downloading it whole.", False)
+    mixture: list[dict] = _say(
+        "Several sources, each with the keys above and a weight (in a recipe file).", default_factory=list
+    )
+    tokenizer: str = _say("byte, char, bpe, or any Hugging Face tokenizer by id or path.", "byte")
+    tokenizer_vocab_size: int | None = _say("Vocabulary size of a bpe tokenizer that is trained on the text.")
+    validation_fraction: float = _say("Share of the text, or of the documents, that validates.", 0.1)
+    validation_by: str = _say("position (the end of the text) or documents (a seeded choice).", "position")
+    validation_seed: int = _say("Seed of the choice of documents.", 2357)
+    data_dir: str | None = _say("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
+    shard_size: int = _say("Tokens a shard file.", 100_000_000)
+    sampling: str = _say("How training windows are drawn: random (as nanoGPT) or shuffled (each once an epoch).", "random")
+
+
+@dataclass
+class SampleArguments:
+    """What is written at the end of a run, and at each evaluation if `sample_during_training`."""
+
+    prompt: str = _say("Text that the sample continues.", "\n")
+    max_new_tokens: int = _say("Length of the sample in tokens; 0 writes none.", 300)
+    temperature: float = _say("Below one is safer, above one is wilder; 0 is greedy.", 0.8)
+    top_k: int | None = _say("Sample among the k likeliest tokens.", 200)
+    top_p: float | None = _say("Sample among the likeliest tokens that hold this probability.")
+    sample_during_training: bool = _say("Also write a sample at each evaluation.", False)
+
+
+@dataclass
+class GPTTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with nanoGPT's defaults, its overheads off, and a few fields more."""
+
+    optimizer: str = _say(f"One of {', '.join(OPTIMIZERS)}.", "adamw")
+    muon_learning_rate: float = _say("Learning rate of the hidden matrices under muon.", 0.02)
+    muon_momentum: float = _say("Momentum of the hidden matrices under muon.", 0.95)
+    early_stopping_patience: int | None = _say("Stop after so many evaluations without a better validation loss.")
+    compile_scope: str = _say("With --torch_compile: blocks (quick to compile) or model.", "blocks")
+    peak_flops: float | None = _say("Peak FLOP/s of the device, for MFU (known GPUs need none).")
+
+    per_device_train_batch_size: int = _say("Windows a micro-batch and process.", 12)
+    per_device_eval_batch_size: int = _say("Windows an evaluation batch and process.", 32)
+    max_steps: int = _say("Optimizer steps; -1 takes num_train_epochs passes over the text.", -1)
+    num_train_epochs: float = _say("Passes over the text when max_steps is -1.", 1.0)
+    learning_rate: float = _say("Peak learning rate of AdamW.", 6e-4)
+    lr_scheduler_type: str = _say(
+        "cosine_with_min_lr, warmup_stable_decay, constant_with_warmup, or another of transformers' schedules.",
+        "cosine_with_min_lr",
+    )
+    warmup_steps: float = _say("Steps (or, below one, the share of steps) of linear warm-up.", 100)
+    weight_decay: float = _say("Decay of matrices (under muon: of the hidden ones).", 0.1)
+    adam_beta2: float = _say("AdamW's second beta.", 0.95)
+    max_grad_norm: float = _say("Gradients are clipped to this norm; 0 clips nothing.", 1.0)
+    eval_strategy: str = _say("steps, epoch or no.", "steps")
+    eval_steps: float | None = _say("Steps between evaluations.", 250)
+    save_strategy: str = _say("steps, epoch, best or no.", "steps")
+    save_steps: float | None = _say("Steps between checkpoints (default: eval_steps).")
+    save_total_limit: int | None = _say("Checkpoints kept; the best and the last are never removed.", 2)
+    logging_steps: float | None = _say("Steps between updates of the loss shown (default: a tenth of eval_steps).")
+    seed: int = _say("Seed of initialisation, data order and dropout.", 1337)
+    metric_for_best_model: str | None = _say("What the best checkpoint is best at.", "loss")
+    greater_is_better: bool | None = _say("Whether more of it is better.", False)
+    logging_nan_inf_filter: bool = _say("transformers' replacement of NaN losses; Acorn stops instead.", False)
+    remove_unused_columns: bool = _say("Rows have only what the model takes.", False)
+    ignore_data_skip: bool = _say("The data position is computed, not replayed.", True)
+    ddp_find_unused_parameters: bool | None = _say("Every parameter is used.", False)
+    prediction_loss_only: bool = _say("Logits are never gathered.", True)
+    dataloader_drop_last: bool = _say("Every micro-batch is whole.", True)
+
+    def __post_init__(self):
+        self._refuse_what_would_be_ignored()
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.compile_scope not in ("blocks", "model"):
+            raise UserError(f"compile_scope={self.compile_scope!r}: choose blocks or model")
+        if self.save_steps is None:
+            self.save_steps = self.eval_steps or 500
+        if self.logging_steps is None:
+            self.logging_steps = max(1, int(self.eval_steps or 100) // 10)
+        # A fresh dict, because a default in the class body would be shared.
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        self.compile_blocks = self.torch_compile and self.compile_scope == "blocks"
+        if self.compile_blocks:
+            self.torch_compile = False  # the trainer compiles the blocks in place; accelerate would wrap the whole
+        super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # one process drives one GPU; DataParallel would be slower than it and split every batch
+
+    def _refuse_what_would_be_ignored(self) -> None:
+        """transformers' fields that this project does elsewhere: naming the right place beats silence."""
+        elsewhere = {
+            "label_smoothing_factor": "label_smoothing (a model key: transformers' own does not shift the labels)",
+            "optim_args": "optimizer and its own flags",
+            "optim_target_modules": "optimizer",
+            "train_sampling_strategy": "sampling",
+            "neftune_noise_alpha": "nothing: it is not for pretraining",
+            "resume_from_checkpoint": "acorn resume RUN_DIR --checkpoint …",
+        }
+        defaults = {f.name: f.default for f in fields(TrainingArguments)}
+        for name, instead in elsewhere.items():
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise UserError(f"{name}={getattr(self, name)!r} has no effect here; use {instead}")

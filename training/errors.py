@@ -1,0 +1,61 @@
+"""The line between a person's mistake (one line, no traceback) and a bug (a traceback)."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+DISK_FULL = "No space left on device"  # also inside safetensors' errors, which carry no errno
+
+
+class UserError(Exception):
+    """A mistake the person can mend: one line that names the field, the value and the mend."""
+
+
+def unknown(what: str, value: object, known: Iterable[str], mend: str = "") -> UserError:
+    """Say that `value` is none of the `known` names of `what`, naming its nearest neighbour, or else all of them."""
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names) or 'nothing: there are none'}."
+    return UserError(f"unknown {what} {str(value)!r}: {advice} {mend}".rstrip())
+
+
+def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
+    """Call `main(argv)`; end the process with one line for whatever is not a bug.
+
+    Exit codes: 2 for a `UserError`, 130 for Ctrl-C, 1 for a full disk or a reader that went away (`acorn … | head`).
+    Anything else passes through with its traceback.
+    """
+    try:
+        main(argv)
+        sys.stdout.flush()  # a reader that went away is noticed here, not at the interpreter's exit
+    except UserError as error:
+        _leave(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _leave(130, "stopped by Ctrl-C.")
+    except BrokenPipeError:
+        _drop_stdout()
+        _leave(1)
+    except Exception as error:
+        if DISK_FULL not in str(error):
+            raise
+        _leave(1, f"error: {_disk_full(error)}")
+
+
+def _leave(code: int, line: str = "") -> None:
+    """Exit with `code` in every process, and print `line` in the first one only (torchrun sets RANK)."""
+    if line and os.environ.get("RANK", "0") == "0":
+        print(f"acorn: {line}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _disk_full(error: Exception) -> str:
+    """Name the file where the error knows it: open() does, write() does not."""
+    name = getattr(error, "filename", None)
+    where = f" while writing {os.fspath(name)}" if name else ""
+    return f"the disk is full{where}: free some space, or write to another disk with --output_dir."
+
+
+def _drop_stdout() -> None:
+    """Point stdout at nothing, so that the flush at exit does not fail once more (Python's docs, `signal`, SIGPIPE)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

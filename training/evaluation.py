@@ -1,0 +1,61 @@
+"""The one evaluation loop: a whole split once, in non-overlapping windows, the same for every contender."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from .dataset import IGNORED, EvaluationRows, collate_rows
+from .metrics import language_metrics
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: nn.Module,
+    rows: EvaluationRows,
+    num_bytes: int,
+    batch_size: int,
+    autocast=nullcontext,
+    rank: int = 0,
+    world_size: int = 1,
+    on_batch=None,
+) -> dict[str, float]:
+    """Loss, perplexity, bits per byte and token accuracy of `model` on `rows`, in float32 from the logits on.
+
+    num_bytes: UTF-8 bytes of the text the rows hold. autocast: a context-manager factory for the forward. Of several
+    processes each takes every world_size-th batch and all return the same. on_batch is called after each batch.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    sums = []
+    # The blocks may be compiled for training shapes; one pass over the split is not worth a second compilation.
+    with torch.compiler.set_stance("force_eager"):
+        for start in range(rank * batch_size, len(rows), world_size * batch_size):
+            batch = collate_rows(rows.__getitems__(range(start, min(start + batch_size, len(rows)))))
+            sums.append(_batch_sums(model, {key: value.to(device) for key, value in batch.items()}, autocast))
+            if on_batch is not None:
+                on_batch()
+    model.train(was_training)
+    # Float64 on the CPU: some devices (MPS) have none.
+    sums = torch.stack(sums).double().cpu() if sums else torch.zeros(0, 3, dtype=torch.float64)
+    if world_size > 1:
+        sums = _gather(sums, world_size)
+    nats, right, tokens = sums.T.tolist()
+    return language_metrics(nats, right, tokens, num_bytes)
+
+
+def _batch_sums(model: nn.Module, batch: dict[str, torch.Tensor], autocast) -> torch.Tensor:
+    """Summed nats, right predictions and counted tokens of one batch: (3,)."""
+    labels = batch["shift_labels"].flatten()
+    with autocast():
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
+    nats = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    right = (logits.argmax(-1) == labels).sum()
+    return torch.stack((nats, right.float(), (labels != IGNORED).sum().float()))
+
+
+def _gather(sums: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Every process's batches, in the order of ranks."""
+    parts: list = [None] * world_size
+    torch.distributed.all_gather_object(parts, sums)
+    return torch.cat(parts)

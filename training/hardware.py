@@ -1,0 +1,57 @@
+"""What a device can do and what a model asks of it: peak FLOP/s, bytes, FLOPs a token."""
+
+import torch
+
+from modeling import GPTConfig
+
+
+# Dense bf16 tensor-core peaks in FLOP/s and memory in bytes, from the makers' data sheets.
+GPUS = {
+    "v100-32gb": (125e12, 32e9),
+    "t4": (65e12, 16e9),
+    "a10g": (70e12, 24e9),
+    "l4": (121e12, 24e9),
+    "l40s": (362e12, 48e9),
+    "rtx-3090": (71e12, 24e9),
+    "rtx-4090": (165e12, 24e9),
+    "a100-40gb": (312e12, 40e9),
+    "a100-80gb": (312e12, 80e9),
+    "h100": (989e12, 80e9),
+    "h200": (989e12, 141e9),
+    "b200": (2250e12, 180e9),
+}
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of the device, or None where it is not known (CPUs, unlisted GPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    known = [peak for gpu, (peak, _) in GPUS.items() if gpu.split("-")[-1 if gpu.startswith("rtx") else 0] in name]
+    return known[0] if known else None
+
+
+def flops_per_token(config: GPTConfig, context_length: int | None = None) -> float:
+    """FLOPs of one forward and backward pass a token: 6 a matrix parameter, and 12 a head element and key seen.
+
+    Counts as PaLM does (arXiv 2204.02311, appendix B), the whole attention square included, with sliding windows and
+    shared keys taken into account; embeddings look up and do not multiply.
+    """
+    context = context_length or config.max_position_embeddings
+    attended = {
+        "full_attention": context,
+        "sliding_attention": min(config.sliding_window or context, context),
+    }
+    heads_size = config.num_attention_heads * config.head_dim
+    scores = sum(12 * heads_size * attended[layer_type] for layer_type in config.layer_types)
+    return 6 * matrix_parameters(config) + scores
+
+
+def matrix_parameters(config: GPTConfig) -> int:
+    """Weights that multiply every token: the blocks' projections and the head."""
+    heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    reusing = sum(mode == "reuse" for mode in config.kv_sharing_modes or [])
+    attention = config.num_hidden_layers * 2 * config.hidden_size * heads_size
+    keys_and_values = (config.num_hidden_layers - reusing) * 2 * config.hidden_size * kv_size
+    mlp = config.num_hidden_layers * (3 if config.gated_mlp else 2) * config.hidden_size * config.intermediate_size
+    return attention + keys_and_values + mlp + config.vocab_size * config.hidden_size

@@ -1,0 +1,49 @@
+"""`acorn recipes`: what can be grown without writing a line."""
+
+import argparse
+from pathlib import Path
+
+from training.errors import run_main, unknown
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """List the shipped recipes, or print one."""
+    parser = argparse.ArgumentParser(prog="acorn recipes", description=main.__doc__)
+    parser.add_argument("recipe", nargs="?", help="print this recipe, to read or to copy")
+    name = parser.parse_args(argv).recipe
+    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    if name is None:
+        print(listing(recipes))
+    else:
+        print(find(name, recipes).read_text(encoding="utf-8"), end="")
+
+
+def find(name: str, recipes: dict[str, Path]) -> Path:
+    """Find a recipe by its name, with or without `.yaml`; a `UserError` names the nearest one."""
+    stem = name.removesuffix(".yaml")
+    if stem not in recipes:
+        raise unknown("recipe", name, recipes, mend="`acorn recipes` lists them.")
+    return recipes[stem]
+
+
+def listing(recipes: dict[str, Path]) -> str:
+    """Lay out one aligned line a recipe, and what to type next."""
+    if not recipes:
+        return f"There are no recipes in {RECIPES}."
+    width = max(map(len, recipes))
+    lines = [f"  {name:<{width}}  {first_comment(path)}".rstrip() for name, path in recipes.items()]
+    example = "quickstart" if "quickstart" in recipes else next(iter(recipes))
+    next_steps = ["", f"Type next:  acorn pretrain {example}", f"To read it: acorn recipes {example}"]
+    return "\n".join(["Recipes, each one a YAML file:", "", *lines, *next_steps])
+
+
+def first_comment(path: Path) -> str:
+    """Read the first comment line of a recipe, which says what it grows."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,139 @@
+"""Optimizer name to builder: AdamW with nanoGPT's decay groups, and Muon for the hidden matrices."""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+
+# Coefficients of the quintic Newton–Schulz iteration, https://kellerjordan.github.io/posts/muon/
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and embeddings decay, biases and gains do not: two groups with `params` and `weight_decay`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Push the singular values of each matrix towards one, by Newton–Schulz in bfloat16.
+
+    matrices: (count, rows, columns). Returns the same shape in bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16()
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups marked `use_muon`, AdamW for the others, in one optimizer with one state.
+
+    Momentum of the hidden matrices is orthogonalised before it is applied (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/); matrices of equal shape, transposed ones too, go through one stacked
+    Newton–Schulz. The step is scaled by sqrt(max(1, rows / columns)) as in the original.
+    """
+
+    def __init__(self, groups: list[dict], adamw_kwargs: dict):
+        super().__init__(groups, {"weight_decay": 0.0, "momentum": 0.95, "use_muon": False})
+        self._adamw = torch.optim.AdamW([g for g in self.param_groups if not g["use_muon"]], **adamw_kwargs)
+        for group, filled in zip(self._adamw_groups(), self._adamw.param_groups, strict=True):
+            group.update({key: value for key, value in filled.items() if key not in group})
+
+    def _adamw_groups(self) -> list[dict]:
+        return [group for group in self.param_groups if not group["use_muon"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Apply one update; `closure` re-evaluates the loss, as everywhere in torch.optim."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["use_muon"]:
+                self._muon_step(group)
+        # One state for both: a loaded state_dict replaces these objects, so they are linked here, not once.
+        self._adamw.state, self._adamw.param_groups = self.state, self._adamw_groups()
+        self._adamw.step()
+        return loss
+
+    def _muon_step(self, group: dict) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        momentum = group["momentum"]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov: look ahead along the momentum
+
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for indices in self._same_shape(updates).values():
+            stacked = orthogonalize(torch.stack([_wide(updates[i]) for i in indices]))
+            for i, update in zip(indices, stacked, strict=True):
+                rows, columns = parameters[i].shape
+                step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
+                update = update.mT if rows > columns else update
+                parameters[i].add_(update.to(parameters[i].dtype), alpha=-step_size)
+
+    @staticmethod
+    def _same_shape(updates: list[torch.Tensor]) -> dict[tuple, list[int]]:
+        """Indices of the updates that can be stacked, by shape and device."""
+        groups = defaultdict(list)
+        for i, update in enumerate(updates):
+            groups[(*sorted(update.shape), update.device)].append(i)
+        return groups
+
+
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def build_adamw(model: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW over nanoGPT's two decay groups, fused."""
+    return torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, **_adamw_kwargs(args))
+
+
+def build_muon(model: nn.Module, args) -> torch.optim.Optimizer:
+    """Muon at `muon_learning_rate` for the matrices inside the blocks, AdamW at `learning_rate` for the rest.
+
+    `weight_decay` is the hidden matrices'; embeddings, head, gains and biases are not decayed.
+    """
+    inside = {id(p) for layer in model.get_decoder().layers for p in layer.parameters() if p.dim() == 2}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in parameters if id(p) in inside]
+    rest = [p for p in parameters if id(p) not in inside]
+    muon = {"use_muon": True, "lr": args.muon_learning_rate, "momentum": args.muon_momentum}
+    groups = [
+        {"params": hidden, "weight_decay": args.weight_decay, **muon},
+        {"params": rest, "weight_decay": 0.0, "lr": args.learning_rate, "use_muon": False},
+    ]
+    return Muon([group for group in groups if group["params"]], _adamw_kwargs(args))
+
+
+def _adamw_kwargs(args) -> dict:
+    return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
+
+
+OPTIMIZERS = {"adamw": build_adamw, "muon": build_muon}
+
+
+def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """The optimizer that `args.optimizer` names, over the trainable parameters of `model`."""
+    return OPTIMIZERS[args.optimizer](model, args)

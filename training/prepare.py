@@ -1,0 +1,20 @@
+"""`acorn prepare RECIPE [--flag value …]`: turn a text into shards of tokens."""
+
+from .corpus import prepare, summary
+from .errors import run_main
+from .help import wants_help
+from .recipe import load_recipe
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare the text of a recipe and say where its tokens lie."""
+    if wants_help("prepare", argv):
+        return
+    recipe = load_recipe("prepare", argv)
+    corpus = prepare(recipe.data_arguments(), name=recipe.name)
+    print(summary(corpus))
+    print(f"Type next: acorn pretrain RECIPE --data_dir {corpus.directory}")
+
+
+if __name__ == "__main__":
+    run_main(main)

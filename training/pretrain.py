@@ -1,0 +1,30 @@
+"""`acorn pretrain RECIPE [--flag value …]`: grow a GPT from a text."""
+
+from .corpus import prepare, summary
+from .errors import UserError, run_main
+from .help import wants_help
+from .recipe import load_recipe
+from .run import build_model, quiet_libraries, run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Pretrain a GPT from a recipe."""
+    if wants_help("pretrain", argv):
+        return
+    quiet_libraries()
+    recipe = load_recipe("pretrain", argv)
+    recipe.model_config()  # a wrong architecture is refused before any text is read
+    args = recipe.training_arguments()
+    if recipe.output_dir.exists() and any(recipe.output_dir.iterdir()):
+        raise UserError(
+            f"output_dir={recipe.output_dir} exists: continue it with `acorn resume {recipe.output_dir}`, "
+            "or choose another --output_dir"
+        )
+    with args.main_process_first(desc="prepare"):
+        corpus = prepare(recipe.data_arguments(), name=recipe.name)
+    print(summary(corpus)) if args.process_index == 0 else None
+    run(recipe, build_model(recipe, corpus, args), corpus, args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,235 @@
+"""Recipes: YAML files and flags to checked sections of arguments, each decided once."""
+
+import dataclasses
+import shlex
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from modeling import PRESETS, GPTConfig
+
+from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
+from .errors import UserError, unknown
+
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
+SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments}
+# Keys of the model section that are not fields of GPTConfig.
+MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
+
+
+@dataclass
+class Recipe:
+    """A name and one dict of checked values a section; `training_arguments` and the like build the objects."""
+
+    name: str
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    sample: dict = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.get("output_dir") or f"runs/{self.name}")
+
+    def data_arguments(self) -> DataArguments:
+        return DataArguments(**self.data)
+
+    def sample_arguments(self) -> SampleArguments:
+        return SampleArguments(**self.sample)
+
+    def training_arguments(self) -> GPTTrainingArguments:
+        """transformers' own refusals become one line too."""
+        use_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
+        try:
+            return GPTTrainingArguments(**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"training: {_one_line(error)}") from error
+
+    def model_config(self, **overrides) -> GPTConfig:
+        """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""
+        keys = {key: value for key, value in self.model.items() if key != "preset"}
+        preset = PRESETS.get(self.model.get("preset", "gpt2"), {}) if "preset" in self.model else {}
+        try:
+            return GPTConfig(**{**_canonical(preset), **_canonical(keys), **overrides})
+        except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
+            raise UserError(f"model: {_one_line(error)}") from error
+
+    def update(self, overrides: dict[str, dict]) -> None:
+        """Lay checked flags over the recipe; naming a source replaces the recipe's."""
+        if any(key in overrides.get("data", {}) for key in SOURCE_KEYS):
+            for key in (*SOURCE_KEYS, "dataset_config", "dataset_split", "text_column", "streaming"):
+                self.data.pop(key, None)
+        for section, values in overrides.items():
+            getattr(self, section).update(values)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe where `load_recipe_file` finds it again."""
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def load_recipe(verb: str, argv: list[str] | None, default: str | None = None) -> Recipe:
+    """The recipe that `argv` names (a shipped name or a YAML path), with its flags laid over."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and not argv[0].startswith("-"):
+        name = argv.pop(0)
+    elif default is not None:
+        name = default
+    else:
+        raise UserError(f"acorn {verb} needs a RECIPE: one of {', '.join(shipped_recipes())}, or a YAML file")
+    recipe = load_recipe_file(name)
+    recipe.update(parse_flags(argv))
+    recipe.command = shlex.join(["acorn", verb, name, *argv])
+    return recipe
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def load_recipe_file(name: str) -> Recipe:
+    """Read and check one recipe; errors name the file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES_DIR / f"{name}.yaml"
+    if not path.is_file():
+        if path.parent != RECIPES_DIR:
+            raise UserError(f"recipe {name}: no such file")
+        raise unknown("recipe", name, shipped_recipes(), "`acorn recipes` lists them; a path ends in .yaml.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample")
+    recipe = Recipe(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
+    for section, values in content.items():
+        if section not in known_keys():
+            raise unknown("section", section, known_keys(), f"In {path}.")
+        if not isinstance(values or {}, dict):
+            raise UserError(f"{path}: section {section} must hold `key: value` lines")
+        for key, value in (values or {}).items():
+            getattr(recipe, section)[key] = check(section, key, value)
+    return recipe
+
+
+def load_run_recipe(run_dir: Path) -> Recipe:
+    """The recipe that a run directory was grown from."""
+    if not (run_dir / "recipe.yaml").is_file():
+        what = "has no recipe.yaml, so it is no run directory" if run_dir.is_dir() else "does not exist"
+        raise UserError(f"{run_dir} {what}: name a directory that `acorn pretrain` made, such as runs/quickstart")
+    return load_recipe_file(str(run_dir / "recipe.yaml"))
+
+
+def known_keys() -> dict[str, dict[str, typing.Any]]:
+    """Section to its keys and their types."""
+    keys = {}
+    for section, kind in SECTIONS.items():
+        hints = typing.get_type_hints(kind)
+        keys[section] = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+    own = {name: hint for name, hint in vars(GPTConfig)["__annotations__"].items() if name != "auto_map"}
+    aliases = {alias: own[name] for alias, name in GPTConfig.attribute_map.items()}
+    return {"model": {**own, **aliases, **MODEL_EXTRAS}, **keys}
+
+
+def check(section: str, key: str, value: typing.Any) -> typing.Any:
+    """The value in its field's type; raises UserError for unknown keys and wrong types."""
+    keys = known_keys()
+    if key not in keys[section]:
+        raise unknown(f"key in {section}", key, keys[section])
+    if key == "preset" and value not in PRESETS:
+        raise unknown("preset", value, PRESETS)
+    return coerce(key, value, keys[section][key])
+
+
+def parse_flags(argv: list[str]) -> dict[str, dict]:
+    """`--key value …` and `--key=value` to checked values by section."""
+    keys, found = known_keys(), {}
+    for flag, values in _split_flags(argv):
+        section = next((s for s in ("data", "training", "model", "sample") if flag in keys[s]), None)
+        if section is None:
+            raise unknown("flag", f"--{flag}", [f"--{key}" for s in keys.values() for key in s])
+        hint = keys[section][flag]
+        is_yaml = len(values) == 1 and values[0].startswith("[")
+        value = values if _is_list(hint) and not is_yaml else " ".join(values) if values else "true"
+        found.setdefault(section, {})[flag] = check(section, flag, value)
+    return found
+
+
+def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
+    flags: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token.startswith("--") and len(token) > 2:
+            name, equals, value = token[2:].partition("=")
+            flags.append((name, [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(token)
+        else:
+            raise UserError(f"{token!r} is no flag: flags are --name value")
+    return flags
+
+
+def coerce(key: str, value: typing.Any, hint: typing.Any) -> typing.Any:
+    """Turn a YAML value or a flag's string into the type of its field."""
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in kinds):
+        if type(None) in kinds:
+            return None
+        raise UserError(f"{key}: needs a value")
+    for kind in kinds:
+        converted = _convert(value, kind)
+        if converted is not None:
+            return converted
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
+    raise UserError(f"{key}={value!r}: expected {wanted}")
+
+
+def _convert(value: typing.Any, kind: typing.Any) -> typing.Any:
+    """`value` as `kind`, or None where it is not one."""
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        return value if isinstance(value, bool) else words.get(str(value).lower())
+    if isinstance(value, bool):
+        return None
+    if kind in (int, float):
+        try:  # YAML 1.1 reads 1e-3 as text
+            number = float(str(value).replace("_", ""))
+        except ValueError:
+            return None
+        return number if kind is float else int(number) if number.is_integer() else None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    origin = typing.get_origin(kind) or kind
+    if origin in (list, dict) and isinstance(value, str):
+        value = yaml.safe_load(value)
+    if origin is list and not isinstance(value, list):
+        value = [value]
+    return value if isinstance(origin, type) and isinstance(value, origin) else None
+
+
+def _is_union(hint) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_list(hint) -> bool:
+    return typing.get_origin(hint) is list or any(typing.get_origin(k) is list for k in typing.get_args(hint))
+
+
+def _canonical(keys: dict) -> dict:
+    """nanoGPT's names to ours, so that a flag overrides a preset whatever name either uses."""
+    return {GPTConfig.attribute_map.get(key, key): value for key, value in keys.items()}
+
+
+def _one_line(error: Exception) -> str:
+    """The last cause's message on one line; @strict's wrapper adds nothing a person needs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())

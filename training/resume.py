@@ -1,0 +1,109 @@
+"""`acorn resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--flag value …]`: continue a run."""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from modeling import GPTConfig, GPTForCausalLM
+
+from .errors import UserError, run_main, unknown
+from .help import wants_help
+from .recipe import Recipe, load_run_recipe, parse_flags
+from .run import corpus_of_run, quiet_libraries, run
+
+
+# What would make it another run: the state of a checkpoint belongs to these.
+FIXED_TRAINING = ("optimizer", "seed", "output_dir")
+CHANGEABLE_MODEL = ("block_size", "max_position_embeddings", "attn_implementation")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Continue a run from its last, its best or a named checkpoint."""
+    if wants_help("resume", argv):
+        return
+    quiet_libraries()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0].startswith("-"):
+        raise UserError("acorn resume needs a RUN_DIR, such as runs/quickstart")
+    run_dir = Path(argv[0])
+    recipe = load_run_recipe(run_dir)
+    wanted, flags = split_checkpoint_flag(argv[1:])
+    checkpoint = find_checkpoint(run_dir, wanted)
+    lay_over(recipe, parse_flags(flags))
+    recipe.training["output_dir"] = str(run_dir)
+    recipe.command += f" && {shlex.join(['acorn', 'resume', *argv])}"
+    args = recipe.training_arguments()
+    refuse_finished(checkpoint, args.max_steps)
+    corpus = corpus_of_run(recipe)
+    model = load_model(checkpoint, recipe)
+    print(f"resuming {run_dir} from {checkpoint.name}")
+    run(recipe, model, corpus, args, checkpoint=str(checkpoint))
+
+
+def split_checkpoint_flag(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --checkpoint (default: last), and the other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint", default="last")
+    known, others = parser.parse_known_args(argv)
+    return known.checkpoint, others
+
+
+def find_checkpoint(run_dir: Path, wanted: str) -> Path:
+    """The directory of `last`, `best` or `checkpoint-N`."""
+    checkpoints = sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not checkpoints:
+        raise UserError(f"{run_dir} has no checkpoint yet: start it again with `acorn pretrain`")
+    if wanted == "last":
+        return checkpoints[-1]
+    if wanted == "best":
+        best = read_state(checkpoints[-1])["best_model_checkpoint"]
+        wanted = Path(best).name if best else checkpoints[-1].name
+    if run_dir / wanted not in checkpoints:
+        raise unknown("checkpoint", wanted, ["last", "best", *(path.name for path in checkpoints)])
+    return run_dir / wanted
+
+
+def read_state(checkpoint: Path) -> dict:
+    """trainer_state.json of a checkpoint."""
+    path = checkpoint / "trainer_state.json"
+    if not path.is_file():
+        raise UserError(f"{checkpoint} has no trainer_state.json: it is no checkpoint of a run, or was not written whole")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lay_over(recipe: Recipe, flags: dict[str, dict]) -> None:
+    """Change what can change; refuse what would make it another run."""
+    fixed = [key for key in flags.get("training", {}) if key in FIXED_TRAINING]
+    fixed += [key for key in flags.get("model", {}) if key not in CHANGEABLE_MODEL]
+    fixed += list(flags.get("data", {}))
+    if fixed:
+        raise UserError(f"--{fixed[0]} cannot change in a run that has begun: start another with `acorn pretrain`")
+    recipe.update(flags)
+
+
+def refuse_finished(checkpoint: Path, max_steps: int) -> None:
+    """Say so when there is nothing left to do."""
+    step = read_state(checkpoint)["global_step"]
+    if 0 < max_steps <= step:
+        raise UserError(f"max_steps={max_steps}: {checkpoint} is at step {step} already; give a larger --max_steps")
+
+
+def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:
+    """The checkpoint's model, with a changed context length or attention backend if the flags say so."""
+    changes = {"max_position_embeddings": recipe.model[key] for key in CHANGEABLE_MODEL[:2] if key in recipe.model}
+    if "attn_implementation" in recipe.model:
+        changes["attn_implementation"] = recipe.model["attn_implementation"]
+    config = GPTConfig.from_pretrained(checkpoint)
+    context = changes.get("max_position_embeddings", config.max_position_embeddings)
+    if config.position_encoding == "learned" and context != config.max_position_embeddings:
+        raise UserError(
+            f"block_size={context}: learned positions are fixed at {config.max_position_embeddings}; "
+            "only rope, sinusoidal and none can change it"
+        )
+    return GPTForCausalLM.from_pretrained(checkpoint, **changes)
+
+
+if __name__ == "__main__":
+    run_main(main)

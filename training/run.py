@@ -1,0 +1,97 @@
+"""From a recipe and a run directory to a finished run; `acorn pretrain` and `acorn resume` both end here."""
+
+import signal
+import sys
+from pathlib import Path
+
+import transformers
+from transformers import set_seed
+
+from modeling import GPTForCausalLM
+
+from .corpus import Corpus, load_corpus, prepare
+from .recipe import Recipe
+from .report import next_steps, write_report
+from .sampling import sample_text
+from .trainer import GPTTrainer
+
+
+def quiet_libraries() -> None:
+    """The table and the progress bar say it all: transformers' own bars and notices would tear them."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
+    """A fresh model whose vocabulary is the tokenizer's, seeded by the recipe."""
+    tokenizer = corpus.tokenizer
+    vocab_size = max(len(tokenizer), recipe.model.get("vocab_size", 0))
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    config = recipe.model_config(vocab_size=vocab_size, **ids)
+    if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
+        # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
+        config._attn_implementation = "eager"
+    tokenizer.model_max_length = config.max_position_embeddings
+    set_seed(args.seed)
+    return GPTForCausalLM(config)
+
+
+def corpus_of_run(recipe: Recipe) -> Corpus:
+    """The prepared tokens that a run was grown from; they are prepared again if they are gone."""
+    directory = recipe.data.get("data_dir")
+    if directory and Path(directory).is_dir():
+        return load_corpus(directory)
+    return prepare(recipe.data_arguments(), name=recipe.name)
+
+
+def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint: str | None = None) -> None:
+    """Train to the end or to a signal, then report; `checkpoint` continues an earlier run.
+
+    A run that a signal stopped ends the process with the shell's usual code, after saying how to resume.
+    """
+    sampling = recipe.data_arguments().sampling
+    trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, sampling)
+    if trainer.is_world_process_zero():
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        recipe.data["data_dir"] = str(corpus.directory.absolute())
+        recipe.save(Path(args.output_dir, "recipe.yaml"))
+        print(describe(recipe, trainer), flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop_on_signal.received is not None:
+        leave_resumable(trainer)
+    trainer.evaluate_unless_done()
+    if trainer.is_world_process_zero():
+        finish(recipe, trainer)
+
+
+def describe(recipe: Recipe, trainer: GPTTrainer) -> str:
+    """Two lines before the table: the model and the plan."""
+    args, config = trainer.args, trainer.model.config
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return (
+        f"{recipe.name}: {trainer.model.num_parameters():,} parameters, {config.num_hidden_layers} layers of "
+        f"{config.hidden_size}, context {trainer.context_length}, vocabulary {config.vocab_size:,}\n"
+        f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens on {args.world_size} × {args.device.type}, "
+        f"{precision}, {args.optimizer}, attention {config._attn_implementation} → {args.output_dir}"
+    )
+
+
+def leave_resumable(trainer: GPTTrainer) -> None:
+    """Say where the run stopped and how it goes on, and exit as the signal would have."""
+    received = trainer.stop_on_signal.received
+    if trainer.is_world_process_zero():
+        print(f"stopped by {signal.Signals(received).name} at step {trainer.state.global_step:,}; checkpoint saved. "
+              f"Go on with:\n  acorn resume {trainer.args.output_dir}", file=sys.stderr)  # fmt: skip
+    raise SystemExit(128 + received)
+
+
+def finish(recipe: Recipe, trainer: GPTTrainer) -> None:
+    """Load the best model, sample from it, write the report and say what to type next."""
+    run_dir, sample = Path(trainer.args.output_dir), recipe.sample_arguments()
+    model = GPTForCausalLM.from_pretrained(run_dir).to(trainer.args.device)
+    text = sample_text(model, trainer.corpus.tokenizer, sample, trainer.args.seed) if sample.max_new_tokens else ""
+    write_report(run_dir, recipe, trainer.corpus, model, text)
+    if text:
+        print(f"\n{'─' * 20} a sample {'─' * 20}\n{text}\n{'─' * 50}")
+    print(next_steps(run_dir, sample.prompt), flush=True)
+

@@ -1,0 +1,247 @@
+"""Byte, character and BPE tokenizers, built with `tokenizers` and saved as Hugging Face tokenizers."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+DEFAULT_BPE_VOCAB_SIZE = 4096
+Texts = Callable[[], Iterator[str]]
+
+
+def build_tokenizer(name: str, texts: Texts | None = None, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Build the tokenizer called `name`: "byte", "char", "bpe", or any Hugging Face id or path.
+
+    `texts` returns a fresh iterator over the training texts ("char" and "bpe" read it once); `vocab_size` counts
+    `<|endoftext|>` and is for "bpe" alone. Raises UserError when the tokenizer can not be built or loaded.
+    """
+    if vocab_size is not None and name != "bpe":
+        raise UserError(f"tokenizer_vocab_size={vocab_size}: only tokenizer=bpe takes it, not {name!r}; leave it out")
+    if name not in BUILDERS:
+        return load_tokenizer(name)
+    if texts is None and name != "byte":
+        raise UserError(f"tokenizer={name!r}: it is made from a text and there is none; name a source of text")
+    return BUILDERS[name](texts, vocab_size)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer that has an end-of-text token from a directory or the Hub."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one cause: not there
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        mend = "name byte, char, bpe or a directory that holds a tokenizer"
+        raise UserError(f"tokenizer={name!r}: can not be loaded ({why}); {mend}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"tokenizer={name!r}: is not a fast tokenizer (no tokenizer.json); choose one that is")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer={name!r}: has no eos_token to end documents with; set one and save it again")
+    return tokenizer
+
+
+def encode_documents(tokenizer, texts: list[str], names: list[str] | None = None) -> list[np.ndarray]:
+    """Encode whole documents as ordinary text: nothing is appended, cut off, or read as a special token.
+
+    Returns one uint32 array of token ids a text. Raises UserError naming the first character that the tokenizer
+    does not know, its offset in characters and, when `names` are given, its document.
+    """
+    names = names or [f"text {number}" for number in range(len(texts))]
+    return ENCODERS[tokenizer_kind(tokenizer)](tokenizer, texts, names)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Return the sha256 (hex) of what the tokenizer does, whatever order its file happens to be written in."""
+    state = json.dumps(_state(tokenizer.backend_tokenizer), sort_keys=True)
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def tokenizer_kind(tokenizer) -> str:
+    """Return "byte" or "char" when the tokenizer encodes as a freshly built one of that kind does, else "other"."""
+    backend = tokenizer.backend_tokenizer
+    rebuild = REBUILDERS.get((type(backend.model).__name__, len(tokenizer) == len(BYTE_VOCABULARY) + 1))
+    kind, rebuilt = rebuild(tokenizer) if rebuild else ("other", None)
+    return kind if rebuilt is not None and _encoding_part(rebuilt) == _encoding_part(backend) else "other"
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """Map each character of the byte-level alphabet to the byte that it stands for.
+
+    Printable bytes stand for themselves; the others are moved, in order, to code points from 256 on.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    themselves = {character: ord(character) for character in alphabet if ord(character) < 256}
+    moved_bytes = sorted(set(range(256)) - set(themselves.values()))
+    moved = dict(zip(alphabet[len(themselves) :], moved_bytes, strict=True))
+    return themselves | moved
+
+
+BYTE_VOCABULARY = _byte_vocabulary()
+
+
+def _byte_backend() -> Tokenizer:
+    backend = Tokenizer(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])
+    return backend
+
+
+def _char_backend(characters: list[str]) -> Tokenizer:
+    backend = Tokenizer(models.WordLevel({character: index for index, character in enumerate(characters)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([END_OF_TEXT])
+    return backend
+
+
+def build_byte(texts: Texts | None = None, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Build the tokenizer whose ids are the UTF-8 byte values 0..255, with `<|endoftext|>` = 256."""
+    return _wrap(_byte_backend())
+
+
+def build_char(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Build the tokenizer that numbers the text's distinct characters in sorted order, `<|endoftext|>` last."""
+    characters = set()
+    for text in texts():
+        characters.update(text)
+    if not characters:
+        raise UserError("tokenizer='char': the text is empty, so there are no characters; name a text that has some")
+    return _wrap(_char_backend(sorted(characters)))
+
+
+def build_bpe(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (GPT-2's splitting rule) to exactly `vocab_size` tokens, `<|endoftext|>` last."""
+    size = DEFAULT_BPE_VOCAB_SIZE if vocab_size is None else vocab_size
+    least = len(BYTE_VOCABULARY) + 1
+    if size < least:
+        raise UserError(f"tokenizer_vocab_size={size}: must be at least {least} (256 bytes and {END_OF_TEXT})")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, initial_alphabet=sorted(BYTE_VOCABULARY), show_progress=sys.stderr.isatty()
+    )
+    backend.train_from_iterator(texts(), trainer)
+    backend.add_special_tokens([END_OF_TEXT])
+    if (reached := backend.get_vocab_size()) != size:
+        raise UserError(f"tokenizer_vocab_size={size}: the text has pairs for {reached} tokens only; lower the size")
+    return _wrap(backend)
+
+
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """Give the backend its Hugging Face face: one special token for begin, end and padding, and no unknown token."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+BUILDERS = {"byte": build_byte, "char": build_char, "bpe": build_bpe}
+
+
+# --- telling byte and char tokenizers from others --------------------------------------------------------------------
+
+
+def _rebuild_byte(tokenizer) -> tuple[str, Tokenizer]:
+    return "byte", _byte_backend()
+
+
+def _rebuild_char(tokenizer) -> tuple[str, Tokenizer]:
+    return "char", _char_backend(_characters(tokenizer))
+
+
+def _characters(tokenizer) -> list[str]:
+    """Return the entries of the model's own vocabulary in the order of their ids."""
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    return sorted(vocabulary, key=vocabulary.get)
+
+
+# (class of the backend's model, has 257 tokens) -> what to compare with: a cheap test before the exact one
+REBUILDERS = {
+    ("BPE", True): _rebuild_byte,
+    ("WordLevel", True): _rebuild_char,
+    ("WordLevel", False): _rebuild_char,
+}
+
+
+def _encoding_part(backend: Tokenizer) -> dict:
+    """Return what `encode_documents` depends on; the post-processor only adds special tokens, which it never does."""
+    return _state(backend) | {"post_processor": None}
+
+
+def _state(backend: Tokenizer) -> dict:
+    """Return the backend's JSON, less truncation and padding, which belong to a call and not to the tokenizer."""
+    return json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_bytes(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+
+def _encode_characters(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    """Look characters up in a table over code points; the last entry stands for all that lie beyond the table."""
+    characters = _characters(tokenizer)
+    code_points = np.array([ord(character) for character in characters])
+    unknown = len(characters)
+    table = np.full(code_points.max() + 2, unknown, dtype=np.uint32)
+    table[code_points] = np.arange(unknown)
+    encoded = []
+    for text, name in zip(texts, names, strict=True):
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = table[np.minimum(points, len(table) - 1)]
+        if (ids == unknown).any():
+            offset = int((ids == unknown).argmax())
+            raise _unknown_character(text[offset], offset, name)
+        encoded.append(ids)
+    return encoded
+
+
+def _unknown_character(character: str, offset: int, name: str) -> UserError:
+    where = f"{character!r} (U+{ord(character):04X}) at offset {offset} of {name}"
+    return UserError(f"tokenizer='char': it does not know {where}; build it on this text too, or use tokenizer=byte")
+
+
+def _encode_others(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    with _ordinary_text(tokenizer.backend_tokenizer) as backend:
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the only class that `tokenizers` raises
+            raise UserError(f"tokenizer: can not encode {names[0]} or one after it ({error}); try byte") from error
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+@contextmanager
+def _ordinary_text(backend: Tokenizer):
+    """Switch off special tokens in text, truncation and padding for a while, and restore them whatever happens."""
+    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        backend.encode_special_tokens = special
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+ENCODERS = {"byte": _encode_bytes, "char": _encode_characters, "other": _encode_others}

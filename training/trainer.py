@@ -1,0 +1,183 @@
+"""GPTTrainer: transformers' Trainer with exact data position, our optimizers and evaluation, and its overheads off."""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .arguments import GPTTrainingArguments
+from .callbacks import ConsoleTable, StopOnSignal
+from .corpus import Corpus
+from .dataset import EvaluationRows, TrainingRows, collate_rows
+from .errors import UserError
+from .evaluation import evaluate_rows
+from .hardware import flops_per_token
+from .optimizers import build_optimizer
+
+
+class StepSampler(Sampler):
+    """Row indices in order, from the first row of the trainer's current step on: resuming replays nothing."""
+
+    def __init__(self, trainer: "GPTTrainer"):
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return len(self.trainer.train_dataset)
+
+    def __iter__(self):
+        return iter(range(self.trainer.state.global_step * self.trainer.rows_per_step, len(self)))
+
+
+class GPTTrainer(Trainer):
+    """The only training loop.
+
+    model: a GPTForCausalLM, or any causal LM that takes `shift_labels`. corpus: prepared tokens, train and validation.
+    Raises UserError when the loss stops being a number; the checkpoints before that are kept.
+    """
+
+    def __init__(self, model, args: GPTTrainingArguments, corpus: Corpus, context_length: int, sampling: str = "random"):
+        self.rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        self.context_length = context_length
+        self.tokens_per_step = self.rows_per_step * context_length
+        self.corpus = corpus
+        train_tokens = corpus.tokens("train")
+        if args.max_steps <= 0:
+            args.max_steps = math.ceil(args.num_train_epochs * len(train_tokens) / self.tokens_per_step)
+        rows = self.rows_per_step * args.max_steps
+        self.flops_per_token = flops_per_token(model.config, context_length)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate_rows,
+            train_dataset=TrainingRows(train_tokens, context_length, args.seed, rows, sampling),
+            eval_dataset=EvaluationRows(corpus.tokens("validation"), context_length),
+            processing_class=corpus.tokenizer,
+        )
+        self._choose_callbacks()
+        if args.compile_blocks:
+            for layer in model.get_decoder().layers:
+                layer.compile()
+
+    def _choose_callbacks(self) -> None:
+        for default in (PrinterCallback, ProgressCallback):
+            self.remove_callback(default)
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        self.stop_on_signal = StopOnSignal()
+        self.console = ConsoleTable(self)
+        self.add_callback(self.stop_on_signal)
+        self.add_callback(self.console)
+
+    # ---- data and optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows in the order of their index; the generator keeps the loader off the global random state."""
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            sampler=StepSampler(self),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(args.seed),
+            drop_last=True,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Our table's optimizer instead of transformers' `optim`."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+        return self.optimizer
+
+    # ---- overheads of Trainer, removed
+
+    def floating_point_ops(self, inputs) -> float:
+        """FLOPs of a micro-batch, from the shape: Trainer would walk the parameters each time."""
+        return self.flops_per_token * inputs["input_ids"].numel()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device):
+        """Counted labels of one step; training windows have no gaps, so nothing is counted or gathered."""
+        micro_batches = len(batch_samples) * (self.args.world_size if self.args.average_tokens_across_devices else 1)
+        return micro_batches * batch_samples[0]["shift_labels"].numel() if batch_samples else None
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm that clipping measured; without clipping it is computed only where it will be shown."""
+        is_shown = (self.state.global_step + 1) % self.state.logging_steps == 0
+        if grad_norm is None and not is_shown:
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
+    # ---- evaluation and saving
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The whole validation split; the results are logged as `eval_loss` and so on."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        results = evaluate_rows(
+            self.model_wrapped if is_sharded else self.model,
+            eval_dataset or self.eval_dataset,
+            self.corpus.manifest["splits"]["validation"]["bytes"],
+            self.args.per_device_eval_batch_size,
+            self.compute_loss_context_manager,
+            self.args.process_index,
+            self.args.world_size,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
+        self._last_evaluation = metrics
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_unless_done(self) -> None:
+        """One evaluation at the very end where the interval does not fall on it, so that the best is the best."""
+        if self.console.last_evaluated != self.state.global_step:
+            metrics = self.evaluate()
+            if self._determine_best_metric(metrics, trial=None):
+                self._save_checkpoint(self.model_wrapped, trial=None)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """A new best model goes to the root of the run directory at once."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self._save_root()
+        return is_best
+
+    def _save_root(self) -> None:
+        """Write the model beside the root, then move it in file by file: the root can be loaded at every moment."""
+        root, aside = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
+        self.save_model(str(aside), _internal_call=True)
+        if self.args.should_save:
+            for file in sorted(aside.iterdir()):
+                file.replace(root / file.name)
+            shutil.rmtree(aside)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer, after a look at the loss: training on with NaN would only spoil more."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._stop_on_nan(logs["loss"])
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if not torch.isfinite(self._tr_loss).all():
+            self._stop_on_nan(self._tr_loss.item())
+        super()._save_checkpoint(model, trial)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """As in Trainer; on a CPU, where looking costs nothing, each loss is checked as it comes."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            self._stop_on_nan(loss.item())
+        return loss
+
+    def _stop_on_nan(self, loss: float) -> None:
+        raise UserError(
+            f"loss is {loss} at step {self.state.global_step + 1}: training stopped, the checkpoints in "
+            f"{self.args.output_dir} are from before; lower learning_rate (or use bf16 instead of fp16) and resume"
+        )
