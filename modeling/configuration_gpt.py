@@ -12,6 +12,13 @@ CHOICES = {
     "residual_init": ("scaled", "zero", "normal"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_NEEDS = {  # rope_type: what rope_parameters must hold beside rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt.GPTConfig",
     "AutoModel": "modeling_gpt.GPTModel",
@@ -43,7 +50,8 @@ class GPTConfig(PreTrainedConfig):
     logit_softcap: c in `c * tanh(logits / c)`; label_smoothing: share of the target spread over the vocabulary.
 
     nanoGPT's names (`n_embd`, `n_layer`, `n_head`, `n_kv_head`, `block_size`, `dropout`) are accepted and readable.
-    Raises ValueError for values that do not fit together, naming field, value and mend.
+    Values that do not fit together raise huggingface_hub's StrictDataclassClassValidationError, caused by a ValueError
+    that names field, value and mend; values of a wrong type its StrictDataclassFieldValidationError.
     """
 
     model_type = "gpt"
@@ -111,7 +119,11 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)  # consumes the aliases: what is derived from them comes after
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # transformers fills defaults in: not in the caller's
+        for alias in kwargs.keys() & self.attribute_map.keys():
+            setattr(self, alias, kwargs.pop(alias))  # transformers would, but after it has derived from the defaults
+        super().__post_init__(**kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % max(self.num_attention_heads, 1) == 0:
@@ -143,28 +155,16 @@ class GPTConfig(PreTrainedConfig):
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types has {layer_type!r}: each is one of {', '.join(LAYER_TYPES)}")
 
-    def validate_sizes(self):
-        """Refuse sizes and rates outside their range."""
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        for field in (*sizes, "intermediate_size", "max_position_embeddings"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
-        for field in ("embedding_dropout", "attention_dropout", "residual_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
-            raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
-        if self.zero_init_head and self.tie_word_embeddings:
-            raise ValueError("zero_init_head=true needs tie_word_embeddings=false: a tied head is the embedding")
-
     def validate_heads(self):
         """Refuse heads that do not divide what they share."""
+        self._refuse_below_one("hidden_size", "num_attention_heads", "num_key_value_heads")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}: "
                 "change one of them, or give head_dim"
             )
+        self._refuse_below_one("head_dim")
         if heads % kv_heads:
             raise ValueError(
                 f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: choose a divisor"
@@ -173,12 +173,47 @@ class GPTConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim}: rope rotates pairs, so it must be even")
         if self.position_encoding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"hidden_size={self.hidden_size}: sinusoidal positions come in pairs, so it must be even")
-        if self.position_encoding != "rope" and self.rope_parameters:
-            raise ValueError(
-                f"rope_parameters is set but position_encoding={self.position_encoding!r}: set it to rope, or drop them"
-            )
 
-    def validate_layers(self):
+    def validate_positions(self):
+        """Refuse rotary parameters that nobody would read, and unknown or incomplete ones."""
+        parameters = self.rope_parameters or {}
+        if self.position_encoding != "rope":
+            if parameters:
+                raise ValueError(
+                    f"rope_parameters is set but position_encoding={self.position_encoding!r}: "
+                    "set it to rope, or drop them"
+                )
+            return
+        rope_type = parameters.get("rope_type")
+        if rope_type not in ROPE_NEEDS:
+            raise ValueError(f"rope_parameters.rope_type={rope_type!r}: choose one of {', '.join(ROPE_NEEDS)}")
+        for key in ROPE_NEEDS[rope_type]:
+            if not isinstance(parameters.get(key), float | int):
+                raise ValueError(f"rope_parameters.{key}={parameters.get(key)!r}: {rope_type} needs a number here")
+        for key in ("partial_rotary_factor", *LAYER_TYPES):
+            if key in parameters:
+                raise ValueError(f"rope_parameters.{key}: all layers rotate whole heads alike; leave it out")
+
+    def validate_sizes(self):
+        """Refuse sizes, rates and ranges outside their range."""
+        self._refuse_below_one("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+        for field in ("embedding_dropout", "attention_dropout", "residual_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")
+        for field in ("initializer_range", "embedding_initializer_range", "norm_eps"):
+            if (getattr(self, field) or 0) < 0:
+                raise ValueError(f"{field}={getattr(self, field)}: must not be negative")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
+        if self.zero_init_head and self.tie_word_embeddings:
+            raise ValueError("zero_init_head=true needs tie_word_embeddings=false: a tied head is the embedding")
+
+    def _refuse_below_one(self, *fields: str):
+        for field in fields:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+
+    def validate_layer_type(self):  # in place of transformers' own, which would speak first and name no mend
         """Refuse per-layer lists of another length, windows without size and sharing without source."""
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(

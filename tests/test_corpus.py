@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from training import corpus as corpus_module
+from training import prepare as prepare_main
 from training.corpus import load_corpus, prepare
 from training.errors import UserError
 from training.sources import SOURCE_DEFAULTS
@@ -254,6 +255,14 @@ def test_refusals_leave_nothing(changes, message):
         prepare(arguments(**changes))
     assert "\n" not in str(refusal.value)
     assert sorted(Path().rglob("*")) == before
+
+
+def test_main_prepares_a_recipe_and_says_what_is_next(capsys):
+    Path("mine.yaml").write_text("data:\n  text_files: [text.txt]\n  tokenizer: char\n")
+    prepare_main.main(["mine.yaml", "--validation_fraction", "0.2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"corpora/mine-.{8}: 160 train and 41 validation tokens, vocabulary 11\.", lines[0])
+    assert lines[1:] == ["Type next: acorn pretrain mine.yaml --validation_fraction 0.2"]
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="../shared is absent")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from training import tokenizers
+from training import tokenizers, train_tokenizer
 from training.errors import UserError
 from training.tokenizers import (
     END_OF_TEXT,
@@ -139,3 +139,13 @@ def test_gpt2s_own_tokenizer(tmp_path):
     assert ids[:2] == [15496, 995] and tokenizer.eos_token_id not in ids
     tokenizer.save_pretrained(tmp_path)
     assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(tokenizer)
+
+
+def test_main_trains_and_saves(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question " * 9)
+    flags = ["--tokenizer", "bpe", "--tokenizer_vocab_size", "264", "--text_files", str(tmp_path / "a.txt")]
+    train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "made")])
+    assert len(load_tokenizer(str(tmp_path / "made"))) == 264
+    assert "made: a bpe tokenizer, vocabulary 264." in capsys.readouterr().out
+    with pytest.raises(UserError, match="made': is not empty; name another --output_dir"):
+        train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "made")])

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = load_recipe("prepare", argv)
     corpus = prepare(recipe.data_arguments(), name=recipe.name)
     print(summary(corpus))
-    print(f"Type next: acorn pretrain RECIPE --data_dir {corpus.directory}")
+    print(f"Type next: {recipe.command.replace('prepare', 'pretrain', 1)}")  # the same words find the same tokens
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ def download(url: str) -> Path:
     try:
         return Path(DownloadManager().download(url))
     except Exception as error:  # aiohttp, requests, fsspec and OSErrors: all mean that the file did not come
-        raise UserError(f"text_files={url!r}: can not be downloaded ({_one_line(error)}); name a local file") from error
+        why = _one_line(error.__cause__ or error)  # fsspec says only the address, and keeps the reason as the cause
+        raise UserError(f"text_files={url!r}: can not be downloaded ({why}); name a local file") from error
 
 
 def read_text(path: Path, name: str) -> str:

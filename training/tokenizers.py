@@ -24,7 +24,8 @@ def build_tokenizer(name: str, texts: Texts | None = None, vocab_size: int | Non
     `<|endoftext|>` and is for "bpe" alone. Raises UserError when the tokenizer can not be built or loaded.
     """
     if vocab_size is not None and name != "bpe":
-        raise UserError(f"tokenizer_vocab_size={vocab_size}: only tokenizer=bpe takes it, not {name!r}; leave it out")
+        why = f"only tokenizer=bpe takes it, not {name!r}"
+        raise UserError(f"tokenizer_vocab_size={vocab_size}: {why}; leave it out, or give --tokenizer_vocab_size none")
     if name not in BUILDERS:
         return load_tokenizer(name)
     if texts is None and name != "byte":
@@ -35,7 +36,7 @@ def build_tokenizer(name: str, texts: Texts | None = None, vocab_size: int | Non
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer that has an end-of-text token from a directory or the Hub."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one cause: not there
         why = str(error).strip().split("\n")[0] or type(error).__name__
         mend = "name byte, char, bpe or a directory that holds a tokenizer"

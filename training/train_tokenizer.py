@@ -1,10 +1,11 @@
-"""`acorn tokenizer RECIPE [--flag value …]`: train a byte, character or BPE tokenizer on a text."""
+"""`acorn tokenizer [RECIPE] [--flag value …]`: train a byte, character or BPE tokenizer on a text."""
 
+import sys
 from pathlib import Path
 
 from .errors import UserError, run_main
 from .help import wants_help
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe, parse_flags
 from .sources import documents
 from .tokenizers import build_tokenizer
 
@@ -13,16 +14,25 @@ def main(argv: list[str] | None = None) -> None:
     """Train the tokenizer of a recipe on its text, and save it as a Hugging Face tokenizer."""
     if wants_help("tokenizer", argv):
         return
-    recipe = load_recipe("tokenizer", argv)
+    recipe = recipe_or_flags(sys.argv[1:] if argv is None else argv)
     data = recipe.data_arguments()
     directory = Path(recipe.training.get("output_dir") or f"tokenizers/{recipe.name}")
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"output_dir={str(directory)!r}: is not empty; name another --output_dir")
-    texts = (text for _, text in documents(data))
+    texts = (text for _, text in documents(data))  # read once
     tokenizer = build_tokenizer(data.tokenizer, lambda: texts, data.tokenizer_vocab_size)
     tokenizer.save_pretrained(directory)
     print(f"{directory}: a {data.tokenizer} tokenizer, vocabulary {len(tokenizer):,}.")
     print(f"Type next: acorn prepare RECIPE --tokenizer {directory}")
+
+
+def recipe_or_flags(argv: list[str]) -> Recipe:
+    """Return the recipe that is named first, or, where flags alone say what to do, an empty one with them."""
+    if not argv or not argv[0].startswith("--"):
+        return load_recipe("tokenizer", argv)
+    recipe = Recipe(name="text")
+    recipe.update(parse_flags(argv))
+    return recipe
 
 
 if __name__ == "__main__":

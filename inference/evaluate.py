@@ -1,0 +1,117 @@
+"""`acorn evaluate MODEL [--text_files …]`: the losses of a model on a whole text, and nothing else."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from training.arguments import DataArguments
+from training.corpus import Corpus
+from training.dataset import EvaluationRows
+from training.errors import UserError, run_main
+from training.evaluation import evaluate_rows
+from training.recipe import load_run_recipe
+from training.run import corpus_of_run, quiet_libraries
+from training.sources import documents
+from training.tokenizers import encode_documents, tokenizer_hash
+
+from .loading import load_model_and_tokenizer
+
+
+EPILOG = """examples:
+  acorn evaluate runs/quickstart                          the validation split it was trained beside
+  acorn evaluate runs/quickstart --text_files my.txt      any other text
+  acorn evaluate runs/quickstart/checkpoint-600 --dataset python-stdlib"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb's flags."""
+    parser = argparse.ArgumentParser(
+        prog="acorn evaluate",
+        description="Loss, perplexity, bits per byte and token accuracy, over the whole text in non-overlapping windows. "
+        "The last line printed is JSON.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
+    parser.add_argument("--text_files", nargs="+", default=[], help="text files, folders or globs to evaluate on")
+    parser.add_argument("--data_files", nargs="+", default=[], help="JSONL or parquet files to evaluate on")
+    parser.add_argument("--dataset", help="Hub data set id, local directory, or python-stdlib, to evaluate on")
+    parser.add_argument("--dataset_config")
+    parser.add_argument("--dataset_split", default="test")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--block_size", type=int, help="window length [the model's context]")
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=32, help="windows a batch [%(default)s]")
+    parser.add_argument("--bf16", action="store_true", help="compute the logits in bf16")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that a Hub id brings")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the metrics as one JSON line."""
+    flags = parse(argv)
+    quiet_libraries()
+    model, tokenizer = load_model_and_tokenizer(flags.model, trust_remote_code=flags.trust_remote_code)
+    limit = model.config.max_position_embeddings
+    context_length = flags.block_size or limit
+    if not 1 <= context_length <= limit:
+        raise UserError(f"block_size={context_length}: must be between 1 and the model's context, {limit}")
+    if flags.text_files or flags.data_files or flags.dataset:
+        tokens, num_bytes = tokens_of_text(flags, tokenizer)
+    else:
+        tokens, num_bytes = validation_tokens(Path(flags.model), tokenizer)
+    rows = EvaluationRows(tokens, context_length)
+    batches = -(-len(rows) // flags.per_device_eval_batch_size)
+    device = next(model.parameters()).device.type
+    autocast = (lambda: torch.autocast(device, torch.bfloat16)) if flags.bf16 else nullcontext
+    with tqdm(total=batches, unit="batch", leave=False, file=sys.stderr, disable=None) as bar:
+        results = evaluate_rows(model, rows, num_bytes, flags.per_device_eval_batch_size, autocast, on_batch=bar.update)
+    print(json.dumps({**results, "tokens": len(tokens) - 1, "bytes": num_bytes}))
+
+
+def validation_tokens(directory: Path, tokenizer):
+    """The validation split of the run that `directory`, a run or one of its checkpoints, belongs to."""
+    run_dir = directory if (directory / "recipe.yaml").is_file() else directory.parent
+    if not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"{directory} is no run directory, so it has no validation split: give --text_files or --dataset")
+    corpus: Corpus = corpus_of_run(load_run_recipe(run_dir))
+    if tokenizer_hash(tokenizer) != corpus.manifest["tokenizer"]["hash"]:
+        raise UserError(
+            f"{directory}: its tokenizer is not the one that {corpus.directory} was made with; "
+            "evaluate on text instead (--text_files)"
+        )
+    return corpus.tokens("validation"), corpus.manifest["splits"]["validation"]["bytes"]
+
+
+class TokenArray:
+    """Token ids in memory, read like TokenShards."""
+
+    def __init__(self, ids: np.ndarray):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        return self.ids[start : start + length].astype(np.int64)
+
+
+def tokens_of_text(flags, tokenizer) -> tuple[TokenArray, int]:
+    """(tokens, UTF-8 bytes) of the whole text that the flags name, each document closed by the end-of-text token."""
+    names = (field.name for field in dataclasses.fields(DataArguments))
+    data = DataArguments(**{name: getattr(flags, name) for name in names if hasattr(flags, name)})
+    end, pieces, num_bytes = np.array([tokenizer.eos_token_id], dtype=np.uint32), [], 0
+    for name, text in documents(data):
+        pieces += [encode_documents(tokenizer, [text], [name])[0].astype(np.uint32), end]
+        num_bytes += len(text.encode())
+    return TokenArray(np.concatenate(pieces)), num_bytes
+
+
+if __name__ == "__main__":
+    run_main(main)

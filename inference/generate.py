@@ -1,0 +1,99 @@
+"""`acorn generate MODEL --prompt "…"`: text from a run directory, a checkpoint or a Hub id."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from training.errors import UserError, run_main
+from training.run import quiet_libraries
+from training.sampling import TextPrinter, continue_ids, encode_prompt, sampling_arguments
+
+from .loading import load_model_and_tokenizer
+
+
+EPILOG = """examples:
+  acorn generate runs/quickstart --prompt "def main("
+  acorn generate runs/quickstart --prompt FILE:start.txt --num_samples 3 --temperature 0.7 --seed 7
+  acorn generate gpt2 --prompt "Once upon a time" --max_new_tokens 60"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb's flags; names are generate()'s where it has one."""
+    parser = argparse.ArgumentParser(
+        prog="acorn generate",
+        description="Write text with a model, streamed to the terminal as it comes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
+    parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; empty starts a document")
+    parser.add_argument("--max_new_tokens", type=int, default=300, help="length of a sample [%(default)s]")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many samples [%(default)s]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [%(default)s]")
+    parser.add_argument("--top_k", type=int, default=200, help="sample among the k likeliest; 0: all [%(default)s]")
+    parser.add_argument("--top_p", type=float, default=None, help="sample among the likeliest that hold this share")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less [%(default)s]")
+    parser.add_argument("--seed", type=int, default=1337, help="of the draws [%(default)s]")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [%(default)s]")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that a Hub id brings")
+    parser.add_argument("--no_stream", action="store_true", help="write each sample when it is whole, all in one batch")
+    return parser.parse_args(argv)
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or the text of the file it names after FILE:."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    path = Path(prompt.removeprefix("FILE:"))
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"--prompt FILE:{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt FILE:{path}: not UTF-8 at byte {error.start}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write samples to stdout."""
+    flags = parse(argv)
+    if flags.max_new_tokens < 1 or flags.num_samples < 1:
+        raise UserError("--max_new_tokens and --num_samples must be at least 1")
+    quiet_libraries()
+    generation = sampling_arguments(
+        flags.temperature, flags.top_k, flags.top_p, repetition_penalty=flags.repetition_penalty
+    )
+    prompt = read_prompt(flags.prompt)
+    model, tokenizer = load_model_and_tokenizer(flags.model, flags.dtype, flags.trust_remote_code)
+    ids = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings).to(model.device)
+    set_seed(flags.seed)
+    write = write_batch if flags.no_stream else write_streamed
+    write(model, tokenizer, prompt, ids, flags, generation)
+
+
+def write_streamed(model, tokenizer, prompt: str, ids: torch.Tensor, flags, generation: dict) -> None:
+    """Samples one after the other, each as it grows."""
+    for number in range(flags.num_samples):
+        printer = TextPrinter(tokenizer, lambda text: print(text, end="", flush=True))
+        print(separator(number) + prompt, end="", flush=True)
+        continue_ids(model, ids, flags.max_new_tokens, streamer=printer, **generation)
+        printer.finish()
+        sys.stdout.write("\n")
+
+
+def write_batch(model, tokenizer, prompt: str, ids: torch.Tensor, flags, generation: dict) -> None:
+    """All samples in one batch, which is quicker than one after the other."""
+    grown = continue_ids(model, ids.repeat(flags.num_samples, 1), flags.max_new_tokens, **generation)
+    for number, sample in enumerate(tokenizer.batch_decode(grown[:, ids.shape[1] :], skip_special_tokens=True)):
+        print(separator(number) + prompt + sample)
+
+
+def separator(number: int) -> str:
+    """A line between samples."""
+    return "─" * 50 + "\n" if number else ""
+
+
+if __name__ == "__main__":
+    run_main(main)
