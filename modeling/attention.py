@@ -5,6 +5,7 @@ from torch import nn
 from transformers.cache_utils import Cache, KVSharingDict
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .dropout import dropout as random_dropout
 from .positions import POSITIONS
 
 
@@ -21,7 +22,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    weights = random_dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

@@ -122,7 +122,8 @@ class GPTConfig(PreTrainedConfig):
         if self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)  # transformers fills defaults in: not in the caller's
         for alias in kwargs.keys() & self.attribute_map.keys():
-            setattr(self, alias, kwargs.pop(alias))  # transformers would, but after it has derived from the defaults
+            # transformers would too, but after it has derived from the defaults, and past the check of the type.
+            setattr(self, self.attribute_map[alias], kwargs.pop(alias))
         super().__post_init__(**kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

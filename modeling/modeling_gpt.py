@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import SoftmaxAttention
 from .configuration_gpt import AUTO_MAP, GPTConfig
+from .dropout import Dropout
 from .loss import causal_lm_loss
 from .positions import POSITIONS, NoPositions
 
@@ -65,7 +66,7 @@ class PreNormBlock(GradientCheckpointingLayer):
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config)
         self.attn_norm = NORMS[config.norm](config)
         self.mlp_norm = NORMS[config.norm](config)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.dropout = Dropout(config.residual_dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """hidden_states: (batch, tokens, hidden_size), positional so that checkpointing sees its gradient."""
@@ -164,7 +165,7 @@ class GPTModel(GPTPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = POSITIONS[config.position_encoding](config)
         self.embed_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(BLOCKS[config.norm_order](config, i) for i in range(config.num_hidden_layers))
         self.final_norm = NORMS[config.norm](config) if config.norm_order == "pre" else nn.Identity()
         self.gradient_checkpointing = False

@@ -38,7 +38,13 @@ class LearnedPositions(NoPositions):
         self.embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def add(self, hidden_states, position_ids):
-        return hidden_states + self.embed(position_ids)
+        try:
+            return hidden_states + self.embed(position_ids)
+        except IndexError as error:  # on a CPU; a GPU ends in a device-side assertion, and looking first would stall it
+            raise ValueError(
+                f"position {int(position_ids.max())} is past max_position_embeddings={self.embed.num_embeddings}: "
+                "learned positions end there; shorten the input or generate fewer tokens"
+            ) from error
 
 
 class SinusoidalPositions(NoPositions):

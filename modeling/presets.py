@@ -1,6 +1,7 @@
 """Preset name to GPTConfig arguments; `acorn pretrain … --preset NAME` and recipes use them."""
 
 GPT2 = {"vocab_size": 50257, "max_position_embeddings": 1024}
+NANOGPT = {"bias": False, "hidden_act": "gelu"}
 GPT3 = {"vocab_size": 50257, "max_position_embeddings": 2048}
 TOYGPT = {
     "vocab_size": 50257,
@@ -16,9 +17,10 @@ def _shape(layers: int, width: int, heads: int, head_dim: int | None = None) -> 
 
 
 PRESETS: dict[str, dict] = {
-    # nanoGPT's character models: no biases; the vocabulary comes from the text.
-    "baby": {**_shape(6, 384, 6), "vocab_size": 65, "max_position_embeddings": 256, "bias": False},
-    "baby-cpu": {**_shape(4, 128, 4), "vocab_size": 65, "max_position_embeddings": 64, "bias": False},
+    # nanoGPT's models: no biases and the exact GELU. The characters' vocabulary comes from the text.
+    "baby": {**NANOGPT, **_shape(6, 384, 6), "vocab_size": 65, "max_position_embeddings": 256},
+    "baby-cpu": {**NANOGPT, **_shape(4, 128, 4), "vocab_size": 65, "max_position_embeddings": 64},
+    "nanogpt": {**GPT2, **NANOGPT, **_shape(12, 768, 12)},
     # Radford et al. 2018: norms after the residual sum, 40,478 byte-pair tokens, dropout 0.1.
     "gpt1": {
         **_shape(12, 768, 12),

@@ -23,7 +23,10 @@ def rope(**parameters) -> dict:
 REFUSED = {  # what is wrong: arguments over TINY, what the message must say
     "heads do not divide the width": ({"hidden_size": 30}, "hidden_size=30 .*num_attention_heads=4.*head_dim"),
     "kv heads do not divide the heads": ({"num_key_value_heads": 3}, "num_key_value_heads=3 .*divisor"),
-    "unknown position": ({"position_encoding": "alibi"}, "position_encoding='alibi': .*learned, sinusoidal, rope, none"),
+    "unknown position": (
+        {"position_encoding": "alibi"},
+        "position_encoding='alibi': .*learned, sinusoidal, rope, none",
+    ),
     "unknown norm": ({"norm": "batch"}, "norm='batch': .*layer_norm, rms_norm"),
     "unknown norm order": ({"norm_order": "both"}, "norm_order='both': .*pre, post"),
     "unknown activation": ({"hidden_act": "tanh"}, "hidden_act='tanh': .*gelu_new, gelu, relu, relu2, silu"),
@@ -37,7 +40,10 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
     "sharing modes of another length": ({"kv_sharing_modes": ["store"]}, "kv_sharing_modes has 1 entries"),
     "unknown sharing mode": ({"kv_sharing_modes": ["store", "lend"]}, r"kv_sharing_modes\[1\]='lend'"),
     "reuse without a store": ({"kv_sharing_modes": [None, "reuse"]}, r"kv_sharing_modes\[1\]='reuse' has no 'store'"),
-    "reuse before its store": ({"kv_sharing_modes": ["reuse", "store"]}, r"kv_sharing_modes\[0\]='reuse' has no 'store'"),
+    "reuse before its store": (
+        {"kv_sharing_modes": ["reuse", "store"]},
+        r"kv_sharing_modes\[0\]='reuse' has no 'store'",
+    ),
     "reuse across layer types": (
         {"kv_sharing_modes": ["store", "reuse"], "layer_types": [FULL, SLIDING], "sliding_window": 4},
         r"kv_sharing_modes\[1\]='reuse' is sliding_attention .*layer 0, is full_attention",
@@ -168,7 +174,9 @@ def test_a_saved_config_loads_by_auto_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_backend_is_taken(backend: str) -> None:
     assert GPTForCausalLM(tiny_config(attn_implementation=backend)).config._attn_implementation == backend
-    assert GPTForCausalLM._from_config(tiny_config(), attn_implementation=backend).config._attn_implementation == backend
+    assert (
+        GPTForCausalLM._from_config(tiny_config(), attn_implementation=backend).config._attn_implementation == backend
+    )
 
 
 def test_unknown_attention_backend_is_refused() -> None:

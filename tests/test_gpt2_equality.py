@@ -1,12 +1,21 @@
-"""GPT-2 in our parts computes what transformers' GPT-2 computes."""
+"""GPT-2 in our parts computes what transformers' GPT-2 computes; so do GPT-1, Llama and Mistral."""
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 from modeling import GPTConfig, GPTForCausalLM
 
-from .variants import randomize
+from .variants import VARIANTS, randomize
 
 TINY_SHAPE = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 61, "n_positions": 32}
 REAL_WIDTH = {"n_embd": 768, "n_layer": 2, "n_head": 12, "vocab_size": 503, "n_positions": 64}
@@ -28,15 +37,17 @@ def copy_module(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def ours_of(theirs: GPT2LMHeadModel, **shape) -> GPTForCausalLM:
+def ours_of(theirs: GPT2LMHeadModel | OpenAIGPTLMHeadModel, **shape) -> GPTForCausalLM:
     """Our model with the weights of `theirs`."""
     ours = GPTForCausalLM(GPTConfig(**shape)).eval()
     for parameter in ours.parameters():
         parameter.fill_(float("nan"))  # so that a weight left out is not overlooked
-    copy_module(ours.model.embed_tokens, theirs.transformer.wte)
-    copy_module(ours.model.positions.embed, theirs.transformer.wpe)
-    copy_module(ours.model.final_norm, theirs.transformer.ln_f)
-    for our_layer, their_layer in zip(ours.model.layers, theirs.transformer.h, strict=True):
+    body, is_gpt1 = theirs.transformer, isinstance(theirs, OpenAIGPTLMHeadModel)
+    copy_module(ours.model.embed_tokens, body.tokens_embed if is_gpt1 else body.wte)
+    copy_module(ours.model.positions.embed, body.positions_embed if is_gpt1 else body.wpe)
+    if not is_gpt1:
+        copy_module(ours.model.final_norm, body.ln_f)
+    for our_layer, their_layer in zip(ours.model.layers, body.h, strict=True):
         for our_name, their_name in LAYER.items():
             copy_module(our_layer.get_submodule(our_name), their_layer.get_submodule(their_name))
         joint = their_layer.attn.c_attn
@@ -96,3 +107,54 @@ def test_generation_equals() -> None:
 def test_other_activations_equal(activation: str) -> None:
     ours, theirs, ids = build_both(TINY_SHAPE, activation)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gpt1_equals() -> None:
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    theirs = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**TINY_SHAPE, **dropout)).eval()
+    randomize(theirs)
+    ids = torch.randint(TINY_SHAPE["vocab_size"], (2, 32))
+    found = ours_of(theirs, **TINY_SHAPE, norm_order="post")(ids).logits
+    torch.testing.assert_close(found, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+LLAMA_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "model.norm.": "model.final_norm.",
+}
+LLAMA_SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("stock", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["rope", "rope_theta", "rope_linear", "rope_dynamic", "rope_yarn", "rope_llama3"])
+@torch.no_grad()
+def test_llama_and_mistral_equal(name: str, stock: str) -> None:
+    parameters = VARIANTS[name].get("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
+    window = {"sliding_window": 5} if stock == "mistral" else {}
+    config_class, model_class = (
+        (LlamaConfig, LlamaForCausalLM) if stock == "llama" else (MistralConfig, MistralForCausalLM)
+    )
+    theirs = model_class(
+        config_class(**LLAMA_SHAPE, rms_norm_eps=1e-5, rope_parameters=dict(parameters), **window)
+    ).eval()
+    randomize(theirs)
+    choices = {"norm": "rms_norm", "bias": False, "gated_mlp": True, "hidden_act": "silu"}
+    rope = {"position_encoding": "rope", "rope_parameters": parameters}
+    ours = GPTForCausalLM(GPTConfig(**LLAMA_SHAPE, **choices, **rope, **window)).eval()
+    weights = theirs.state_dict()
+    for their_name, our_name in LLAMA_NAMES.items():
+        weights = {key.replace(their_name, our_name): weight for key, weight in weights.items()}
+    ours.load_state_dict(weights)  # strict: every weight has its place
+    ids = torch.randint(61, (2, 40 if name == "rope_dynamic" else 32))  # dynamic shows past the context only
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=2e-5)

@@ -32,7 +32,7 @@ for name in ("acorn", "modeling", "training"):
     raise SystemExit(f"{name} can be imported: this process proves nothing")
 '''
 
-LOAD_ALL = '''
+LOAD_ALL = """
 import json, pathlib, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -57,17 +57,18 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     except Exception as error:
         wrong[folder.name] = [repr(error)]
 print(json.dumps(wrong))
-'''
+"""
 
-PIPELINE = '''
+PIPELINE = """
 import json, torch
 from transformers import pipeline
 
 torch.set_num_threads(1)
 generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True, device="cpu")
 prompts = ["a b c", "d"]
-print(json.dumps([row[0]["generated_text"] for row in generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)]))
-'''
+rows = generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
+print(json.dumps([row[0]["generated_text"] for row in rows]))
+"""
 
 
 def run_without_acorn(script: str, *arguments: Path, cwd: Path) -> object:

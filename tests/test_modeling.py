@@ -9,7 +9,7 @@ from modeling import GPTForCausalLM, loss
 from .variants import INEXACT_WITH_CACHE, VARIANTS, random_model, tiny_config
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
-every_variant_with_cache = pytest.mark.parametrize("name", [name for name in VARIANTS if name not in INEXACT_WITH_CACHE])
+every_variant_with_cache = pytest.mark.parametrize("name", [n for n in VARIANTS if n not in INEXACT_WITH_CACHE])
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # logits have a standard deviation of about 1.5
 
 
@@ -82,6 +82,7 @@ def test_saved_and_loaded_is_equal(name: str, ids: torch.Tensor, tmp_path) -> No
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # its callers live on
 @every_variant
 def test_gradient_checkpointing_changes_nothing(name: str, ids: torch.Tensor) -> None:
     model = build(name)
@@ -89,7 +90,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, ids: torch.Tensor) ->
     calls = []
     for layer in model.model.layers:
         layer.self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     found_loss, found = gradients(model, ids)
     assert len(calls) == 2 * len(model.model.layers)  # each block really ran twice
     assert torch.equal(found_loss, expected_loss)
@@ -138,3 +139,76 @@ def test_generates_the_same_with_every_cache(name: str, padded: bool, ids: torch
     if name not in INEXACT_WITH_CACHE:
         uncached = model.generate(prompts, use_cache=False, **options)
         torch.testing.assert_close(torch.stack(uncached.logits), torch.stack(dynamic.logits), **CLOSE)
+
+
+# What a choice means, where no stock model (test_gpt2_equality.py) says it.
+
+
+def same_weights(name: str, **overrides) -> tuple[GPTForCausalLM, GPTForCausalLM]:
+    """The variant, and a model that differs in `overrides` alone."""
+    model, other = build(name), GPTForCausalLM(tiny_config(**{**VARIANTS[name], **overrides})).eval()
+    other.load_state_dict(model.state_dict())
+    return model, other
+
+
+@torch.no_grad()
+def test_softcap_bounds_the_logits(ids: torch.Tensor) -> None:
+    capped, raw = same_weights("logit_softcap", logit_softcap=None)
+    torch.testing.assert_close(capped(ids).logits, 2 * torch.tanh(raw(ids).logits / 2), **CLOSE)
+    assert raw(ids).logits.abs().max() > 2
+
+
+@torch.no_grad()
+def test_relu2_is_the_square(ids: torch.Tensor) -> None:
+    mlp, states = build("relu2").model.layers[0].mlp, torch.randn(5, 32)
+    torch.testing.assert_close(mlp(states), mlp.down_proj(mlp.up_proj(states).clamp(min=0) ** 2), **CLOSE)
+
+
+@torch.no_grad()
+def test_qk_norm_forgets_the_size_of_queries_and_keys(ids: torch.Tensor) -> None:
+    model = random_model(tiny_config(qk_norm=True, bias=False))
+    before = model(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 7
+        layer.self_attn.k_proj.weight *= 3
+    torch.testing.assert_close(model(ids).logits, before, **CLOSE)
+
+
+@torch.no_grad()
+def test_embedding_norm_comes_before_the_first_block(ids: torch.Tensor) -> None:
+    first = build("modern")(ids, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(first.square().mean(-1), torch.ones(3, 16), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_sinusoids_are_those_of_the_paper(ids: torch.Tensor) -> None:
+    model = build("sinusoidal")
+    added = model.model.positions.add(torch.zeros(1, 20, 32), torch.arange(20)[None])[0]
+    for position, pair in [(0, 0), (7, 3), (19, 15)]:
+        angle = torch.tensor(position / 10000 ** (2 * pair / 32))
+        torch.testing.assert_close(added[position, 2 * pair : 2 * pair + 2], torch.stack([angle.sin(), angle.cos()]))
+
+
+@torch.no_grad()
+def test_without_positions_one_layer_knows_no_order(ids: torch.Tensor) -> None:
+    model = random_model(tiny_config(position_encoding="none", num_hidden_layers=1))
+    reordered = torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], dim=1)
+    torch.testing.assert_close(model(reordered).logits[:, -1], model(ids).logits[:, -1], **CLOSE)
+
+
+@torch.no_grad()
+def test_reuse_takes_the_keys_and_values_of_the_nearest_store(ids: torch.Tensor) -> None:
+    model = build("shared_kv_two_groups")
+    layers = model.model.layers
+    assert [hasattr(layer.self_attn, "k_proj") for layer in layers] == [True, True, False, True, False]
+    before = model(ids, output_hidden_states=True).hidden_states
+    layers[3].self_attn.v_proj.bias += 1
+    after = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(after[3], before[3])  # what layer 2, which reuses layer 1, puts out
+    values, reuse = [], layers[4].self_attn
+    layers[3].self_attn.v_proj.register_forward_hook(lambda module, inputs, output: values.append(output))
+    attended = []
+    reuse.o_proj.register_forward_pre_hook(lambda module, inputs: attended.append(inputs[0]))
+    model(ids)
+    first_token = values[0][:, 0].unflatten(-1, (2, 8)).repeat_interleave(2, dim=1)  # it sees itself alone
+    torch.testing.assert_close(attended[0][:, 0], first_token.flatten(1), **CLOSE)

@@ -11,6 +11,7 @@ EXACT = {
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
     "gpt2-xl": 1_557_611_200,
+    "nanogpt": 124_439_808 - 12 * (2 * 768 + 4 * 768 + 4 * 768 + 768) - 768,  # gpt2 without biases
 }
 IN_MILLIONS = {"toygpt-small": 123.70, "toygpt-medium": 253.06, "toygpt-large": 1311.58}
 # Brown et al. 2020, table 2.1: the size in the name, layers, width, heads, head size.
@@ -58,7 +59,7 @@ def test_counts_in_millions(name: str) -> None:
 @pytest.mark.parametrize("name", GPT3)
 def test_gpt3_counts(name: str) -> None:
     size, *shape = GPT3[name]
-    layers, width, heads, head_dim = shape
+    _, width, heads, head_dim = shape
     assert count(name) == gpt3_count(*shape)
     if heads * head_dim == width:  # of gpt3-xl and gpt3-13b the paper's own table does not add up
         assert count(name) == pytest.approx(size, rel=0.03)

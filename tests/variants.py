@@ -108,7 +108,7 @@ def tiny_config(**overrides) -> GPTConfig:
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew, large enough that each of them shows in the logits and attention is far from uniform."""
+    """Draw every parameter anew, so large that each shows in the logits and attention is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
 """The dataclasses that recipes and flags fill; what each field means is its `help`."""
 
+import sys
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
@@ -107,6 +108,8 @@ class GPTTrainingArguments(TrainingArguments):
         self.compile_blocks = self.torch_compile and self.compile_scope == "blocks"
         if self.compile_blocks:
             self.torch_compile = False  # the trainer compiles the blocks in place; accelerate would wrap the whole
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a log file has no use for a bar
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one GPU; DataParallel would be slower than it and split every batch

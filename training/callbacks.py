@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .hardware import device_peak_flops
+from .sampling import sample_text
 
 
 COLUMNS = {
@@ -140,6 +141,10 @@ class ConsoleTable(TrainerCallback, ExportableState):
         self.rows.append(row)
         with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        sample = self.trainer.sample
+        if sample.sample_during_training and sample.max_new_tokens:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(sample_text(self.trainer.model, self.trainer.corpus.tokenizer, sample, args.seed), flush=True)
         self._print_row(row, (state.max_steps - state.global_step) * self.trainer.tokens_per_step)
         self._start_interval(state)
         self.resumed_at = time.perf_counter()

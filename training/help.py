@@ -9,7 +9,7 @@ from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
 TRAINING_FLAGS = (
     "output_dir max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps optimizer "
     "learning_rate muon_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 torch_compile "
-    "compile_scope gradient_checkpointing eval_steps save_steps save_total_limit early_stopping_patience seed report_to"
+    "compile_scope activation_checkpointing eval_steps save_steps save_total_limit early_stopping_patience seed report_to"
 ).split()
 MODEL_FLAGS = (
     "preset n_layer n_head n_embd n_kv_head block_size dropout bias position_encoding norm hidden_act gated_mlp qk_norm "

@@ -63,9 +63,10 @@ class Recipe:
             raise UserError(f"model: {_one_line(error)}") from error
 
     def update(self, overrides: dict[str, dict]) -> None:
-        """Lay checked flags over the recipe; naming a source replaces the recipe's."""
-        if any(key in overrides.get("data", {}) for key in SOURCE_KEYS):
-            for key in (*SOURCE_KEYS, "dataset_config", "dataset_split", "text_column", "streaming"):
+        """Lay checked flags over the recipe; naming a source, or prepared tokens, replaces the recipe's."""
+        named = overrides.get("data", {})
+        if any(key in named for key in (*SOURCE_KEYS, "data_dir")):  # prepared tokens are a source too
+            for key in (*SOURCE_KEYS, "data_dir", "dataset_config", "dataset_split", "text_column", "streaming"):
                 self.data.pop(key, None)
         for section, values in overrides.items():
             getattr(self, section).update(values)

@@ -50,65 +50,75 @@ def draw_losses(rows: list[dict], path: Path, title: str) -> None:
     temporary.replace(path)
 
 
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [acorn, gpt]
+---
+
+# {name}
+
+A GPT of {parameters:,} parameters, grown from scratch by Acorn (`pip install acorn-gpt`).
+
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "PATH-OR-ID-OF-THIS-DIRECTORY", trust_remote_code=True)
+print(write({prompt}, max_new_tokens=100)[0]["generated_text"])
+```
+
+## Data
+
+Source: `{source}`{licence}.
+Train {train_tokens:,} tokens, validation {validation_tokens:,} tokens; vocabulary {vocab_size:,}.
+
+## Results
+
+On the whole validation split, in non-overlapping windows:
+
+{results}
+
+## Training
+
+Command: `{command}`
+
+{versions}; Python {python}. All arguments are in `recipe.yaml`.
+
+## Sample
+
+{sample}
+"""
+
+
 def model_card(recipe, corpus, model, rows: list[dict], sample: str) -> str:
     """The README.md of a run directory, with the Hub's metadata on top."""
-    best = min(rows, key=lambda row: row["eval_loss"]) if rows else {}
-    splits, parameters = corpus.manifest["splits"], model.num_parameters()
-    licence = corpus.manifest.get("licence")
-    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [acorn, gpt]"]
-    figures = [
-        f"| {name} | {best[key]:,.4f} |"
-        for name, key in (("validation loss (nats a token)", "eval_loss"), ("bits per byte", "bits_per_byte"))
-        if key in best
-    ]
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return "\n".join(
-        [
-            "---",
-            *metadata,
-            "---",
-            "",
-            f"# {recipe.name}",
-            "",
-            f"A GPT of {parameters:,} parameters, grown from scratch by [Acorn](https://pypi.org/project/acorn-gpt/).",
-            "",
-            "```python",
-            "from transformers import pipeline",
-            "",
-            'write = pipeline("text-generation", "PATH-OR-ID-OF-THIS-DIRECTORY", trust_remote_code=True)',
-            f"print(write({json.dumps(recipe.sample.get('prompt', 'Once'))}, max_new_tokens=100)[0]['generated_text'])",
-            "```",
-            "",
-            "## Data",
-            "",
-            f"Source: `{source_line(recipe)}`" + (f", licence {licence}." if licence else "."),
-            f"Train {splits['train']['tokens']:,} tokens, validation {splits['validation']['tokens']:,} tokens; "
-            f"vocabulary {corpus.manifest['vocab_size']:,}.",
-            "",
-            "## Results",
-            "",
-            "| on the whole validation split | |",
-            "| --- | --- |",
-            *figures,
-            "",
-            (
-                f"Best at step {best['step']:,} after {best['tokens']:,} tokens, "
-                f"{best['seconds']:,.0f} s into the run.\n\n![loss](loss.png)"
-                if best
-                else "The run ended before its first evaluation."
-            ),
-            "",
-            "## Training",
-            "",
-            f"Command: `{recipe.command}`",
-            "",
-            f"{versions}; Python {platform.python_version()}. All arguments are in `recipe.yaml`.",
-            "",
-            "## Sample",
-            "",
-            *(f"    {line}" for line in sample.splitlines()),
-            "",
-        ]
+    splits, licence = corpus.manifest["splits"], corpus.manifest.get("licence")
+    return CARD.format(
+        name=recipe.name,
+        parameters=model.num_parameters(),
+        prompt=json.dumps(recipe.sample_arguments().prompt or "Once"),
+        source=source_line(recipe),
+        licence=f", licence {licence}" if licence else "",
+        train_tokens=splits["train"]["tokens"],
+        validation_tokens=splits["validation"]["tokens"],
+        vocab_size=corpus.manifest["vocab_size"],
+        results=results_table(rows),
+        command=recipe.command,
+        versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        python=platform.python_version(),
+        sample="\n".join(f"    {line}" for line in sample.splitlines()),
+    )
+
+
+def results_table(rows: list[dict]) -> str:
+    """The best evaluation's figures as Markdown."""
+    if not rows:
+        return "The run ended before its first evaluation."
+    best = min(rows, key=lambda row: row["eval_loss"])
+    return (
+        "| loss (nats a token) | bits per byte | step | tokens seen | seconds |\n| --- | --- | --- | --- | --- |\n"
+        f"| {best['eval_loss']:.4f} | {best['bits_per_byte']:.4f} | {best['step']:,} | {best['tokens']:,} "
+        f"| {best['seconds']:,.0f} |\n\n![loss](loss.png)"
     )
 
 

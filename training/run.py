@@ -49,8 +49,8 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
 
     A run that a signal stopped ends the process with the shell's usual code, after saying how to resume.
     """
-    sampling = recipe.data_arguments().sampling
-    trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, sampling)
+    data, sample = recipe.data_arguments(), recipe.sample_arguments()
+    trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, data, sample)
     if trainer.is_world_process_zero():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         recipe.data["data_dir"] = str(corpus.directory.absolute())
@@ -87,7 +87,7 @@ def leave_resumable(trainer: GPTTrainer) -> None:
 
 def finish(recipe: Recipe, trainer: GPTTrainer) -> None:
     """Load the best model, sample from it, write the report and say what to type next."""
-    run_dir, sample = Path(trainer.args.output_dir), recipe.sample_arguments()
+    run_dir, sample = Path(trainer.args.output_dir), trainer.sample
     model = GPTForCausalLM.from_pretrained(run_dir).to(trainer.args.device)
     text = sample_text(model, trainer.corpus.tokenizer, sample, trainer.args.seed) if sample.max_new_tokens else ""
     write_report(run_dir, recipe, trainer.corpus, model, text)

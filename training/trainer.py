@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .arguments import GPTTrainingArguments
+from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
 from .callbacks import ConsoleTable, StopOnSignal
 from .corpus import Corpus
 from .dataset import EvaluationRows, TrainingRows, collate_rows
@@ -36,14 +37,25 @@ class GPTTrainer(Trainer):
     """The only training loop.
 
     model: a GPTForCausalLM, or any causal LM that takes `shift_labels`. corpus: prepared tokens, train and validation.
+    data, sample: DataArguments (how windows are drawn) and SampleArguments (whether samples are shown on the way).
     Raises UserError when the loss stops being a number; the checkpoints before that are kept.
     """
 
-    def __init__(self, model, args: GPTTrainingArguments, corpus: Corpus, context_length: int, sampling: str = "random"):
+    def __init__(
+        self,
+        model,
+        args: GPTTrainingArguments,
+        corpus: Corpus,
+        context_length: int,
+        data: DataArguments | None = None,
+        sample: SampleArguments | None = None,
+    ):
+        sampling = (data or DataArguments()).sampling
         self.rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         self.context_length = context_length
         self.tokens_per_step = self.rows_per_step * context_length
         self.corpus = corpus
+        self.sample = sample or SampleArguments()
         train_tokens = corpus.tokens("train")
         if args.max_steps <= 0:
             args.max_steps = math.ceil(args.num_train_epochs * len(train_tokens) / self.tokens_per_step)
@@ -155,7 +167,8 @@ class GPTTrainer(Trainer):
         self.save_model(str(aside), _internal_call=True)
         if self.args.should_save:
             for file in sorted(aside.iterdir()):
-                file.replace(root / file.name)
+                if file.name != TRAINING_ARGS_NAME:  # a pickle, which nobody who loads the model needs
+                    file.replace(root / file.name)
             shutil.rmtree(aside)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
