@@ -2,8 +2,13 @@
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, KVSharingDict
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from transformers.cache_utils import KVSharingDict
+except ImportError:  # transformers 5.17; like the real one it is no dict, which wrappers would copy
+    from collections import UserDict as KVSharingDict
 
 from .dropout import dropout as random_dropout
 from .positions import POSITIONS

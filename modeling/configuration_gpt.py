@@ -3,7 +3,6 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-
 CHOICES = {
     "position_encoding": ("learned", "sinusoidal", "rope", "none"),
     "norm": ("layer_norm", "rms_norm"),
@@ -55,8 +54,8 @@ class GPTConfig(PreTrainedConfig):
     """
 
     model_type = "gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' spelling
-    attribute_map = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
@@ -65,7 +64,7 @@ class GPTConfig(PreTrainedConfig):
         "block_size": "max_position_embeddings",
         "n_positions": "max_position_embeddings",
     }
-    base_model_tp_plan = {  # noqa: RUF012
+    base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -74,7 +73,7 @@ class GPTConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan = {  # noqa: RUF012
+    base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "final_norm": (["hidden_states"], ["hidden_states"]),

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 CHUNK_ELEMENTS = 2**26  # float32 logits of a chunk stay under 256 MiB
 
 

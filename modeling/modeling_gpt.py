@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, KVSharingDict
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import SoftmaxAttention
+from .attention import KVSharingDict, SoftmaxAttention
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .dropout import Dropout
 from .loss import causal_lm_loss
@@ -100,14 +100,14 @@ class GPTPreTrainedModel(PreTrainedModel):
     config_class = GPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PreNormBlock", "PostNormBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values", "shared_key_values"]  # noqa: RUF012
+    _no_split_modules = ["PreNormBlock", "PostNormBlock"]
+    _skip_keys_device_placement = ["past_key_values", "shared_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {
         "hidden_states": PreNormBlock,
         "attentions": SoftmaxAttention,
     }
@@ -139,11 +139,15 @@ class GPTPreTrainedModel(PreTrainedModel):
         if linear.bias is not None:
             init.zeros_(linear.bias)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
-        """As in transformers, but never reentrant: with shared keys and values that gives wrong gradients."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+        """As in transformers, but never reentrant: with shared keys and values that gives wrong gradients.
+
+        This is the name that transformers 5.17 knows; the newer activation_checkpointing_enable comes here by itself.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True: gradients of shared keys and values would be wrong; leave it out")
-        return super().activation_checkpointing_enable({"use_reentrant": False}, **kwargs)
+        without_warning = getattr(super(), "_activation_checkpointing_enable", super().gradient_checkpointing_enable)
+        return without_warning({"use_reentrant": False}, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; what is written always has the code, the whole `auto_map` and `use_cache=True`."""
@@ -247,9 +251,9 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     """GPTModel with a language-model head, its loss and generate()."""
 
     _auto_class = "AutoModelForCausalLM"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)

@@ -37,8 +37,8 @@ PRESETS: dict[str, dict] = {
     "gpt2-medium": {**GPT2, **_shape(24, 1024, 16)},
     "gpt2-large": {**GPT2, **_shape(36, 1280, 20)},
     "gpt2-xl": {**GPT2, **_shape(48, 1600, 25)},
-    # Brown et al. 2020, table 2.1, to the letter: where heads * head_dim is not the width, head_dim says so. Attention is
-    # dense in every layer; the paper alternates it with banded sparse attention (`layer_types` can).
+    # Brown et al. 2020, table 2.1, to the letter: where heads * head_dim is not the width, head_dim says so. Attention
+    # is dense in every layer; the paper alternates it with banded sparse attention (`layer_types` can).
     "gpt3-small": {**GPT3, **_shape(12, 768, 12, 64)},
     "gpt3-medium": {**GPT3, **_shape(24, 1024, 16, 64)},
     "gpt3-large": {**GPT3, **_shape(24, 1536, 16, 96)},

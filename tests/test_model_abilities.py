@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import cache_utils
 
 from modeling import GPTForCausalLM, GPTModel
 
@@ -18,6 +19,14 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 def build(name: str) -> GPTForCausalLM:
     return random_model(tiny_config(**VARIANTS[name]))
+
+
+def step(model: GPTForCausalLM, run, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and gradients of one training step, by the model itself or by `run`, its compiled form."""
+    model.zero_grad()
+    loss = run(ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
 # Loss
@@ -163,11 +172,51 @@ def test_beams_run_through_the_cache(name: str, ids: torch.Tensor) -> None:
     assert torch.equal(with_cache, model.generate(ids[:, :5], use_cache=False, **options))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "rope", "grouped_query"])
+CROPS_SHARED_KV = pytest.mark.skipif(
+    not hasattr(cache_utils, "DummyLayer"), reason="transformers before sharing caches"
+)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "rope", pytest.param("shared_kv_two_groups", marks=CROPS_SHARED_KV)])
 def test_prompt_lookup_generates_the_same(name: str, ids: torch.Tensor) -> None:
     model, prompt = build(name), torch.cat([ids[:1, :6], ids[:1, :6]], dim=1)
     options = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), model.generate(prompt, **options))
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])
+def test_dropout_drops_its_rate_and_keeps_the_mean(rate: float) -> None:
+    model = random_model(tiny_config(dropout=rate)).train()
+    for module in (model.model.dropout, model.model.layers[0].dropout):
+        states = torch.ones(300, 333, requires_grad=True)
+        dropped = module(states)
+        assert (dropped == 0).float().mean().item() == pytest.approx(rate, abs=0.01)
+        assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
+        assert len(dropped.unique()) == 2
+        dropped.sum().backward()
+        assert torch.equal(states.grad, dropped)
+        assert torch.equal(module.eval()(states), states)
+        assert module.train()(torch.ones(3, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_every_dropout_is_drawn_anew_and_replayed_by_checkpointing(backend: str, ids: torch.Tensor) -> None:
+    places = ("embedding_dropout", "attention_dropout", "residual_dropout")
+    for arguments in [{place: 0.3} for place in places] + [{"dropout": 0.3}]:
+        model = random_model(tiny_config(**arguments)).train()
+        model.set_attn_implementation(backend)
+        assert model(ids, labels=ids).loss != model(ids, labels=ids).loss
+        runs = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            torch.manual_seed(5)
+            runs.append(step(model, model, ids))
+        torch.testing.assert_close(runs[1], runs[0])
+        assert torch.equal(model.eval()(ids).logits, model(ids).logits)
 
 
 # Number formats and compilation
@@ -196,28 +245,27 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def step(model: GPTForCausalLM, run, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    model.zero_grad()
-    loss = run(ids, labels=ids).loss
-    loss.backward()
-    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
-
-
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
         ("gpt2", "aot_eager"),
         ("modern", "aot_eager"),
         ("shared_kv_mixed_layers", "eager"),
+        ("dropout", "aot_eager"),
+        pytest.param("dropout", "inductor", marks=pytest.mark.slow),
         pytest.param("gpt2", "inductor", marks=pytest.mark.slow),
         pytest.param("modern", "inductor", marks=pytest.mark.slow),
         pytest.param("shared_kv_mixed_layers", "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_as_one_graph(name: str, backend: str, ids: torch.Tensor, fresh_dynamo) -> None:
-    model = build(name).train()
+    model = (random_model(tiny_config(dropout=0.2)) if name == "dropout" else build(name)).train()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(step(model, compiled, ids), step(model, model, ids), **CLOSE)
+    found = step(model, compiled, ids)
+    if name == "dropout":  # a compiled random stream is another one
+        assert torch.isfinite(found[0])
+    else:
+        torch.testing.assert_close(found, step(model, model, ids), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["modern", "shared_kv_mixed_layers"])

@@ -212,3 +212,13 @@ def test_reuse_takes_the_keys_and_values_of_the_nearest_store(ids: torch.Tensor)
     model(ids)
     first_token = values[0][:, 0].unflatten(-1, (2, 8)).repeat_interleave(2, dim=1)  # it sees itself alone
     torch.testing.assert_close(attended[0][:, 0], first_token.flatten(1), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["rope", "rope_linear", "rope_yarn", "rope_llama3", "shared_kv_rope", "modern"])
+@torch.no_grad()
+def test_rope_sees_distances_only(name: str, ids: torch.Tensor) -> None:
+    model, position_ids = build(name), torch.arange(16)[None]
+    expected = model(ids, position_ids=position_ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, position_ids=position_ids + 9, use_cache=False).logits, expected, **CLOSE)
+    spread = model(ids, position_ids=position_ids * 2, use_cache=False).logits
+    assert (spread - expected).abs().max() > 1e-2

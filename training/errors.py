@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-DISK_FULL = "No space left on device"  # also inside safetensors' errors, which carry no errno
+# Full disks, as the operating system, safetensors (both the first) and torch.save (the second) tell them.
+DISK_FULL = ("No space left on device", "file write failed")
 
 
 class UserError(Exception):
@@ -37,7 +38,7 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
         _drop_stdout()
         _leave(1)
     except Exception as error:
-        if DISK_FULL not in str(error):
+        if not any(words in str(error) for words in DISK_FULL):
             raise
         _leave(1, f"error: {_disk_full(error)}")
 

@@ -14,6 +14,7 @@ from .recipe import Recipe, load_run_recipe, parse_flags
 from .run import corpus_of_run, quiet_libraries, run
 
 
+STATE = "trainer_state.json"
 # What would make it another run: the state of a checkpoint belongs to these.
 FIXED_TRAINING = ("optimizer", "seed", "output_dir")
 CHANGEABLE_MODEL = ("block_size", "max_position_embeddings", "attn_implementation")
@@ -52,7 +53,11 @@ def split_checkpoint_flag(argv: list[str]) -> tuple[str, list[str]]:
 
 def find_checkpoint(run_dir: Path, wanted: str) -> Path:
     """The directory of `last`, `best` or `checkpoint-N`."""
-    checkpoints = sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    # trainer_state.json is written last: a directory without it was cut off while it was written.
+    found = sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    checkpoints = [path for path in found if (path / STATE).is_file()]
+    for path in set(found) - set(checkpoints):
+        print(f"{path} was not written whole and is passed over", file=sys.stderr)
     if not checkpoints:
         raise UserError(f"{run_dir} has no checkpoint yet: start it again with `acorn pretrain`")
     if wanted == "last":
@@ -66,11 +71,8 @@ def find_checkpoint(run_dir: Path, wanted: str) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """trainer_state.json of a checkpoint."""
-    path = checkpoint / "trainer_state.json"
-    if not path.is_file():
-        raise UserError(f"{checkpoint} has no trainer_state.json: it is no checkpoint of a run, or was not written whole")
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Trainer's own record of a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def lay_over(recipe: Recipe, flags: dict[str, dict]) -> None:

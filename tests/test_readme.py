@@ -1,0 +1,77 @@
+"""What the README says is what happens: its commands run, its file tree is the tree, its Python runs."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import acorn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```bash\n(.*?)```", README, flags=re.DOTALL))
+TINY = "--n_layer 1 --n_embd 32 --n_head 2 --max_steps 4 --eval_steps 2 --bf16 false".split()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with the README's texts and a tiny runs/quickstart."""
+    directory = tmp_path_factory.mktemp("readme")
+    for name in ("README.md", "CONTRIBUTING.md"):
+        shutil.copyfile(ROOT / name, directory / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        acorn.main(["pretrain", "quickstart", "--text_files", "README.md", *TINY])
+    return directory
+
+
+def commands(block: str) -> list[list[str]]:
+    return [shlex.split(line, comments=True) for line in BLOCKS[block].strip().splitlines()]
+
+
+def shrunk(command: list[str]) -> list[str]:
+    """The README's pretraining commands with a smaller model: the words are what is tested, not the training."""
+    return [*command, *TINY[:6], "--bf16", "false"] if command[1] == "pretrain" else command
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_commands_run(block, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    for command in commands(block):
+        assert command[0] == "acorn"
+        acorn.main(shrunk(command)[1:])
+        printed = capsys.readouterr().out
+        assert printed.strip(), command
+        if command[1] == "evaluate":
+            assert json.loads(printed.strip().splitlines()[-1])["tokens"] > 0
+
+
+def test_every_job_has_tested_commands():
+    assert set(BLOCKS) == {"generate", "evaluate", "pretrain", "prepare", "estimate"}
+
+
+def test_pipeline_snippet(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    snippet = next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "pipeline" in code)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("def main(")
+
+
+def test_config_snippet():
+    snippet = next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "GPTConfig" in code)
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["model"].config.hidden_size == 128
+
+
+def test_the_file_tree_names_every_file():
+    tree = README.split("## The files")[1]
+    for folder in ("modeling", "training", "inference"):
+        for path in (ROOT / folder).glob("*.py"):
+            if path.name != "__init__.py":
+                assert path.name in tree, f"{folder}/{path.name} is not in the README's tree"
+    for name in re.findall(r"\b([\w]+\.py)\b", tree):
+        assert list(ROOT.rglob(name)), f"the README's tree names {name}, which is not there"

@@ -1,0 +1,305 @@
+"""A stopped run goes on as if it had never stopped, bit for bit; what would make it another run is refused."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from shlex import split as words
+
+import pytest
+
+from training import pretrain, resume
+from training.callbacks import StopOnSignal, read_metrics
+from training.errors import UserError
+
+from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights, tiny_argv, write_text
+
+DROPOUT = ["--dropout", "0.1"]
+LONG = [*DROPOUT, "--max_steps", "120", "--eval_steps", "8"]
+ACCUMULATED = [*DROPOUT, *words("--max_steps 12 --gradient_accumulation_steps 2 --save_total_limit 5")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where this module's runs lie, side by side."""
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def grown(folder):
+    """A finished run of 8 steps with checkpoints at 4 and 8; tests copy it."""
+    return grow(folder, *DROPOUT, name="grown")
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The 120 steps that the stopped runs are held against."""
+    return grow(folder, *LONG, name="unbroken")
+
+
+@pytest.fixture
+def copy(grown):
+    """A copy of the finished run beside it, removed afterwards."""
+    path = grown.parent / "copy"
+    shutil.copytree(grown, path)
+    yield path
+    shutil.rmtree(path)
+
+
+def eval_losses(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["eval_loss"] for row in read_metrics(run_dir)}
+
+
+def back_to(run_dir: Path, step: int) -> None:
+    """Take away all that a run wrote after a checkpoint, as if the machine had gone down there."""
+    for later in [kept for kept in checkpoints(run_dir) if kept > step]:
+        shutil.rmtree(run_dir / f"checkpoint-{later}")
+    rows = [json.dumps(row) for row in metrics(run_dir) if row["step"] <= step]
+    (run_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for name in ("model.safetensors", "README.md", "loss.png", "sample.txt"):
+        (run_dir / name).unlink()
+
+
+# bit for bit
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_loses_nothing(folder, unbroken, number: signal.Signals, code: int) -> None:
+    run = folder / f"stopped-by-{number.name}"
+    command = [sys.executable, "-m", "training.pretrain", *tiny_argv(*LONG, name=run.name)]
+    # a process that a shell starts in the background ignores SIGINT: undo that for the child
+    child = subprocess.Popen(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == code, errors
+    assert "Traceback" not in errors
+    assert f"acorn resume {run.name}" in errors
+    stopped_at = checkpoints(run)[-1]
+    assert 8 <= stopped_at < 120
+    go_on(run)
+    assert eval_losses(run) == eval_losses(unbroken)
+    assert same_weights(run / "checkpoint-120", unbroken / "checkpoint-120")
+    assert same_weights(run, unbroken)
+    assert (run / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        words("--optimizer adamw"),
+        words("--optimizer muon"),
+        words("--optimizer muon --bf16 true --sampling shuffled --max_grad_norm 0"),
+        words("--eval_steps 3 --save_steps 4"),
+    ],
+    ids=" ".join,
+)
+def test_a_checkpoint_goes_on_bit_for_bit(folder, choice: list[str]) -> None:
+    run = grow(folder, *ACCUMULATED, *choice, name="-".join(choice).replace("--", ""))
+    broken = folder / f"{run.name}-broken"
+    shutil.copytree(run, broken)
+    back_to(broken, 4)
+    go_on(broken)
+    assert eval_losses(broken) == eval_losses(run)
+    assert same_weights(broken / "checkpoint-12", run / "checkpoint-12")
+    assert same_weights(broken, run)
+    last, expected = metrics(broken)[-1], metrics(run)[-1]
+    for key in ("tokens", "learning_rate", "grad_norm"):
+        assert last[key] == expected[key]
+    assert last["seconds"] > 0
+
+
+def test_a_run_may_be_moved_and_its_corpus_be_gone(folder, tmp_path) -> None:
+    write_text(tmp_path)
+    there = grow(tmp_path, *DROPOUT, name="there")
+    moved = tmp_path / "elsewhere" / "here"
+    moved.parent.mkdir()
+    shutil.copytree(there, moved)
+    back_to(moved, 4)
+    shutil.rmtree(tmp_path / "corpora")
+    with contextlib.chdir(tmp_path):
+        resume.main([str(moved)])
+    assert same_weights(moved, there)
+
+
+def test_a_signal_in_the_last_step_still_ends_well(folder, monkeypatch) -> None:
+    """The run is done, so it is either finished at once or finished by the `acorn resume` that it advises."""
+    finish_step = StopOnSignal.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return finish_step(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", interrupted)
+    run = folder / "last-step"
+    with contextlib.suppress(SystemExit):
+        grow(folder, name=run.name)
+    monkeypatch.undo()
+    if not (run / "README.md").exists():
+        go_on(run)
+    assert (run / "README.md").is_file()
+    assert [row["step"] for row in read_metrics(run)] == [4, 8]
+
+
+# from where
+
+
+def test_from_a_named_checkpoint(copy, capsys) -> None:
+    go_on(copy, "--checkpoint", "checkpoint-4", "--max_steps", "10")
+    assert "resuming copy from checkpoint-4" in capsys.readouterr().out
+    assert list(eval_losses(copy)) == [4, 8, 10]
+    assert eval_losses(copy)[8] != metrics(copy)[1]["eval_loss"]  # the schedule is now ten steps long
+
+
+def test_from_the_best_checkpoint(folder, capsys) -> None:
+    climbing = words("--lr_scheduler_type constant_with_warmup --warmup_steps 20 --learning_rate 3 --max_grad_norm 0")
+    run = grow(folder, *climbing, "--max_steps", "20", "--eval_steps", "2", name="climbing")
+    losses = eval_losses(run)
+    best = min(losses, key=losses.get)
+    assert best < 20
+    capsys.readouterr()
+    go_on(run, "--checkpoint", "best", "--max_steps", str(best + 2))
+    assert f"from checkpoint-{best}\n" in capsys.readouterr().out
+    assert f"checkpoint-{best}" in os.listdir(run)
+    assert same_weights(run, run / f"checkpoint-{best}")
+
+
+def test_last_is_where_the_run_was_last(copy, capsys) -> None:
+    """After going back to 4 and stopping at 6, the abandoned checkpoint-8 is not the one to go on from."""
+    go_on(copy, "--checkpoint", "checkpoint-4", "--max_steps", "6")
+    capsys.readouterr()
+    go_on(copy, "--max_steps", "10")
+    assert "from checkpoint-6" in capsys.readouterr().out
+
+
+# what may change
+
+
+def test_more_steps(copy) -> None:
+    go_on(copy, "--max_steps", "12")
+    assert [row["step"] for row in metrics(copy)] == [4, 8, 12]
+    assert eval_losses(copy)[12] < eval_losses(copy)[8]
+    text = (copy / "README.md").read_text(encoding="utf-8")
+    assert "&& acorn resume copy --max_steps 12" in text
+
+
+def test_other_evaluation_steps(copy) -> None:
+    go_on(copy, "--max_steps", "12", "--eval_steps", "2")
+    assert [row["step"] for row in metrics(copy)] == [4, 8, 10, 12]
+    assert json.loads((copy / "checkpoint-12" / "trainer_state.json").read_text())["max_steps"] == 12
+
+
+@pytest.mark.parametrize("flag", ["block_size", "max_position_embeddings"])
+@pytest.mark.parametrize("recipe_key", ["block_size", "max_position_embeddings"])
+def test_another_context(folder, recipe_key: str, flag: str) -> None:
+    run = grow(folder, "--position_encoding", "rope", f"--{recipe_key}", "8", name=f"rope-{recipe_key}-{flag}")
+    go_on(run, f"--{flag}", "32", "--max_steps", "12")
+    for where in (run, run / "checkpoint-12"):
+        assert json.loads((where / "config.json").read_text())["max_position_embeddings"] == 32
+    assert metrics(run)[-1]["tokens"] - metrics(run)[-2]["tokens"] != metrics(run)[0]["tokens"]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--block_size 32",  # the recipe's positions are learned
+        "--n_embd 64",
+        "--num_hidden_layers 3",
+        "--position_encoding rope",
+        "--preset gpt2",
+        "--dropout 0.5",
+        "--tokenizer byte",
+        "--text_files text.txt",
+        "--validation_fraction 0.2",
+        "--sampling shuffled",
+        "--optimizer muon",
+        "--seed 3",
+        "--output_dir other",
+    ],
+)
+def test_what_would_be_another_run_is_refused(grown, monkeypatch, flags: str) -> None:
+    monkeypatch.chdir(grown.parent)
+    before = contents(grown)
+    message = refused(resume.main, "grown", "--max_steps", "12", *flags.split())
+    assert flags.split()[0].removeprefix("--") in message
+    assert contents(grown) == before
+
+
+@pytest.mark.parametrize("flags", ["", "--max_steps 8", "--max_steps 5", "--checkpoint checkpoint-8"])
+def test_a_finished_run_is_refused(grown, monkeypatch, flags: str) -> None:
+    monkeypatch.chdir(grown.parent)
+    before = contents(grown)
+    message = refused(resume.main, "grown", *flags.split())
+    assert "max_steps=" in message and "checkpoint-8" in message and "larger --max_steps" in message
+    assert contents(grown) == before
+
+
+def test_a_run_that_finished_its_epochs_is_refused(folder, monkeypatch) -> None:
+    grow(folder, "--max_steps", "-1", "--num_train_epochs", "0.1", "--eval_steps", "1000", name="epochs")
+    monkeypatch.chdir(folder)
+    before = contents(folder / "epochs")
+    assert "num_train_epochs" in refused(resume.main, "epochs")
+    assert contents(folder / "epochs") == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "RUN_DIR"),
+        (["--max_steps", "9"], "RUN_DIR"),
+        (["nowhere"], "does not exist"),
+        (["."], "no recipe.yaml"),
+        (["grown", "--checkpoint", "checkpoint-5"], "did you mean 'checkpoint-"),
+        (["grown", "--checkpoint", "bset"], "did you mean 'best'"),
+        (["grown", "--max_step", "12"], "did you mean '--max_steps'"),
+    ],
+)
+def test_wrong_names_are_refused(grown, monkeypatch, argv: list[str], named: str) -> None:
+    monkeypatch.chdir(grown.parent)
+    assert named in refused(resume.main, *argv)
+
+
+def test_a_run_without_checkpoint_has_a_way_out(tmp_path, monkeypatch) -> None:
+    """Killed before its first checkpoint, a run can not be resumed; what the refusals advise must lead on."""
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    Path("run").mkdir()
+    shutil.copy(grow(tmp_path, name="whole") / "recipe.yaml", "run")
+    message = refused(resume.main, "run")
+    assert "no checkpoint" in message
+    if "acorn pretrain" in message:
+        try:
+            pretrain.main(tiny_argv())
+        except UserError as error:
+            assert "acorn resume" not in str(error), "each of the two sends to the other"
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_passed_over(copy, capsys) -> None:
+    (copy / "checkpoint-8" / "trainer_state.json").unlink()  # it is written last
+    go_on(copy, "--max_steps", "6")
+    printed = capsys.readouterr()
+    assert "from checkpoint-4" in printed.out
+    assert "checkpoint-8 was not written whole" in printed.err
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(copy, capsys) -> None:
+    (copy / "checkpoint-old").mkdir()
+    go_on(copy, "--max_steps", "9")
+    assert "from checkpoint-8" in capsys.readouterr().out
