@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
 CPU = "--device=cpu --compile=False"
 SMALL = "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"
 BIG = "--block_size=256 --batch_size=16 --n_layer=6 --n_head=6 --n_embd=384 --dropout=0.2"
@@ -106,7 +105,9 @@ def alternate(rounds: int, *contenders) -> list[list[float]]:
     return [list(column) for column in zip(*figures, strict=True)]
 
 
-def speeds(acorn: Acorn, nanogpt: NanoGPT | None, rounds: int, recipe: str, steps: int, flags: str, tokens: int) -> dict:
+def speeds(
+    acorn: Acorn, nanogpt: NanoGPT | None, rounds: int, recipe: str, steps: int, flags: str, tokens: int
+) -> dict:
     """Median training tokens/s of both sides in alternation, and the ratio pair by pair."""
     contenders = [lambda: acorn.tokens_per_second(recipe, steps)]
     if nanogpt is not None:

@@ -14,15 +14,14 @@ from tqdm.auto import tqdm
 from training.arguments import DataArguments
 from training.corpus import Corpus
 from training.dataset import EvaluationRows
-from training.errors import UserError, run_main
+from training.errors import UserError, quiet_libraries, run_main
 from training.evaluation import evaluate_rows
 from training.recipe import load_run_recipe
-from training.run import corpus_of_run, quiet_libraries
+from training.run import corpus_of_run
 from training.sources import documents
 from training.tokenizers import encode_documents, tokenizer_hash
 
 from .loading import load_model_and_tokenizer
-
 
 EPILOG = """examples:
   acorn evaluate runs/quickstart                          the validation split it was trained beside
@@ -34,8 +33,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags."""
     parser = argparse.ArgumentParser(
         prog="acorn evaluate",
-        description="Loss, perplexity, bits per byte and token accuracy, over the whole text in non-overlapping windows. "
-        "The last line printed is JSON.",
+        description="Loss, perplexity, bits per byte and token accuracy over the whole text, in non-overlapping windows; "
+        "the last line printed is JSON.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,7 +78,7 @@ def validation_tokens(directory: Path, tokenizer):
     """The validation split of the run that `directory`, a run or one of its checkpoints, belongs to."""
     run_dir = directory if (directory / "recipe.yaml").is_file() else directory.parent
     if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"{directory} is no run directory, so it has no validation split: give --text_files or --dataset")
+        raise UserError(f"{directory} is no run directory, it has no validation split: give --text_files or --dataset")
     corpus: Corpus = corpus_of_run(load_run_recipe(run_dir))
     if tokenizer_hash(tokenizer) != corpus.manifest["tokenizer"]["hash"]:
         raise UserError(

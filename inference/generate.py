@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from training.errors import UserError, run_main
-from training.run import quiet_libraries
+from training.errors import UserError, quiet_libraries, run_main
 from training.sampling import TextPrinter, continue_ids, encode_prompt, sampling_arguments
 
 from .loading import load_model_and_tokenizer
-
 
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("

@@ -10,7 +10,6 @@ from modeling import GPTForCausalLM
 from training.errors import UserError, unknown
 from training.tokenizers import load_tokenizer
 
-
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

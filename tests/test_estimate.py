@@ -11,7 +11,6 @@ from training.estimate import duration, estimate_recipe, main, memory
 from training.hardware import GPUS, flops_per_token, matrix_parameters
 from training.recipe import load_recipe_file
 
-
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "block_size": 32}
 
 
@@ -64,7 +63,16 @@ def test_checkpointing_keeps_less():
 def test_the_command_prints_all_figures(capsys):
     main(["gpt2-openwebtext", "--num_gpus", "8", "--gpu", "a100-40gb"])
     printed = capsys.readouterr().out
-    for word in ("124,373,760", "FLOPs a token", "weights", "gradients", "optimizer", "activations", "3.9 days", "30% MFU"):
+    for word in (
+        "124,373,760",
+        "FLOPs a token",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "3.9 days",
+        "30% MFU",
+    ):
         assert word in printed
 
 
@@ -82,6 +90,8 @@ def test_bad_flags_are_refused_in_one_line(flags, named):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(30, "30 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours"), (86400 * 3, "3.0 days")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(30, "30 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours"), (86400 * 3, "3.0 days")]
+)
 def test_durations_read_well(seconds, text):
     assert duration(seconds) == text

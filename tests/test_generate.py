@@ -113,6 +113,13 @@ def test_streamed_is_batched(write, length: int) -> None:
     assert streamed.split("\n" + "─" * 50 + "\n")[0] == streamed.split("\n" + "─" * 50 + "\n")[1]
 
 
+@pytest.mark.parametrize("flag", [[], ["--no_stream"]], ids=["streamed", "batched"])
+def test_the_end_of_text_is_not_written_out(write, flag: list[str]) -> None:
+    text = write("--temperature", "9", "--top_k", "0", *flag, length=300)  # draws among 30 tokens, nearly evenly
+    assert len(text) < 300
+    assert "<|endoftext|>" not in text
+
+
 def test_bfloat16(write) -> None:
     assert write("--temperature", "0", "--dtype", "bfloat16").startswith(PROMPT)
 

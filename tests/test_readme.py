@@ -13,7 +13,7 @@ import acorn
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```bash\n(.*?)```", README, flags=re.DOTALL))
-TINY = "--n_layer 1 --n_embd 32 --n_head 2 --max_steps 4 --eval_steps 2 --bf16 false".split()
+TINY = ["--n_layer", "1", "--n_embd", "32", "--n_head", "2", "--max_steps", "4", "--eval_steps", "2", "--bf16", "false"]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 from shlex import split as words
 
 import pytest
+import torch
 
 from training import pretrain, resume
 from training.callbacks import StopOnSignal, read_metrics
@@ -201,6 +202,18 @@ def test_other_evaluation_steps(copy) -> None:
     go_on(copy, "--max_steps", "12", "--eval_steps", "2")
     assert [row["step"] for row in metrics(copy)] == [4, 8, 10, 12]
     assert json.loads((copy / "checkpoint-12" / "trainer_state.json").read_text())["max_steps"] == 12
+
+
+def test_another_learning_rate(copy) -> None:
+    """It is what a run whose loss stopped being a number is advised to change."""
+    go_on(copy, "--max_steps", "12", "--learning_rate", "1e-5")
+    assert 0 < metrics(copy)[-1]["learning_rate"] <= 1e-5
+
+
+def test_another_weight_decay(copy) -> None:
+    go_on(copy, "--max_steps", "12", "--weight_decay", "0.7")
+    groups = torch.load(copy / "checkpoint-12" / "optimizer.pt")["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.7]
 
 
 @pytest.mark.parametrize("flag", ["block_size", "max_position_embeddings"])

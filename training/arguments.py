@@ -37,7 +37,7 @@ class DataArguments:
     validation_seed: int = _say("Seed of the choice of documents.", 2357)
     data_dir: str | None = _say("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
     shard_size: int = _say("Tokens a shard file.", 100_000_000)
-    sampling: str = _say("How training windows are drawn: random (as nanoGPT) or shuffled (each once an epoch).", "random")
+    sampling: str = _say("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
 
 
 @dataclass

@@ -14,7 +14,6 @@ from transformers.trainer_callback import ExportableState
 from .hardware import device_peak_flops
 from .sampling import sample_text
 
-
 COLUMNS = {
     "step": ("step", "{:>8,}"),
     "tokens": ("tokens", "{:>14,}"),

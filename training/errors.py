@@ -60,3 +60,13 @@ def _disk_full(error: Exception) -> str:
 def _drop_stdout() -> None:
     """Point stdout at nothing, so that the flush at exit does not fail once more (Python's docs, `signal`, SIGPIPE)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet_libraries() -> None:
+    """The table, the bar and the one line of an error say it all: the libraries' own notices would tear them."""
+    import huggingface_hub
+    import transformers  # here, because the door reads this module and must not wait for torch
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()

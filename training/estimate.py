@@ -13,7 +13,6 @@ from .hardware import GPUS, flops_per_token
 from .help import wants_help
 from .recipe import Recipe, load_recipe
 
-
 VOCABULARIES = {"byte": 257, "char": 66}  # a character vocabulary is known only after the text is read
 
 

@@ -4,7 +4,6 @@ import torch
 
 from modeling import GPTConfig
 
-
 # Dense bf16 tensor-core peaks in FLOP/s and memory in bytes, from the makers' data sheets.
 GPUS = {
     "v100-32gb": (125e12, 32e9),

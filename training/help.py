@@ -2,22 +2,23 @@
 
 import dataclasses
 import sys
+import textwrap
 
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
 
-
-TRAINING_FLAGS = (
-    "output_dir max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps optimizer "
-    "learning_rate muon_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 torch_compile "
-    "compile_scope activation_checkpointing eval_steps save_steps save_total_limit early_stopping_patience seed report_to"
-).split()
-MODEL_FLAGS = (
-    "preset n_layer n_head n_embd n_kv_head block_size dropout bias position_encoding norm hidden_act gated_mlp qk_norm "
-    "layer_types sliding_window tie_word_embeddings attn_implementation"
-).split()
+TRAINING_FLAGS = """
+output_dir max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps optimizer learning_rate
+muon_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 torch_compile compile_scope
+activation_checkpointing eval_steps save_steps save_total_limit early_stopping_patience seed report_to
+"""
+MODEL_FLAGS = """
+preset n_layer n_head n_embd n_kv_head block_size dropout bias position_encoding norm hidden_act gated_mlp qk_norm
+layer_types sliding_window tie_word_embeddings attn_implementation
+"""
 USAGES = {
     "prepare": (
-        "acorn prepare RECIPE [--flag value …]\n\nTurn the recipe's text into token shards; `acorn pretrain` does it too.",
+        "acorn prepare RECIPE [--flag value …]\n\n"
+        "Turn the recipe's text into token shards; `acorn pretrain` does it by itself too.",
         "acorn prepare quickstart --text_files my_texts/ --tokenizer bpe --tokenizer_vocab_size 4096",
     ),
     "tokenizer": (
@@ -26,7 +27,8 @@ USAGES = {
         "acorn tokenizer --tokenizer bpe --tokenizer_vocab_size 8192 --text_files book.txt --output_dir my_tokenizer",
     ),
     "pretrain": (
-        "acorn pretrain RECIPE [--flag value …]\n\nGrow a GPT from a text. RECIPE is a shipped name (`acorn recipes`) or a YAML file.",
+        "acorn pretrain RECIPE [--flag value …]\n\n"
+        "Grow a GPT from a text. RECIPE is a shipped name (`acorn recipes`) or a YAML file.",
         "acorn pretrain shakespeare-char-cpu --text_files my.txt --max_steps 500 --output_dir runs/mine",
     ),
     "resume": (
@@ -72,18 +74,13 @@ def _line(name: str, field: dataclasses.Field) -> str:
 
 
 def _model() -> list[str]:
-    flags = " ".join(f"--{name}" for name in MODEL_FLAGS)
-    words, lines = flags.split(), ["  "]
-    for word in words:
-        if len(lines[-1]) + len(word) > 110:
-            lines.append("  ")
-        lines[-1] += word + " "
-    return lines
+    flags = " ".join(f"--{name}" for name in MODEL_FLAGS.split())
+    return textwrap.wrap(flags, width=110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 SECTION_HELP = {
     "data": lambda: _fields(DataArguments),
     "model": _model,
-    "training": lambda: _fields(GPTTrainingArguments, TRAINING_FLAGS),
+    "training": lambda: _fields(GPTTrainingArguments, TRAINING_FLAGS.split()),
     "sample": lambda: _fields(SampleArguments),
 }

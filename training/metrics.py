@@ -22,7 +22,9 @@ class SummedMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=f"{type(self).__doc__} predictions: {self.predictions_are}; references: {self.references_are}.",
             citation="",
-            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+            ),
         )
 
     def _compute(self, predictions, references):

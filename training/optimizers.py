@@ -5,7 +5,6 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-
 # Coefficients of the quintic Newton–Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

@@ -1,10 +1,10 @@
 """`acorn pretrain RECIPE [--flag value …]`: grow a GPT from a text."""
 
 from .corpus import prepare, summary
-from .errors import UserError, run_main
+from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
 from .recipe import load_recipe
-from .run import build_model, quiet_libraries, run
+from .run import build_model, run
 
 
 def main(argv: list[str] | None = None) -> None:

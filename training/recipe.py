@@ -16,7 +16,6 @@ from modeling import PRESETS, GPTConfig
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
 from .errors import UserError, unknown
 
-
 RECIPES_DIR = Path(__file__).parent / "recipes"
 SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
 SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from .callbacks import read_metrics
 
-
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate")
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from modeling import GPTConfig, GPTForCausalLM
 
-from .errors import UserError, run_main, unknown
+from .errors import UserError, quiet_libraries, run_main, unknown
 from .help import wants_help
 from .recipe import Recipe, load_run_recipe, parse_flags
-from .run import corpus_of_run, quiet_libraries, run
-
+from .run import corpus_of_run, run
 
 STATE = "trainer_state.json"
 # What would make it another run: the state of a checkpoint belongs to these.
@@ -94,9 +93,8 @@ def refuse_finished(checkpoint: Path, max_steps: int) -> None:
 
 def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:
     """The checkpoint's model, with a changed context length or attention backend if the flags say so."""
-    changes = {"max_position_embeddings": recipe.model[key] for key in CHANGEABLE_MODEL[:2] if key in recipe.model}
-    if "attn_implementation" in recipe.model:
-        changes["attn_implementation"] = recipe.model["attn_implementation"]
+    names = {"block_size": "max_position_embeddings"}
+    changes = {names.get(key, key): recipe.model[key] for key in CHANGEABLE_MODEL if key in recipe.model}
     config = GPTConfig.from_pretrained(checkpoint)
     context = changes.get("max_position_embeddings", config.max_position_embeddings)
     if config.position_encoding == "learned" and context != config.max_position_embeddings:

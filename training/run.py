@@ -4,7 +4,6 @@ import signal
 import sys
 from pathlib import Path
 
-import transformers
 from transformers import set_seed
 
 from modeling import GPTForCausalLM
@@ -14,12 +13,6 @@ from .recipe import Recipe
 from .report import next_steps, write_report
 from .sampling import sample_text
 from .trainer import GPTTrainer
-
-
-def quiet_libraries() -> None:
-    """The table and the progress bar say it all: transformers' own bars and notices would tear them."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
@@ -94,4 +87,3 @@ def finish(recipe: Recipe, trainer: GPTTrainer) -> None:
     if text:
         print(f"\n{'─' * 20} a sample {'─' * 20}\n{text}\n{'─' * 50}")
     print(next_steps(run_dir, sample.prompt), flush=True)
-

@@ -13,7 +13,7 @@ class TextPrinter(TextStreamer):
     """Hands finished pieces of text to `write`, over several generate() calls; `finish` flushes the rest."""
 
     def __init__(self, tokenizer, write: Callable[[str], object]):
-        super().__init__(tokenizer, skip_prompt=True)
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -35,9 +35,7 @@ def encode_prompt(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
         ids = tokenizer(prompt)["input_ids"] if prompt else []
     ids = ids or [tokenizer.eos_token_id]
     if len(ids) > context_length:
-        raise UserError(
-            f"prompt: {len(ids)} tokens do not fit the model's context of {context_length}; shorten it"
-        )
+        raise UserError(f"prompt: {len(ids)} tokens do not fit the model's context of {context_length}; shorten it")
     return torch.tensor([ids])
 
 

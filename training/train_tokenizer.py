@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .errors import UserError, run_main
+from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
 from .recipe import Recipe, load_recipe, parse_flags
 from .sources import documents
@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train the tokenizer of a recipe on its text, and save it as a Hugging Face tokenizer."""
     if wants_help("tokenizer", argv):
         return
+    quiet_libraries()
     recipe = recipe_or_flags(sys.argv[1:] if argv is None else argv)
     data = recipe.data_arguments()
     directory = Path(recipe.training.get("output_dir") or f"tokenizers/{recipe.name}")
