@@ -23,10 +23,11 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     if module.num_key_value_groups > 1:
         key = key.repeat_interleave(module.num_key_value_groups, dim=1)
         value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = (query * scaling) @ key.transpose(2, 3)  # scaling the queries touches fewer numbers than the scores
     if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        lowest = torch.finfo(scores.dtype).min  # float32's would round to -inf, and a row of them to NaN
+        scores = scores + attention_mask.clamp(min=lowest).to(scores.dtype)
+    weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)  # float32 inside, whatever goes in
     weights = random_dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
