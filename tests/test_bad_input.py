@@ -156,7 +156,7 @@ def test_a_file_that_is_no_text(here, raw: bytes | None, named: str) -> None:
 
 def test_a_text_shorter_than_a_window(here) -> None:
     write_text(here, "too short")
-    message = refused_pretraining("--block_size", "64")
+    message = refused_pretraining("--block_size", "64", "--prompt", "too")
     assert "context_length=64" in message and "--block_size" in message
 
 

@@ -154,7 +154,8 @@ def test_a_count_is_a_finite_number(value: str) -> None:
 
 def test_flags_take_every_form() -> None:
     flags = "--bf16 --n_layer=3 --text_files a.txt b.txt --layer_types '[full_attention, sliding_attention]'"
-    flags += " --top_k none --prompt two words --rope_parameters {rope_type: linear, factor: 2.0} --early_stopping_patience 3"
+    flags += " --rope_parameters {rope_type: linear, factor: 2.0} --top_k none --prompt two words"
+    flags += " --early_stopping_patience 3"
     assert parse_flags(shlex.split(flags)) == {
         "training": {"bf16": True, "early_stopping_patience": 3},
         "model": {
@@ -180,7 +181,7 @@ def test_negative_numbers_are_values() -> None:
         (["--n_layer", "2", "3"], "n_layer='2 3': expected int"),
         (["stray"], "'stray' is no flag"),
         (["--layer_types", "[full_attention"], "layer_types"),
-        (["--lr_scheduler_kwargs", "{a: 1"], "lr_scheduler_kwargs"),
+        (["--rope_parameters", "{a: 1"], "rope_parameters"),
     ],
 )
 def test_flags_that_can_not_be(flags: list[str], named: str) -> None:

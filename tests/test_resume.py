@@ -182,6 +182,7 @@ def test_from_the_best_checkpoint(folder, capsys) -> None:
 def test_last_is_where_the_run_was_last(copy, capsys) -> None:
     """After going back to 4 and stopping at 6, the abandoned checkpoint-8 is not the one to go on from."""
     go_on(copy, "--checkpoint", "checkpoint-4", "--max_steps", "6")
+    assert 6 in checkpoints(copy), "what was just saved is never what makes room"
     capsys.readouterr()
     go_on(copy, "--max_steps", "10")
     assert "from checkpoint-6" in capsys.readouterr().out
