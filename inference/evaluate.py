@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from training.arguments import DataArguments
 from training.corpus import Corpus
 from training.dataset import EvaluationRows
-from training.errors import UserError, quiet_libraries, run_main
+from training.errors import FlagParser, UserError, quiet_libraries, run_main
 from training.evaluation import evaluate_rows
 from training.recipe import load_run_recipe
 from training.run import corpus_of_run
@@ -31,9 +31,9 @@ EPILOG = """examples:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="acorn evaluate",
-        description="Loss, perplexity, bits per byte and token accuracy over the whole text, in non-overlapping windows; "
+        description="Loss, perplexity, bits per byte and token accuracy over the whole text, in windows side by side; "
         "the last line printed is JSON.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,6 +55,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the metrics as one JSON line."""
     flags = parse(argv)
+    if flags.per_device_eval_batch_size < 1:
+        raise UserError(f"per_device_eval_batch_size={flags.per_device_eval_batch_size}: must be at least 1")
     quiet_libraries()
     model, tokenizer = load_model_and_tokenizer(flags.model, trust_remote_code=flags.trust_remote_code)
     limit = model.config.max_position_embeddings

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from training.errors import UserError, quiet_libraries, run_main
+from training.errors import FlagParser, UserError, quiet_libraries, run_main
 from training.sampling import TextPrinter, continue_ids, encode_prompt, sampling_arguments
 
 from .loading import load_model_and_tokenizer
@@ -20,7 +20,7 @@ EPILOG = """examples:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags; names are generate()'s where it has one."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="acorn generate",
         description="Write text with a model, streamed to the terminal as it comes.",
         epilog=EPILOG,

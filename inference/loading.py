@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from modeling import GPTForCausalLM
@@ -27,7 +28,7 @@ def load_model_and_tokenizer(name: str, dtype: str = "auto", trust_remote_code: 
     options = {} if is_ours else {"trust_remote_code": trust_remote_code}
     try:
         model = loader.from_pretrained(name, dtype=DTYPES[dtype], **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     tokenizer = load_tokenizer(str(name))
     if len(tokenizer) > model.config.vocab_size:
@@ -46,4 +47,7 @@ def own_model_type(directory: Path) -> bool:
         raise UserError(
             f"model {directory}: {holds or 'there is'} no config.json in it; name a run directory or a checkpoint"
         )
-    return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt"
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt"
+    except ValueError as error:
+        raise UserError(f"model {directory}: config.json is damaged ({error}); copy the directory again") from error

@@ -1,12 +1,15 @@
 """The dataclasses that recipes and flags fill; what each field means is its `help`."""
 
+import math
 import sys
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from .errors import UserError
+from .errors import UserError, unknown
 from .optimizers import OPTIMIZERS
+from .sampling import sampling_arguments
 
 
 def _say(help_text: str, default=None, **kwargs):
@@ -51,6 +54,11 @@ class SampleArguments:
     top_p: float | None = _say("Sample among the likeliest tokens that hold this probability.")
     sample_during_training: bool = _say("Also write a sample at each evaluation.", False)
 
+    def __post_init__(self):
+        if self.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens={self.max_new_tokens}: must be 0 (no sample) or more")
+        sampling_arguments(self.temperature, self.top_k, self.top_p)
+
 
 @dataclass
 class GPTTrainingArguments(TrainingArguments):
@@ -94,6 +102,10 @@ class GPTTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._refuse_what_would_be_ignored()
+        self._refuse_counts_below_one()
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name not in ("all", "none", *INTEGRATION_TO_CALLBACK):
+                raise unknown("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
         if self.optimizer not in OPTIMIZERS:
             raise UserError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.compile_scope not in ("blocks", "model"):
@@ -102,7 +114,6 @@ class GPTTrainingArguments(TrainingArguments):
             self.save_steps = self.eval_steps or 500
         if self.logging_steps is None:
             self.logging_steps = max(1, int(self.eval_steps or 100) // 10)
-        # A fresh dict, because a default in the class body would be shared.
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         self.compile_blocks = self.torch_compile and self.compile_scope == "blocks"
@@ -113,6 +124,23 @@ class GPTTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one GPU; DataParallel would be slower than it and split every batch
+
+    def count_steps(self, steps_an_epoch: float) -> None:
+        """Turn epochs, and a cool-down that is given as a share of the run, into steps."""
+        if self.max_steps <= 0:
+            self.max_steps = math.ceil(self.num_train_epochs * steps_an_epoch)
+        decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps")
+        if decay is not None and 0 < decay < 1:
+            self.lr_scheduler_kwargs = {**self.lr_scheduler_kwargs, "num_decay_steps": round(decay * self.max_steps)}
+
+    def _refuse_counts_below_one(self) -> None:
+        names = ["eval_steps", "save_steps", "logging_steps", "gradient_accumulation_steps"]
+        names += ["per_device_train_batch_size", "per_device_eval_batch_size"]
+        names += ["num_train_epochs"] if self.max_steps <= 0 else []
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name}={value}: must be above 0")
 
     def _refuse_what_would_be_ignored(self) -> None:
         """transformers' fields that this project does elsewhere: naming the right place beats silence."""

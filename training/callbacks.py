@@ -42,16 +42,16 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number, frame):
         self.received = number
         print(f"\n{signal.Signals(number).name}: finishing this step and saving …", file=sys.stderr)
-        self._restore()
+        self.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._restore()
+        self.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         while self._previous:
             signal.signal(*self._previous.popitem())
 
@@ -96,6 +96,8 @@ class ConsoleTable(TrainerCallback, ExportableState):
         self.last_logged = self.interval_start = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
+        if control.should_evaluate:
+            control.should_log = True  # a row shows the training loss and rate of its own step
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

@@ -1,5 +1,6 @@
 """The line between a person's mistake (one line, no traceback) and a bug (a traceback)."""
 
+import argparse
 import difflib
 import os
 import sys
@@ -7,6 +8,16 @@ from collections.abc import Callable, Iterable
 
 # Full disks, as the operating system, safetensors (both the first) and torch.save (the second) tell them.
 DISK_FULL = ("No space left on device", "file write failed")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose refusals are one line, and which guesses no flag from its beginning."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
 
 
 class UserError(Exception):

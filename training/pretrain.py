@@ -15,6 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe = load_recipe("pretrain", argv)
     recipe.model_config()  # a wrong architecture is refused before any text is read
     args = recipe.training_arguments()
+    if recipe.output_dir.is_file():
+        raise UserError(f"output_dir={recipe.output_dir}: is a file; choose another --output_dir")
     # A run that was killed before its first checkpoint leaves only its recipe: nothing to lose, nothing to resume.
     if recipe.output_dir.exists() and {path.name for path in recipe.output_dir.iterdir()} - {"recipe.yaml"}:
         raise UserError(

@@ -50,7 +50,9 @@ class Recipe:
         try:
             return GPTTrainingArguments(**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
         except (ValueError, TypeError) as error:
-            raise UserError(f"training: {_one_line(error)}") from error
+            words = _one_line(error)
+            named = [f"{key}={value!r}" for key, value in self.training.items() if str(value) in words.split()]
+            raise UserError(f"training: {', '.join(named) + ': ' if named else ''}{words}") from error
 
     def model_config(self, **overrides) -> GPTConfig:
         """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""
@@ -68,7 +70,10 @@ class Recipe:
             for key in (*SOURCE_KEYS, "data_dir", "dataset_config", "dataset_split", "text_column", "streaming"):
                 self.data.pop(key, None)
         for section, values in overrides.items():
-            getattr(self, section).update(values)
+            ours, named = getattr(self, section), {_one_name(key) for key in values}
+            for key in [key for key in ours if _one_name(key) in named]:
+                del ours[key]  # nanoGPT's name and ours are one key
+            ours.update(values)
 
     def save(self, path: Path) -> None:
         """Write the recipe where `load_recipe_file` finds it again."""
@@ -117,7 +122,10 @@ def load_recipe_file(name: str) -> Recipe:
         if not isinstance(values or {}, dict):
             raise UserError(f"{path}: section {section} must hold `key: value` lines")
         for key, value in (values or {}).items():
-            getattr(recipe, section)[key] = check(section, key, value)
+            try:
+                getattr(recipe, section)[key] = check(section, key, value)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
     return recipe
 
 
@@ -209,7 +217,10 @@ def _convert(value: typing.Any, kind: typing.Any) -> typing.Any:
         return value if isinstance(value, str) else None
     origin = typing.get_origin(kind) or kind
     if origin in (list, dict) and isinstance(value, str):
-        value = yaml.safe_load(value)
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return None
     if origin is list and not isinstance(value, list):
         value = [value]
     return value if isinstance(origin, type) and isinstance(value, origin) else None
@@ -225,7 +236,11 @@ def _is_list(hint) -> bool:
 
 def _canonical(keys: dict) -> dict:
     """nanoGPT's names to ours, so that a flag overrides a preset whatever name either uses."""
-    return {GPTConfig.attribute_map.get(key, key): value for key, value in keys.items()}
+    return {_one_name(key): value for key, value in keys.items()}
+
+
+def _one_name(key: str) -> str:
+    return GPTConfig.attribute_map.get(key, key)
 
 
 def _one_line(error: Exception) -> str:

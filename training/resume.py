@@ -1,19 +1,18 @@
 """`acorn resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--flag value …]`: continue a run."""
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
 
 from modeling import GPTConfig, GPTForCausalLM
 
-from .errors import UserError, quiet_libraries, run_main, unknown
+from .checkpoints import find_checkpoint
+from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
 from .recipe import Recipe, load_run_recipe, parse_flags
 from .run import corpus_of_run, run
 
-STATE = "trainer_state.json"
 # What would make it another run: the state of a checkpoint belongs to these.
 FIXED_TRAINING = ("optimizer", "seed", "output_dir")
 CHANGEABLE_MODEL = ("block_size", "max_position_embeddings", "attn_implementation")
@@ -35,7 +34,6 @@ def main(argv: list[str] | None = None) -> None:
     recipe.training["output_dir"] = str(run_dir)
     recipe.command += f" && {shlex.join(['acorn', 'resume', *argv])}"
     args = recipe.training_arguments()
-    refuse_finished(checkpoint, args.max_steps)
     corpus = corpus_of_run(recipe)
     model = load_model(checkpoint, recipe)
     print(f"resuming {run_dir} from {checkpoint.name}")
@@ -50,30 +48,6 @@ def split_checkpoint_flag(argv: list[str]) -> tuple[str, list[str]]:
     return known.checkpoint, others
 
 
-def find_checkpoint(run_dir: Path, wanted: str) -> Path:
-    """The directory of `last`, `best` or `checkpoint-N`."""
-    # trainer_state.json is written last: a directory without it was cut off while it was written.
-    found = sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    checkpoints = [path for path in found if (path / STATE).is_file()]
-    for path in set(found) - set(checkpoints):
-        print(f"{path} was not written whole and is passed over", file=sys.stderr)
-    if not checkpoints:
-        raise UserError(f"{run_dir} has no checkpoint yet: start it again with `acorn pretrain`")
-    if wanted == "last":
-        return checkpoints[-1]
-    if wanted == "best":
-        best = read_state(checkpoints[-1])["best_model_checkpoint"]
-        wanted = Path(best).name if best else checkpoints[-1].name
-    if run_dir / wanted not in checkpoints:
-        raise unknown("checkpoint", wanted, ["last", "best", *(path.name for path in checkpoints)])
-    return run_dir / wanted
-
-
-def read_state(checkpoint: Path) -> dict:
-    """Trainer's own record of a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-
-
 def lay_over(recipe: Recipe, flags: dict[str, dict]) -> None:
     """Change what can change; refuse what would make it another run."""
     fixed = [key for key in flags.get("training", {}) if key in FIXED_TRAINING]
@@ -82,13 +56,6 @@ def lay_over(recipe: Recipe, flags: dict[str, dict]) -> None:
     if fixed:
         raise UserError(f"--{fixed[0]} cannot change in a run that has begun: start another with `acorn pretrain`")
     recipe.update(flags)
-
-
-def refuse_finished(checkpoint: Path, max_steps: int) -> None:
-    """Say so when there is nothing left to do."""
-    step = read_state(checkpoint)["global_step"]
-    if 0 < max_steps <= step:
-        raise UserError(f"max_steps={max_steps}: {checkpoint} is at step {step} already; give a larger --max_steps")
 
 
 def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:

@@ -8,10 +8,11 @@ from transformers import set_seed
 
 from modeling import GPTForCausalLM
 
+from .checkpoints import refuse_finished, set_aside_later
 from .corpus import Corpus, load_corpus, prepare
 from .recipe import Recipe
 from .report import next_steps, write_report
-from .sampling import sample_text
+from .sampling import encode_prompt, sample_text
 from .trainer import GPTTrainer
 
 
@@ -21,9 +22,6 @@ def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
     vocab_size = max(len(tokenizer), recipe.model.get("vocab_size", 0))
     ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
     config = recipe.model_config(vocab_size=vocab_size, **ids)
-    if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
-        # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
-        config._attn_implementation = "eager"
     tokenizer.model_max_length = config.max_position_embeddings
     set_seed(args.seed)
     return GPTForCausalLM(config)
@@ -43,14 +41,24 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     A run that a signal stopped ends the process with the shell's usual code, after saying how to resume.
     """
     data, sample = recipe.data_arguments(), recipe.sample_arguments()
+    if sample.max_new_tokens:
+        # A prompt that cannot be read is refused now, not after all of training.
+        encode_prompt(corpus.tokenizer, sample.prompt, model.config.max_position_embeddings)
+    if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
+        # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
+        model.set_attn_implementation("eager")
     trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, data, sample)
+    if checkpoint is not None:
+        refuse_finished(Path(checkpoint), args.max_steps)
+        if trainer.is_world_process_zero():
+            set_aside_later(Path(checkpoint))
     if trainer.is_world_process_zero():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         recipe.data["data_dir"] = str(corpus.directory.absolute())
         recipe.save(Path(args.output_dir, "recipe.yaml"))
         print(describe(recipe, trainer), flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stop_on_signal.received is not None:
+    if trainer.stop_on_signal.received is not None and trainer.state.global_step < args.max_steps:
         leave_resumable(trainer)
     trainer.evaluate_unless_done()
     if trainer.is_world_process_zero():

@@ -57,8 +57,7 @@ class GPTTrainer(Trainer):
         self.corpus = corpus
         self.sample = sample or SampleArguments()
         train_tokens = corpus.tokens("train")
-        if args.max_steps <= 0:
-            args.max_steps = math.ceil(args.num_train_epochs * len(train_tokens) / self.tokens_per_step)
+        args.count_steps(len(train_tokens) / self.tokens_per_step)
         rows = self.rows_per_step * args.max_steps
         self.flops_per_token = flops_per_token(model.config, context_length)
         super().__init__(
@@ -103,11 +102,39 @@ class GPTTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    def _init_training_state(self, max_steps, *others):
+        """As in Trainer, but the intervals are those of today's arguments, not the checkpoint's."""
+        trained = super()._init_training_state(max_steps, *others)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The checkpoint's state under today's learning rates and decay, which the state would silently replace."""
+        if checkpoint is None:
+            return
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        groups = [{key: v for key, v in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        rates = list(getattr(schedule, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, today in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(today)
+        if hasattr(schedule, "lr_lambdas"):
+            schedule.base_lrs = rates
+            for group, rate, shape in zip(self.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+                group["lr"] = rate * shape(schedule.last_epoch)
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Our table's optimizer instead of transformers' `optim`."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.args)
         return self.optimizer
+
+    def train(self, *args, **kwargs):
+        """As in Trainer; the signals are Python's again however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.stop_on_signal.restore()
 
     # ---- overheads of Trainer, removed
 
@@ -141,6 +168,8 @@ class GPTTrainer(Trainer):
             self.args.process_index,
             self.args.world_size,
         )
+        if not math.isfinite(results["loss"]):
+            self._stop_on_nan(results["loss"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self._last_evaluation = metrics
         self.log(metrics)
@@ -178,8 +207,8 @@ class GPTTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
-        if not torch.isfinite(self._tr_loss).all():
-            self._stop_on_nan(self._tr_loss.item())
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            self._stop_on_nan(float("nan"))
         super()._save_checkpoint(model, trial)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
