@@ -63,11 +63,10 @@ class ConsoleTable(TrainerCallback, ExportableState):
     shows anything.
     """
 
-    def __init__(self, trainer, seconds: float = 0.0):
+    def __init__(self, trainer):
         self.trainer = trainer
-        self.seconds_before = seconds
+        self.seconds_before, self.started = 0.0, time.perf_counter()
         self.bar: tqdm | None = None
-        self.rows: list[dict] = []
         self.latest: dict = {}
         self.last_evaluated: int | None = None
 
@@ -75,7 +74,7 @@ class ConsoleTable(TrainerCallback, ExportableState):
         return {"args": {"seconds": self._seconds()}, "attributes": {}}
 
     def _seconds(self) -> float:
-        return self.seconds_before + (time.perf_counter() - self.started if hasattr(self, "started") else 0.0)
+        return self.seconds_before + time.perf_counter() - self.started
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = self.resumed_at = time.perf_counter()
@@ -139,7 +138,6 @@ class ConsoleTable(TrainerCallback, ExportableState):
             "mfu": flops / self.peak_flops if flops and self.peak_flops else None,
             "seconds": self._seconds(),
         }
-        self.rows.append(row)
         with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         sample = self.trainer.sample

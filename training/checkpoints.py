@@ -1,7 +1,6 @@
 """The checkpoints of a run directory: which there are, which are whole, which one is meant."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -41,7 +40,8 @@ def set_aside_later(checkpoint: Path) -> None:
     for path in checkpoint.parent.glob("checkpoint-*"):
         if step_of(path) > step:
             aside = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            while aside.exists():
+                aside = aside.with_name(f"abandoned-{aside.name}")
             path.rename(aside)
 
 

@@ -149,7 +149,8 @@ class GPTTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that clipping measured; without clipping it is computed only where it will be shown."""
-        is_shown = (self.state.global_step + 1) % self.state.logging_steps == 0
+        step, intervals = self.state.global_step + 1, (self.state.logging_steps, self.state.eval_steps)
+        is_shown = any(step % interval == 0 for interval in intervals if interval) or step == self.state.max_steps
         if grad_norm is None and not is_shown:
             return None
         return super()._get_grad_norm(model, grad_norm)
@@ -171,7 +172,6 @@ class GPTTrainer(Trainer):
         if not math.isfinite(results["loss"]):
             self._stop_on_nan(results["loss"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
-        self._last_evaluation = metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
