@@ -4,8 +4,9 @@
 
 Parts: `cpu` is nanoGPT's CPU setting (training tokens/s in alternation, then our whole run's validation loss);
 `cpu-fast` and `fast` are our own recipes (loss, and wall time of the whole process); `fast-speed` is the training
-tokens/s of the 10.7 M model at 16 x 256, in alternation. DIR is a checkout of karpathy/nanoGPT, which is copied, never written to; without it our side
-alone runs. Losses are over the whole validation split in non-overlapping windows, for both.
+tokens/s of the 10.7 M model at 16 x 256, in alternation. DIR is a checkout of karpathy/nanoGPT, which is copied, never
+written to; without it our side alone runs. Losses are over the whole validation split in non-overlapping windows, for
+both.
 """
 
 import argparse
