@@ -126,7 +126,7 @@ def test_ctrl_c_is_one_line(capsys) -> None:
 
 def test_a_full_disk_names_the_file(capsys) -> None:
     assert exit_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/model.safetensors")) == 1
-    assert exit_of(RuntimeError(f"I/O error: {errors.DISK_FULL} (os error 28)")) == 1
+    assert exit_of(RuntimeError(f"I/O error: {errors.DISK_FULL[0]} (os error 28)")) == 1
     named, unnamed = capsys.readouterr().err.splitlines()
     assert "the disk is full while writing runs/a/model.safetensors: free some space" in named
     assert "the disk is full: free some space" in unnamed

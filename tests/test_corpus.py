@@ -232,7 +232,6 @@ def test_damage_is_seen_when_loading():
             {"validation_fraction": 0.999},
             "validation_fraction=0.999 (by position): no text is left for the train split",
         ),
-        ({"validation_by": "documents"}, "validation_fraction=0.1 (by documents): no text is left for the train split"),
         ({"validation_by": "lines"}, "validation_by='lines': must be one of position, documents"),
         ({"shard_size": 0}, "shard_size=0: must be at least 1"),
         ({"text_files": None}, "no text: name a source"),
@@ -276,3 +275,9 @@ def test_tiny_shakespeare_is_cut_as_nanogpt_cuts_it():
     text = SHAKESPEARE.read_bytes().decode()
     assert decoded(corpus, "train") == text[:1_003_854]
     assert np.array_equal(corpus.tokens("validation").window(111_540, 1), [65])
+
+
+def test_one_document_is_split_by_position(capsys):
+    corpus = prepare(arguments(text_files=["text.txt"], validation_by="documents"))
+    assert corpus.manifest["splits"]["validation"]["bytes"] == 20
+    assert "validation_by=position" in capsys.readouterr().out

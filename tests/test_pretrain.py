@@ -284,12 +284,12 @@ def test_tensorboard_gets_events(folder) -> None:
     assert [event.step for event in events.Scalars("eval/loss")] == [4, 8]
 
 
-def test_samples_during_training(folder, capsys) -> None:
+def test_samples_during_training(folder, grown, capsys) -> None:
     flags = ["--sample_during_training", "true", "--prompt", "the quick", "--temperature", "0"]
     run = grow(folder, *flags, name="sampled")
     assert capsys.readouterr().out.count("the quick") >= 3  # at steps 4 and 8, and at the end
     # drawing must not touch the random state of the training
-    assert [row["eval_loss"] for row in metrics(run)] == [row["eval_loss"] for row in metrics(folder / "grown")]
+    assert [row["eval_loss"] for row in metrics(run)] == [row["eval_loss"] for row in metrics(grown)]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .dataset import ShardWriter, TokenShards
-from .errors import DISK_FULL, UserError
+from .errors import UserError, is_disk_full
 from .sources import documents, fingerprint_sources, licence_of, named_sources, numbered_documents, unit_hash
 from .tokenizers import BUILDERS, build_tokenizer, encode_documents, load_tokenizer, tokenizer_hash
 
@@ -207,16 +207,20 @@ def plan_by_position(data) -> Plan:
 def plan_by_documents(data) -> Plan:
     """Give a document to validation when unit_hash("validation", seed, its number) < fraction, and at least one.
 
-    Where that gives one split nothing, the document with the smallest hash is the only one in validation.
+    Where that gives one split nothing, the document with the smallest hash is the only one in validation. A text of
+    one document is split by position instead, and that is said.
     """
     seed, limit, sides = data.validation_seed, data.validation_fraction, set()
-    lowest = 1.0
-    for document in numbered_documents(data):
+    lowest, count = 1.0, 0
+    for count, document in enumerate(numbered_documents(data), start=1):  # noqa: B007
         point = unit_hash("validation", seed, document.number)
         lowest = min(lowest, point)
         sides.add(point < limit)
         if len(sides) == 2:  # most texts show both sides early, and then are not read twice
             break
+    if count == 1:
+        print("one document cannot be split by documents: its end validates (validation_by=position)")
+        return plan_by_position(data)
     last = limit if len(sides) == 2 else np.nextafter(lowest, 1)
 
     def split() -> Iterator[Piece]:
@@ -336,7 +340,7 @@ def _built_aside(directory: Path, fingerprint: str) -> Iterator[Path]:
         _sync(building)
         _rename(building, directory, fingerprint)
     except OSError as error:
-        if error.errno == errno.ENOSPC or DISK_FULL in str(error):
+        if is_disk_full(error):
             raise disk_full(directory.parent, _bytes_below(building)) from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise UserError(f"data_dir={str(directory)!r}: {error.strerror}; name another --data_dir") from error

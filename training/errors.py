@@ -49,9 +49,14 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
         _drop_stdout()
         _leave(1)
     except Exception as error:
-        if not any(words in str(error) for words in DISK_FULL):
+        if not is_disk_full(error):
             raise
         _leave(1, f"error: {_disk_full(error)}")
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error of the operating system, of safetensors or of torch.save means that the disk is full."""
+    return any(words in str(error) for words in DISK_FULL)
 
 
 def _leave(code: int, line: str = "") -> None:
