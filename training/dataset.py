@@ -99,7 +99,7 @@ class ShardWriter:
 
 
 class Rows(Dataset):
-    """A map-style data set of next-token rows; a subclass says where rows are read by `_windows(indices)`.
+    """A map-style data set of next-token rows; a subclass reads them in `_inputs_and_labels(indices)`.
 
     A row is {"input_ids": LongTensor[context_length], "shift_labels": LongTensor[context_length]}, where
     shift_labels[i] is the token after input_ids[i], or -100 where there is none to predict.

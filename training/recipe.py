@@ -1,6 +1,7 @@
 """Recipes: YAML files and flags to checked sections of arguments, each decided once."""
 
 import dataclasses
+import functools
 import shlex
 import sys
 import types
@@ -57,7 +58,7 @@ class Recipe:
     def model_config(self, **overrides) -> GPTConfig:
         """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""
         keys = {key: value for key, value in self.model.items() if key != "preset"}
-        preset = PRESETS.get(self.model.get("preset", "gpt2"), {}) if "preset" in self.model else {}
+        preset = PRESETS.get(self.model.get("preset"), {})
         try:
             return GPTConfig(**{**_canonical(preset), **_canonical(keys), **overrides})
         except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
@@ -83,15 +84,12 @@ class Recipe:
         temporary.replace(path)
 
 
-def load_recipe(verb: str, argv: list[str] | None, default: str | None = None) -> Recipe:
+def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
     """The recipe that `argv` names (a shipped name or a YAML path), with its flags laid over."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and not argv[0].startswith("-"):
-        name = argv.pop(0)
-    elif default is not None:
-        name = default
-    else:
+    if not argv or argv[0].startswith("-"):
         raise UserError(f"acorn {verb} needs a RECIPE: one of {', '.join(shipped_recipes())}, or a YAML file")
+    name = argv.pop(0)
     recipe = load_recipe_file(name)
     recipe.update(parse_flags(argv))
     recipe.command = shlex.join(["acorn", verb, name, *argv])
@@ -137,6 +135,7 @@ def load_run_recipe(run_dir: Path) -> Recipe:
     return load_recipe_file(str(run_dir / "recipe.yaml"))
 
 
+@functools.cache
 def known_keys() -> dict[str, dict[str, typing.Any]]:
     """Section to its keys and their types."""
     keys = {}
