@@ -15,12 +15,16 @@ VERBS = {
     "prepare": ("training.prepare", "turn a text into shards of tokens"),
     "pretrain": ("training.pretrain", "grow a GPT from a recipe"),
     "resume": ("training.resume", "go on with a run that was stopped"),
+    "finetune": ("finetune.finetune", "teach a pretrained model a text or a chat, by adapters or whole"),
+    "merge": ("finetune.merge", "fold an adapter into its base: a plain model"),
     "evaluate": ("inference.evaluate", "measure loss, perplexity and bits per byte"),
     "generate": ("inference.generate", "draw text from a model"),
+    "convert": ("inference.convert", "turn stock GPT-2 and nanoGPT checkpoints into Acorn's, and back"),
+    "push": ("inference.push", "upload a model, or an adapter, to the Hub"),
 }
 
 # the first verb of a stage: the heading the help puts above it
-HEADINGS = {"recipes": "Choose", "tokenizer": "Text to tokens", "pretrain": "Tokens to model", "evaluate": "Use it"}
+HEADINGS = {"recipes": "Choose", "tokenizer": "Text to tokens", "pretrain": "Tokens to model", "finetune": "Model to your model", "evaluate": "Use it"}
 
 
 def main(argv: list[str] | None = None) -> None:

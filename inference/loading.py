@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from modeling import GPTForCausalLM
-from training.errors import UserError, unknown
+from training.errors import UserError, one_line, unknown
 from training.tokenizers import load_tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +29,7 @@ def load_model_and_tokenizer(name: str, dtype: str = "auto", trust_remote_code: 
     try:
         model = loader.from_pretrained(name, dtype=DTYPES[dtype], **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
     tokenizer = load_tokenizer(str(name))
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(

@@ -32,6 +32,13 @@ def unknown(what: str, value: object, known: Iterable[str], mend: str = "") -> U
     return UserError(f"unknown {what} {str(value)!r}: {advice} {mend}".rstrip())
 
 
+def one_line(error: BaseException) -> str:
+    """The words of an error, or of the cause that it wraps, on one line and at most 300 characters long."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
     """Call `main(argv)`; end the process with one line for whatever is not a bug.
 

@@ -15,7 +15,8 @@ import yaml
 from modeling import PRESETS, GPTConfig
 
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
-from .errors import UserError, unknown
+from .errors import UserError, one_line, unknown
+from .files import write_whole
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
@@ -51,7 +52,7 @@ class Recipe:
         try:
             return GPTTrainingArguments(**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
         except (ValueError, TypeError) as error:
-            words = _one_line(error)
+            words = one_line(error)
             named = [f"{key}={value!r}" for key, value in self.training.items() if str(value) in words.split()]
             raise UserError(f"training: {', '.join(named) + ': ' if named else ''}{words}") from error
 
@@ -62,7 +63,7 @@ class Recipe:
         try:
             return GPTConfig(**{**_canonical(preset), **_canonical(keys), **overrides})
         except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
-            raise UserError(f"model: {_one_line(error)}") from error
+            raise UserError(f"model: {one_line(error)}") from error
 
     def update(self, overrides: dict[str, dict]) -> None:
         """Lay checked flags over the recipe; naming a source, or prepared tokens, replaces the recipe's."""
@@ -79,9 +80,7 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Write the recipe where `load_recipe_file` finds it again."""
         text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text)
 
 
 def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
@@ -110,7 +109,7 @@ def load_recipe_file(name: str) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {_one_line(error)}") from error
+        raise UserError(f"{path}: not a YAML file: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample")
     recipe = Recipe(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
@@ -240,10 +239,3 @@ def _canonical(keys: dict) -> dict:
 
 def _one_name(key: str) -> str:
     return GPTConfig.attribute_map.get(key, key)
-
-
-def _one_line(error: Exception) -> str:
-    """The last cause's message on one line; @strict's wrapper adds nothing a person needs."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .callbacks import read_metrics
+from .files import replace_whole, write_whole
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate")
 
@@ -16,13 +17,6 @@ def write_report(run_dir: Path, recipe, corpus, model, sample: str) -> None:
     draw_losses(rows, run_dir / "loss.png", recipe.name)
     write_whole(run_dir / "sample.txt", sample)
     write_whole(run_dir / "README.md", model_card(recipe, corpus, model, rows, sample))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name and rename it, so that no reader meets half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def draw_losses(rows: list[dict], path: Path, title: str) -> None:
@@ -44,9 +38,7 @@ def draw_losses(rows: list[dict], path: Path, title: str) -> None:
     rate.plot(*zip(*rates, strict=True), color="tab:green") if rates else None
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 CARD = """---

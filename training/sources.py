@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from .errors import UserError, unknown
+from .errors import UserError, one_line, unknown
 
 PYTHON_STDLIB = "python-stdlib"
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion, which also exists where a script was the data set
@@ -169,7 +169,7 @@ def download(url: str) -> Path:
     try:
         return Path(DownloadManager().download(url))
     except Exception as error:  # aiohttp, requests, fsspec and OSErrors: all mean that the file did not come
-        why = _one_line(error.__cause__ or error)  # fsspec says only the address, and keeps the reason as the cause
+        why = one_line(error)
         raise UserError(f"text_files={url!r}: can not be downloaded ({why}); name a local file") from error
 
 
@@ -219,7 +219,7 @@ def _rows_of_file(rows, path: Path) -> Iterator[dict]:
     try:
         yield from rows
     except (ValueError, OSError, RuntimeError) as error:  # pyarrow's and datasets' errors are subclasses of these
-        raise UserError(f"data_files={str(path)!r}: can not be read ({_one_line(error)}); mend the file") from error
+        raise UserError(f"data_files={str(path)!r}: can not be read ({one_line(error)}); mend the file") from error
 
 
 def _fingerprint_data_files(data) -> dict:
@@ -273,7 +273,7 @@ def load_hub_dataset(data):
         return rows
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         hint = "check id, dataset_config and dataset_split, or give a local directory"
-        raise UserError(f"dataset={data.dataset!r}: can not be loaded ({_one_line(error)}); {hint}") from error
+        raise UserError(f"dataset={data.dataset!r}: can not be loaded ({one_line(error)}); {hint}") from error
 
 
 def _load_or_parquet(datasets, name: str, options: dict):
@@ -371,10 +371,6 @@ def unit_hash(*keys: str | int) -> float:
 
 def _as_list(entries: list[str] | str) -> list[str]:
     return [entries] if isinstance(entries, str) else list(entries)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 SOURCES = {

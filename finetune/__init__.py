@@ -1,0 +1,1 @@
+"""Finetuning: pretrained models taught a text or a chat, by adapters or whole."""
