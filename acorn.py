@@ -24,7 +24,13 @@ VERBS = {
 }
 
 # the first verb of a stage: the heading the help puts above it
-HEADINGS = {"recipes": "Choose", "tokenizer": "Text to tokens", "pretrain": "Tokens to model", "finetune": "Model to your model", "evaluate": "Use it"}
+HEADINGS = {
+    "recipes": "Choose",
+    "tokenizer": "Text to tokens",
+    "pretrain": "Tokens to model",
+    "finetune": "Model to your model",
+    "evaluate": "Use it",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
