@@ -46,9 +46,10 @@ def evaluate_rows(
 
 def _batch_sums(model: nn.Module, batch: dict[str, torch.Tensor], autocast) -> torch.Tensor:
     """Summed nats, right predictions and counted tokens of one batch: (3,)."""
-    labels = batch["shift_labels"].flatten()
+    labels, inputs = batch["shift_labels"], {key: value for key, value in batch.items() if key != "shift_labels"}
     with autocast():
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
+        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # virtual tokens come first
+    labels, logits = labels.flatten(), logits.flatten(0, 1)
     nats = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     right = (logits.argmax(-1) == labels).sum()
     return torch.stack((nats, right.float(), (labels != IGNORED).sum().float()))

@@ -82,7 +82,7 @@ def leave_resumable(trainer: GPTTrainer) -> None:
     received = trainer.stop_on_signal.received
     if trainer.is_world_process_zero():
         print(f"stopped by {signal.Signals(received).name} at step {trainer.state.global_step:,}; checkpoint saved. "
-              f"Go on with:\n  acorn resume {trainer.args.output_dir}", file=sys.stderr)  # fmt: skip
+              f"Go on with:\n  {trainer.resume_command} {trainer.args.output_dir}", file=sys.stderr)  # fmt: skip
     raise SystemExit(128 + received)
 
 

@@ -2,9 +2,11 @@
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -13,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
 from .callbacks import ConsoleTable, StopOnSignal
 from .corpus import Corpus
-from .dataset import EvaluationRows, TrainingRows, collate_rows
+from .dataset import EvaluationRows, Rows, TrainingRows, collate_rows
 from .errors import UserError
 from .evaluation import evaluate_rows
 from .hardware import flops_per_token
@@ -41,6 +43,8 @@ class GPTTrainer(Trainer):
     Raises UserError when the loss stops being a number; the checkpoints before that are kept.
     """
 
+    resume_command = "acorn resume"  # what continues a run of this kind
+
     def __init__(
         self,
         model,
@@ -50,28 +54,44 @@ class GPTTrainer(Trainer):
         data: DataArguments | None = None,
         sample: SampleArguments | None = None,
     ):
-        sampling = (data or DataArguments()).sampling
         self.rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         self.context_length = context_length
         self.tokens_per_step = self.rows_per_step * context_length
         self.corpus = corpus
         self.sample = sample or SampleArguments()
-        train_tokens = corpus.tokens("train")
-        args.count_steps(len(train_tokens) / self.tokens_per_step)
-        rows = self.rows_per_step * args.max_steps
-        self.flops_per_token = flops_per_token(model.config, context_length)
+        training_rows, evaluation_rows = self.build_rows(args, data or DataArguments())
+        self.flops_per_token = self.count_flops(model)
         super().__init__(
             model=model,
             args=args,
             data_collator=collate_rows,
-            train_dataset=TrainingRows(train_tokens, context_length, args.seed, rows, sampling),
-            eval_dataset=EvaluationRows(corpus.tokens("validation"), context_length),
+            train_dataset=training_rows,
+            eval_dataset=evaluation_rows,
             processing_class=corpus.tokenizer,
         )
         self._choose_callbacks()
         if args.compile_blocks:
-            for layer in model.get_decoder().layers:
+            for layer in self.blocks(model):
                 layer.compile()
+
+    def build_rows(self, args: GPTTrainingArguments, data: DataArguments) -> tuple[Rows, Rows]:
+        """Rows for all of training, and those of one evaluation; also counts the steps of `args` given in epochs."""
+        tokens = self.corpus.tokens("train")
+        args.count_steps(len(tokens) / self.tokens_per_step)
+        rows = self.rows_per_step * args.max_steps
+        return (
+            TrainingRows(tokens, self.context_length, args.seed, rows, data.sampling),
+            EvaluationRows(self.corpus.tokens("validation"), self.context_length),
+        )
+
+    def count_flops(self, model) -> float:
+        """FLOPs of training on one token; 0 where the architecture is not known."""| None:
+        """FLOPs of training on one token, or None where the architecture is not known."""
+        return flops_per_token(model.config, self.context_length)
+
+    def blocks(self, model) -> Iterable[nn.Module]:
+        """The repeated layers, which `torch_compile` compiles one by one."""
+        return model.get_decoder().layers
 
     def _choose_callbacks(self) -> None:
         for default in (PrinterCallback, ProgressCallback):
