@@ -19,6 +19,7 @@ from .errors import UserError, one_line, unknown
 from .files import write_whole
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
+FLAG_ORDER = ("data", "training", "model", "adapter", "sample")  # where a flag that two sections know belongs
 SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
 SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments}
 # Keys of the model section that are not fields of GPTConfig.
@@ -36,21 +37,25 @@ class Recipe:
     sample: dict = field(default_factory=dict)
     command: str = ""
 
+    # What a kind of recipe is made of; finetuning has its own.
+    directory: typing.ClassVar[Path] = RECIPES_DIR
+    sections: typing.ClassVar[dict[str, type]] = SECTIONS
+
     @property
     def output_dir(self) -> Path:
         return Path(self.training.get("output_dir") or f"runs/{self.name}")
 
     def data_arguments(self) -> DataArguments:
-        return DataArguments(**self.data)
+        return self.sections["data"](**self.data)
 
     def sample_arguments(self) -> SampleArguments:
-        return SampleArguments(**self.sample)
+        return self.sections["sample"](**self.sample)
 
     def training_arguments(self) -> GPTTrainingArguments:
         """transformers' own refusals become one line too."""
         use_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
         try:
-            return GPTTrainingArguments(**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
+            return self.sections["training"](**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
         except (ValueError, TypeError) as error:
             words = one_line(error)
             named = [f"{key}={value!r}" for key, value in self.training.items() if str(value) in words.split()]
@@ -95,60 +100,67 @@ def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
     return recipe
 
 
-def shipped_recipes() -> list[str]:
-    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+def shipped_recipes(kind: type[Recipe] = Recipe) -> list[str]:
+    return sorted(path.stem for path in kind.directory.glob("*.yaml"))
 
 
-def load_recipe_file(name: str) -> Recipe:
-    """Read and check one recipe; errors name the file."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES_DIR / f"{name}.yaml"
+def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
+    """Read and check one recipe of a kind; errors name the file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else kind.directory / f"{name}.yaml"
     if not path.is_file():
-        if path.parent != RECIPES_DIR:
+        if path.parent != kind.directory:
             raise UserError(f"recipe {name}: no such file")
-        raise unknown("recipe", name, shipped_recipes(), "`acorn recipes` lists them; a path ends in .yaml.")
+        raise unknown("recipe", name, shipped_recipes(kind), "`acorn recipes` lists them; a path ends in .yaml.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample")
-    recipe = Recipe(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
+    if "adapter" in content and "adapter" not in kind.sections:
+        raise UserError(f"{path}: is of `acorn finetune`, whose runs go on with `acorn finetune --resume RUN_DIR`")
+    recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
     for section, values in content.items():
-        if section not in known_keys():
-            raise unknown("section", section, known_keys(), f"In {path}.")
+        if section not in known_keys(kind):
+            raise unknown("section", section, known_keys(kind), f"In {path}.")
         if not isinstance(values or {}, dict):
             raise UserError(f"{path}: section {section} must hold `key: value` lines")
         for key, value in (values or {}).items():
             try:
-                getattr(recipe, section)[key] = check(section, key, value)
+                getattr(recipe, section)[key] = check(section, key, value, kind)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
     return recipe
 
 
-def load_run_recipe(run_dir: Path) -> Recipe:
+def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
     """The recipe that a run directory was grown from."""
     if not (run_dir / "recipe.yaml").is_file():
         what = "has no recipe.yaml, so it is no run directory" if run_dir.is_dir() else "does not exist"
         raise UserError(f"{run_dir} {what}: name a directory that `acorn pretrain` made, such as runs/quickstart")
-    return load_recipe_file(str(run_dir / "recipe.yaml"))
+    return load_recipe_file(str(run_dir / "recipe.yaml"), kind)
 
 
 @functools.cache
-def known_keys() -> dict[str, dict[str, typing.Any]]:
+def known_keys(kind: type[Recipe] = Recipe) -> dict[str, dict[str, typing.Any]]:
     """Section to its keys and their types."""
     keys = {}
-    for section, kind in SECTIONS.items():
-        hints = typing.get_type_hints(kind)
-        keys[section] = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+    for section, arguments in kind.sections.items():
+        hints = typing.get_type_hints(arguments)
+        keys[section] = {f.name: hints[f.name] for f in dataclasses.fields(arguments) if f.init}
+    return keys if "model" in keys else {"model": architecture_keys(), **keys}
+
+
+def architecture_keys() -> dict[str, typing.Any]:
+    """The keys of GPTConfig, under our names and nanoGPT's, and their types."""
     own = {name: hint for name, hint in vars(GPTConfig)["__annotations__"].items() if name != "auto_map"}
     aliases = {alias: own[name] for alias, name in GPTConfig.attribute_map.items()}
-    return {"model": {**own, **aliases, **MODEL_EXTRAS}, **keys}
+    return {**own, **aliases, **MODEL_EXTRAS}
 
 
-def check(section: str, key: str, value: typing.Any) -> typing.Any:
+def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe) -> typing.Any:
     """The value in its field's type; raises UserError for unknown keys and wrong types."""
-    keys = known_keys()
+    keys = known_keys(kind)
     if key not in keys[section]:
         raise unknown(f"key in {section}", key, keys[section])
     if key == "preset" and value not in PRESETS:
@@ -156,17 +168,17 @@ def check(section: str, key: str, value: typing.Any) -> typing.Any:
     return coerce(key, value, keys[section][key])
 
 
-def parse_flags(argv: list[str]) -> dict[str, dict]:
+def parse_flags(argv: list[str], kind: type[Recipe] = Recipe) -> dict[str, dict]:
     """`--key value …` and `--key=value` to checked values by section."""
-    keys, found = known_keys(), {}
+    keys, found = known_keys(kind), {}
     for flag, values in _split_flags(argv):
-        section = next((s for s in ("data", "training", "model", "sample") if flag in keys[s]), None)
+        section = next((s for s in FLAG_ORDER if flag in keys.get(s, ())), None)
         if section is None:
             raise unknown("flag", f"--{flag}", [f"--{key}" for s in keys.values() for key in s])
         hint = keys[section][flag]
         is_yaml = len(values) == 1 and values[0].startswith("[")
         value = values if _is_list(hint) and not is_yaml else " ".join(values) if values else "true"
-        found.setdefault(section, {})[flag] = check(section, flag, value)
+        found.setdefault(section, {})[flag] = check(section, flag, value, kind)
     return found
 
 
