@@ -1,8 +1,12 @@
 """Files written whole or not at all: under another name first, flushed to the disk, then renamed."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import UserError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -31,3 +35,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Yield a folder beside `directory`, which takes that name when all went well and is gone when not.
+
+    Raises UserError where `directory` is there already and holds anything, or can not be made.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: is there already and not empty; name another directory, or remove it yourself")
+    whole = directory.absolute()
+    missing = [folder for folder in whole.parents if not folder.exists()]
+    building = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
+    try:
+        building.mkdir(parents=True)
+        yield building
+        for path in (*building.rglob("*"), building):
+            sync(path)
+        building.rename(whole)  # an empty directory of that name gives way
+        missing = []
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{directory}: {error.strerror}; name another directory") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # not empty: another process has put something there
+                folder.rmdir()
