@@ -100,7 +100,6 @@ class GPTPreTrainedModel(PreTrainedModel):
     config_class = GPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PreNormBlock", "PostNormBlock"]
     _skip_keys_device_placement = ["past_key_values", "shared_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -111,6 +110,11 @@ class GPTPreTrainedModel(PreTrainedModel):
         "hidden_states": PreNormBlock,
         "attentions": SoftmaxAttention,
     }
+
+    def __init__(self, config: GPTConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Only the block that is there: Accelerate's FSDP refuses a name that no module has.
+        self._no_split_modules = [BLOCKS[config.norm_order].__name__]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .errors import UserError, unknown
+from .hub import check_hub_arguments
+from .model_card import check_language, check_license
 from .optimizers import OPTIMIZERS
 from .sampling import sampling_arguments
 
@@ -61,6 +63,18 @@ class SampleArguments:
 
 
 @dataclass
+class CardArguments:
+    """What the model card cannot know by itself."""
+
+    license: str | None = _say("Licence of the weights, by its Hub name, such as apache-2.0 (default: none chosen).")
+    language: list[str] = _say("ISO 639 codes of the text, such as en; `code` for code.", default_factory=list)
+
+    def __post_init__(self):
+        check_license(self.license)
+        check_language(self.language)
+
+
+@dataclass
 class GPTTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with nanoGPT's defaults, its overheads off, and a few fields more."""
 
@@ -71,6 +85,9 @@ class GPTTrainingArguments(TrainingArguments):
     compile_scope: str = _say("With --torch_compile: blocks (quick to compile) or model.", "blocks")
     peak_flops: float | None = _say("Peak FLOP/s of the device, for MFU (known GPUs need none).")
 
+    tokens_per_step: int | None = _say(
+        "Tokens of one optimizer step, over all processes; gradient accumulation follows from it."
+    )
     per_device_train_batch_size: int = _say("Windows a micro-batch and process.", 12)
     per_device_eval_batch_size: int = _say("Windows an evaluation batch and process.", 32)
     max_steps: int = _say("Optimizer steps; -1 takes num_train_epochs passes over the text.", -1)
@@ -103,6 +120,7 @@ class GPTTrainingArguments(TrainingArguments):
     def __post_init__(self):
         self._refuse_what_would_be_ignored()
         self._refuse_counts_below_one()
+        check_hub_arguments(self)
         for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
             if name not in ("all", "none", *INTEGRATION_TO_CALLBACK):
                 raise unknown("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
@@ -125,6 +143,29 @@ class GPTTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one GPU; DataParallel would be slower than it and split every batch
 
+    def share_out(self, context_length: int, processes: int | None = None) -> int:
+        """Set the accumulation that makes `tokens_per_step` on the processes there are (or so many); return its rows.
+
+        Without `tokens_per_step` it is what the batch sizes given make. Raises UserError where it does not divide.
+        """
+        processes = processes or self.world_size
+        at_once = self.train_batch_size * processes
+        if self.tokens_per_step is None:
+            self.tokens_per_step = at_once * self.gradient_accumulation_steps * context_length
+        rows, rest = divmod(self.tokens_per_step, context_length)
+        if rest or not rows:
+            near = context_length * max(1, round(self.tokens_per_step / context_length))
+            what = f"no multiple of the context, {context_length}"
+            raise UserError(f"tokens_per_step={self.tokens_per_step}: {what}; the nearest is {near}")
+        if rows % at_once:
+            raise UserError(_does_not_divide(self, rows, context_length, processes))
+        accumulation = rows // at_once
+        if self.gradient_accumulation_steps not in (1, accumulation):
+            given = f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            raise UserError(f"{given}: tokens_per_step={self.tokens_per_step} makes it {accumulation}; leave one out")
+        self.gradient_accumulation_steps = accumulation
+        return rows
+
     def count_steps(self, steps_an_epoch: float) -> None:
         """Turn epochs, and a cool-down that is given as a share of the run, into steps."""
         if self.max_steps <= 0:
@@ -134,7 +175,7 @@ class GPTTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {**self.lr_scheduler_kwargs, "num_decay_steps": round(decay * self.max_steps)}
 
     def _refuse_counts_below_one(self) -> None:
-        names = ["eval_steps", "save_steps", "logging_steps", "gradient_accumulation_steps"]
+        names = ["eval_steps", "save_steps", "logging_steps", "gradient_accumulation_steps", "tokens_per_step"]
         names += ["per_device_train_batch_size", "per_device_eval_batch_size"]
         names += ["num_train_epochs"] if self.max_steps <= 0 else []
         for name in names:
@@ -156,3 +197,22 @@ class GPTTrainingArguments(TrainingArguments):
         for name, instead in elsewhere.items():
             if name in defaults and getattr(self, name) != defaults[name]:
                 raise UserError(f"{name}={getattr(self, name)!r} has no effect here; use {instead}")
+
+
+def fitting_micro_batches(rows: int, processes: int) -> list[int]:
+    """The micro-batches that share out the rows of a step evenly over so many processes, from small to large."""
+    share, rest = divmod(rows, processes)
+    return [] if rest else [size for size in range(1, share + 1) if share % size == 0]
+
+
+def _does_not_divide(args: GPTTrainingArguments, rows: int, context_length: int, processes: int) -> str:
+    """The refusal that names the nearest micro-batches that would do, or the nearest numbers of processes."""
+    size = args.per_device_train_batch_size
+    what = f"tokens_per_step={args.tokens_per_step} ({rows} windows of {context_length})"
+    fitting = fitting_micro_batches(rows, processes)
+    if not fitting:
+        counts = sorted((n for n in range(1, 2 * processes) if rows % n == 0), key=lambda n: abs(n - processes))[:2]
+        return f"{what} does not divide among {processes} processes; {' or '.join(map(str, sorted(counts)))} would do"
+    near = [max((n for n in fitting if n < size), default=None), min((n for n in fitting if n > size), default=None)]
+    near = " or ".join(str(n) for n in near if n)
+    return f"per_device_train_batch_size={size}: {what} needs {near} on {processes} process(es)"

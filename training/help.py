@@ -7,7 +7,8 @@ import textwrap
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
 
 TRAINING_FLAGS = """
-output_dir max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps optimizer learning_rate
+output_dir max_steps num_train_epochs tokens_per_step per_device_train_batch_size gradient_accumulation_steps optimizer
+learning_rate
 muon_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 torch_compile compile_scope
 activation_checkpointing eval_steps save_steps save_total_limit early_stopping_patience seed report_to
 """
@@ -37,7 +38,7 @@ USAGES = {
         "acorn resume runs/quickstart --max_steps 1200",
     ),
     "estimate": (
-        "acorn estimate RECIPE [--gpu NAME] [--num_gpus N] [--mfu SHARE] [--flag value …]\n\n"
+        "acorn estimate RECIPE [--gpu NAME] [--num_gpus N] [--sharding none|zero2|full] [--mfu SHARE] [--flag value …]\n\n"
         "Parameters, FLOPs, memory and time of a recipe, before it costs anything.",
         "acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8",
     ),

@@ -3,6 +3,7 @@
 from .corpus import prepare, summary
 from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
+from .processes import one_process_first
 from .recipe import load_recipe
 from .run import build_model, run
 
@@ -23,8 +24,7 @@ def main(argv: list[str] | None = None) -> None:
             f"output_dir={recipe.output_dir} exists: continue it with `acorn resume {recipe.output_dir}`, "
             "or choose another --output_dir"
         )
-    with args.main_process_first(desc="prepare"):
-        corpus = prepare(recipe.data_arguments(), name=recipe.name)
+    corpus = one_process_first(args, lambda: prepare(recipe.data_arguments(), name=recipe.name), "prepare")
     print(summary(corpus)) if args.process_index == 0 else None
     run(recipe, build_model(recipe, corpus, args), corpus, args)
 

@@ -14,14 +14,15 @@ import yaml
 
 from modeling import PRESETS, GPTConfig
 
-from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
+from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .errors import UserError, one_line, unknown
 from .files import write_whole
+from .processes import check_launch
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
-FLAG_ORDER = ("data", "training", "model", "adapter", "sample")  # where a flag that two sections know belongs
+FLAG_ORDER = ("data", "training", "model", "adapter", "sample", "card")  # where a flag that two sections know belongs
 SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
-SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments}
+SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments, "card": CardArguments}
 # Keys of the model section that are not fields of GPTConfig.
 MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
 
@@ -35,6 +36,7 @@ class Recipe:
     data: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     sample: dict = field(default_factory=dict)
+    card: dict = field(default_factory=dict)
     command: str = ""
 
     # What a kind of recipe is made of; finetuning has its own.
@@ -51,8 +53,12 @@ class Recipe:
     def sample_arguments(self) -> SampleArguments:
         return self.sections["sample"](**self.sample)
 
+    def card_arguments(self) -> CardArguments:
+        return self.sections["card"](**self.card)
+
     def training_arguments(self) -> GPTTrainingArguments:
-        """transformers' own refusals become one line too."""
+        """transformers' own refusals become one line too, and a launch that is not what was asked for is refused."""
+        check_launch(bool(self.training.get("use_cpu")), bool(self.training.get("fsdp")))
         use_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
         try:
             return self.sections["training"](**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
@@ -76,6 +82,7 @@ class Recipe:
         if any(key in named for key in (*SOURCE_KEYS, "data_dir")):  # prepared tokens are a source too
             for key in (*SOURCE_KEYS, "data_dir", "dataset_config", "dataset_split", "text_column", "streaming"):
                 self.data.pop(key, None)
+            self.card.pop("language", None)  # it was that of the other text
         for section, values in overrides.items():
             ours, named = getattr(self, section), {_one_name(key) for key in values}
             for key in [key for key in ours if _one_name(key) in named]:
@@ -116,7 +123,7 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample")
+        raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
         raise UserError(f"{path}: is of `acorn finetune`, whose runs go on with `acorn finetune --resume RUN_DIR`")
     recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))

@@ -64,6 +64,8 @@ def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:
     changes = {names.get(key, key): recipe.model[key] for key in CHANGEABLE_MODEL if key in recipe.model}
     config = GPTConfig.from_pretrained(checkpoint)
     context = changes.get("max_position_embeddings", config.max_position_embeddings)
+    if tokens := recipe.training.get("tokens_per_step"):  # another context: the same windows a step, of other length
+        recipe.training["tokens_per_step"] = tokens // config.max_position_embeddings * context
     if config.position_encoding == "learned" and context != config.max_position_embeddings:
         raise UserError(
             f"block_size={context}: learned positions are fixed at {config.max_position_embeddings}; "

@@ -1,9 +1,11 @@
 """From a recipe and a run directory to a finished run; `acorn pretrain` and `acorn resume` both end here."""
 
+import os
 import signal
 import sys
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from modeling import GPTForCausalLM
@@ -24,7 +26,20 @@ def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
     config = recipe.model_config(vocab_size=vocab_size, **ids)
     tokenizer.model_max_length = config.max_position_embeddings
     set_seed(args.seed)
-    return GPTForCausalLM(config)
+    # Under FSDP the first process sends the others their shards: they need the shapes only.
+    needs_weights = args.process_index == 0 or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "true"
+    return GPTForCausalLM(config) if needs_weights else meta_model(config)
+
+
+def meta_model(config) -> GPTForCausalLM:
+    """A model without memory for its weights; the buffers, which nobody sends, are filled."""
+    with torch.device("meta"):
+        model = GPTForCausalLM(config)
+    positions = model.model.positions
+    for name, buffer in positions.named_buffers(recurse=False):
+        setattr(positions, name, torch.empty_like(buffer, device="cpu"))
+    positions.init_weights()
+    return model
 
 
 def corpus_of_run(recipe: Recipe) -> Corpus:
@@ -55,6 +70,9 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     if trainer.is_world_process_zero():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         recipe.data["data_dir"] = str(corpus.directory.absolute())
+        # Kept as tokens a step, so that a resume on more or fewer processes takes the same steps.
+        recipe.training["tokens_per_step"] = args.tokens_per_step
+        recipe.training.pop("gradient_accumulation_steps", None)
         recipe.save(Path(args.output_dir, "recipe.yaml"))
         print(describe(recipe, trainer), flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
+from .arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from .callbacks import ConsoleTable, StopOnSignal
 from .corpus import Corpus
 from .dataset import EvaluationRows, Rows, TrainingRows, collate_rows
@@ -54,9 +54,9 @@ class GPTTrainer(Trainer):
         data: DataArguments | None = None,
         sample: SampleArguments | None = None,
     ):
-        self.rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        self.rows_per_step = args.share_out(context_length)
         self.context_length = context_length
-        self.tokens_per_step = self.rows_per_step * context_length
+        self.tokens_per_step = args.tokens_per_step
         self.corpus = corpus
         self.sample = sample or SampleArguments()
         training_rows, evaluation_rows = self.build_rows(args, data or DataArguments())
@@ -84,8 +84,7 @@ class GPTTrainer(Trainer):
             EvaluationRows(self.corpus.tokens("validation"), self.context_length),
         )
 
-    def count_flops(self, model) -> float:
-        """FLOPs of training on one token; 0 where the architecture is not known."""| None:
+    def count_flops(self, model) -> float | None:
         """FLOPs of training on one token, or None where the architecture is not known."""
         return flops_per_token(model.config, self.context_length)
 
@@ -142,6 +141,15 @@ class GPTTrainer(Trainer):
             schedule.base_lrs = rates
             for group, rate, shape in zip(self.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
                 group["lr"] = rate * shape(schedule.last_epoch)
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """After an out-of-memory error: the largest micro-batch up to `batch_size` that keeps the rows of a step."""
+        args = self.args
+        fitting = fitting_micro_batches(self.rows_per_step, args.world_size)
+        size = max(n for n in fitting if n <= batch_size)
+        super()._update_auto_batch_size(size)
+        args.gradient_accumulation_steps = self.rows_per_step // (size * args.world_size)
+        self.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Our table's optimizer instead of transformers' `optim`."""
