@@ -5,12 +5,16 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .agreement import highest
+from .files import write_whole
 from .hardware import device_peak_flops
 from .sampling import sample_text
 
@@ -29,23 +33,40 @@ COLUMNS = {
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM finish the step, write a checkpoint and end the run; a second signal ends it at once."""
+    """Ctrl-C and SIGTERM finish the step, write a checkpoint and end the run; a second signal ends it at once.
+
+    A signal reaches several processes at different steps, so at the end of each step they compare: all stop together.
+    `received` is this process's own signal, `agreed` the one that the run stops for.
+    """
 
     def __init__(self):
         self.received: int | None = None
+        self.agreed: int | None = None
+        self._group = None
         self._previous: dict = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # compared on the CPU, so that no GPU is waited for
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
+        self._speaks = state.is_world_process_zero
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        self.received = number
-        print(f"\n{signal.Signals(number).name}: finishing this step and saving …", file=sys.stderr)
-        self.restore()
+        if self.received is None and self._speaks:
+            print(f"\n{signal.Signals(number).name}: finishing this step and saving …", file=sys.stderr)
+        self.received = self.received or number
+        if self._group is None:
+            self.restore()
+        else:  # torchrun sends SIGTERM after the terminal's SIGINT: only a second one of a kind ends it at once
+            signal.signal(number, self._previous.pop(number))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.received is not None:
+        number = self.received or 0
+        if self._group is not None:
+            number = highest(number, self._group)
+        if number:
+            self.agreed = number
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -54,6 +75,10 @@ class StopOnSignal(TrainerCallback):
     def restore(self) -> None:
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+
+# What a checkpoint keeps of the table, so that the rows of a resumed run are those of the unbroken one.
+KEPT = "loss_sum loss_steps training_seconds last_logged interval_start latest last_evaluated unlogged".split()
 
 
 class ConsoleTable(TrainerCallback, ExportableState):
@@ -69,20 +94,25 @@ class ConsoleTable(TrainerCallback, ExportableState):
         self.bar: tqdm | None = None
         self.latest: dict = {}
         self.last_evaluated: int | None = None
+        self.unlogged: dict = {}  # the losses since the last log: see GPTTrainer.keep_unlogged_loss
+        self._start_interval(0)
 
     def state(self) -> dict:
-        return {"args": {"seconds": self._seconds()}, "attributes": {}}
+        """What goes into a checkpoint; GPTTrainer._load_callback_state sets the attributes again."""
+        kept = {name: getattr(self, name) for name in KEPT}
+        return {"args": {}, "attributes": {**kept, "seconds_before": self._seconds()}}
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = self.resumed_at = time.perf_counter()
-        saved = state.stateful_callbacks.get("ConsoleTable", {}) if state.global_step else {}
-        self.seconds_before = saved.get("args", {}).get("seconds", 0.0) if isinstance(saved, dict) else 0.0
+        if state.global_step:
+            self.trainer.take_up_unlogged_loss(**self.unlogged)
+        if self.last_logged > state.global_step or not self.unlogged:  # a new run, or one of an Acorn that kept less
+            self._start_interval(state.global_step)
         peak = args.peak_flops or device_peak_flops(args.device)
         self.peak_flops = peak * args.world_size if peak else None
-        self._start_interval(state)
         if state.is_world_process_zero:
             print("  ".join(header.rjust(len(_shown(key, 0))) for key, (header, _) in COLUMNS.items()), flush=True)
             self.bar = tqdm(
@@ -90,11 +120,12 @@ class ConsoleTable(TrainerCallback, ExportableState):
                 file=sys.stderr, mininterval=0.5,
             )  # fmt: skip
 
-    def _start_interval(self, state) -> None:
+    def _start_interval(self, step: int) -> None:
         self.loss_sum, self.loss_steps, self.training_seconds = 0.0, 0, 0.0
-        self.last_logged = self.interval_start = state.global_step
+        self.last_logged = self.interval_start = step
 
     def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps  # Trainer counts anew after a resume that replays nothing
         if control.should_evaluate:
             control.should_log = True  # a row shows the training loss and rate of its own step
         if self.bar is not None:
@@ -132,20 +163,20 @@ class ConsoleTable(TrainerCallback, ExportableState):
             "train_loss": self.loss_sum / self.loss_steps if self.loss_steps else None,
             "eval_loss": metrics["eval_loss"],
             "bits_per_byte": metrics["eval_bits_per_byte"],
+            "token_accuracy": metrics.get("eval_token_accuracy"),
             "learning_rate": self.latest.get("learning_rate"),
             "grad_norm": self.latest.get("grad_norm"),
             "tokens_per_second": speed,
             "mfu": flops / self.peak_flops if flops and self.peak_flops else None,
             "seconds": self._seconds(),
         }
-        with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_metrics(args.output_dir, row)
         sample = self.trainer.sample
         if sample.sample_during_training and sample.max_new_tokens:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(sample_text(self.trainer.model, self.trainer.corpus.tokenizer, sample, args.seed), flush=True)
         self._print_row(row, (state.max_steps - state.global_step) * self.trainer.tokens_per_step)
-        self._start_interval(state)
+        self._start_interval(state.global_step)
         self.resumed_at = time.perf_counter()
 
     def _print_row(self, row: dict, tokens_left: int) -> None:
@@ -167,11 +198,33 @@ def _shown(key: str, value) -> str:
     return "–".rjust(width) if value is None else pattern.format(value)
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
+def append_metrics(run_dir: str | os.PathLike, row: dict) -> None:
+    """Add a line, on the disk before the checkpoint that counts on it."""
+    with open(Path(run_dir, METRICS_FILE), "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    """The lines of metrics.jsonl; where a resumed run passed a step again, the later line counts."""
-    path = Path(run_dir, "metrics.jsonl")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The whole lines of metrics.jsonl; where a resumed run passed a step again, the later line counts."""
+    rows = [json.loads(line) for line in _whole_lines(Path(run_dir, METRICS_FILE)).splitlines()]
     latest: dict[int, dict] = {}
     for row in rows:
         latest = {step: kept for step, kept in latest.items() if step < row["step"]} | {row["step"]: row}
     return list(latest.values())
+
+
+def mend_metrics(run_dir: str | os.PathLike) -> None:
+    """Cut off a last line that a killed process left half-written, so that the next one starts on its own."""
+    path = Path(run_dir, METRICS_FILE)
+    if path.is_file() and (whole := _whole_lines(path)) != path.read_bytes():
+        write_whole(path, whole)
+
+
+def _whole_lines(path: Path) -> bytes:
+    raw = path.read_bytes() if path.is_file() else b""
+    return raw[: raw.rfind(b"\n") + 1]

@@ -1,22 +1,25 @@
 """What a run leaves behind beside the weights: loss.png, a sample, the model card, and what to type next."""
 
 import json
-import platform
-from importlib.metadata import version
+import math
 from pathlib import Path
 
+from safetensors import safe_open
+
 from .callbacks import read_metrics
+from .checkpoints import step_of
+from .errors import UserError
 from .files import replace_whole, write_whole
+from .model_card import CardFacts, write_card
+from .recipe import Recipe, load_run_recipe
+from .sources import PYTHON_STDLIB
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate")
 
-
-def write_report(run_dir: Path, recipe, corpus, model, sample: str) -> None:
-    """loss.png, sample.txt and README.md (the model card) in `run_dir`, from its metrics.jsonl."""
-    rows = read_metrics(run_dir)
-    draw_losses(rows, run_dir / "loss.png", recipe.name)
+def write_report(run_dir: Path, recipe: Recipe, sample: str) -> None:
+    """loss.png, sample.txt and README.md (the model card) in `run_dir`, from what lies there."""
+    draw_losses(read_metrics(run_dir), run_dir / "loss.png", recipe.name)
     write_whole(run_dir / "sample.txt", sample)
-    write_whole(run_dir / "README.md", model_card(recipe, corpus, model, rows, sample))
+    write_card(run_dir, facts_of_run(run_dir))
 
 
 def draw_losses(rows: list[dict], path: Path, title: str) -> None:
@@ -41,85 +44,125 @@ def draw_losses(rows: list[dict], path: Path, title: str) -> None:
     replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [acorn, gpt]
----
-
-# {name}
-
-A GPT of {parameters:,} parameters, grown from scratch by Acorn (`pip install acorn-gpt`).
-
-```python
-from transformers import pipeline
-
-write = pipeline("text-generation", "PATH-OR-ID-OF-THIS-DIRECTORY", trust_remote_code=True)
-print(write({prompt}, max_new_tokens=100)[0]["generated_text"])
-```
-
-## Data
-
-Source: `{source}`{licence}.
-Train {train_tokens:,} tokens, validation {validation_tokens:,} tokens; vocabulary {vocab_size:,}.
-
-## Results
-
-On the whole validation split, in non-overlapping windows:
-
-{results}
-
-## Training
-
-Command: `{command}`
-
-{versions}; Python {python}. All arguments are in `recipe.yaml`.
-
-## Sample
-
-{sample}
-"""
+# ---- the facts of a model card, read from the directory itself: at the end of a run, amid it, or long after it
 
 
-def model_card(recipe, corpus, model, rows: list[dict], sample: str) -> str:
-    """The README.md of a run directory, with the Hub's metadata on top."""
-    splits, licence = corpus.manifest["splits"], corpus.manifest.get("licence")
-    return CARD.format(
-        name=recipe.name,
-        parameters=model.num_parameters(),
-        prompt=json.dumps(recipe.sample_arguments().prompt or "Once"),
-        source=source_line(recipe),
-        licence=f", licence {licence}" if licence else "",
-        train_tokens=splits["train"]["tokens"],
-        validation_tokens=splits["validation"]["tokens"],
-        vocab_size=corpus.manifest["vocab_size"],
-        results=results_table(rows),
-        command=recipe.command,
-        versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
-        python=platform.python_version(),
-        sample="\n".join(f"    {line}" for line in sample.splitlines()),
-    )
+def facts_of(directory: Path) -> CardFacts:
+    """The facts of a run, of one of its checkpoints, or of a directory that only holds a model."""
+    places = (directory, directory.absolute().parent)
+    run_dir = next((path for path in places if (path / "recipe.yaml").is_file()), None)
+    if run_dir is None or (run_dir != directory and step_of(directory) < 0):
+        return facts_of_model(directory)
+    try:
+        return facts_of_run(run_dir, directory)
+    except UserError:  # a recipe of finetuning, which has other sections
+        return facts_of_model(directory)
 
 
-def results_table(rows: list[dict]) -> str:
-    """The best evaluation's figures as Markdown."""
-    if not rows:
-        return "The run ended before its first evaluation."
-    best = min(rows, key=lambda row: row["eval_loss"])
-    return (
-        "| loss (nats a token) | bits per byte | step | tokens seen | seconds |\n| --- | --- | --- | --- | --- |\n"
-        f"| {best['eval_loss']:.4f} | {best['bits_per_byte']:.4f} | {best['step']:,} | {best['tokens']:,} "
-        f"| {best['seconds']:,.0f} |\n\n![loss](loss.png)"
-    )
+def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
+    """The facts of what `acorn pretrain` grew, or of its checkpoint `directory`, with the figures of that step."""
+    recipe, directory = load_run_recipe(run_dir), directory or run_dir
+    manifest, sources = read_manifest(recipe), sources_of(recipe)
+    rows = [row for row in read_metrics(run_dir) if directory == run_dir or row["step"] == step_of(directory)]
+    best = min(rows, key=lambda row: row["eval_loss"], default=None)
+    facts = facts_of_model(directory)
+    facts.name = recipe.name if directory == run_dir else f"{recipe.name}, {directory.name}"
+    facts.about = f"A GPT of {count_parameters(directory):,} parameters, grown from scratch by Acorn."
+    facts.license, facts.language = recipe.card_arguments().license, recipe.card_arguments().language
+    facts.datasets, facts.text = datasets_of(recipe), ", ".join(sources)
+    facts.prompt = recipe.sample_arguments().prompt.strip() or "Once"
+    facts.data = data_section(sources, manifest)
+    facts.metrics = metrics_of(best) if best else {}
+    facts.evaluated_on = "the whole validation split, in non-overlapping windows"
+    facts.results = results_section(best, run_dir)
+    facts.command = recipe.command
+    facts.training = "All arguments are in `recipe.yaml`." if recipe.command else ""
+    facts.limits.append(f"It was trained on {', '.join(f'`{source}`' for source in sources)} and knows nothing else.")
+    if (run_dir / "sample.txt").is_file() and directory == run_dir:
+        facts.sample = (run_dir / "sample.txt").read_text(encoding="utf-8")
+    return facts
 
 
-def source_line(recipe) -> str:
-    """Where the text came from, in one line."""
-    data = recipe.data
-    if data.get("mixture"):
-        return "a mixture of " + ", ".join(str(entry) for entry in data["mixture"])
-    named = data.get("text_files") or data.get("data_files") or [data.get("dataset") or data.get("data_dir")]
-    return ", ".join(str(name) for name in named)
+def facts_of_model(directory: Path) -> CardFacts:
+    """What config.json and the weights say: enough for a card, with no figures and no claims."""
+    adapter = directory / "adapter_config.json"
+    config = read_json(adapter if adapter.is_file() else directory / "config.json")
+    parameters = count_parameters(directory)
+    name = directory.absolute().name
+    if adapter.is_file():
+        base, kind = config.get("base_model_name_or_path"), str(config.get("peft_type", "PEFT"))
+        about = f"An adapter ({kind}) of {parameters:,} parameters for `{base}`."
+        kinds = {"base_model_relation": "adapter", "library_name": "peft", "tags": ["acorn", kind.lower()]}
+        return CardFacts(name, about, base_model=base, **kinds)
+    about = f"A causal language model (`{config.get('model_type')}`) of {parameters:,} parameters."
+    facts = CardFacts(name, about, needs_remote_code=bool(config.get("auto_map")))
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    facts.limits += [f"Its context is {context:,} tokens."] if context else []
+    facts.tags = ["acorn", "gpt"] if config.get("model_type") == "gpt" else ["acorn"]
+    return facts
+
+
+def count_parameters(directory: Path) -> int:
+    """Numbers in the directory's safetensors files, tied ones counted once; the headers alone are read."""
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's content; a damaged one is refused."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy the directory again") from error
+
+
+def read_manifest(recipe: Recipe) -> dict:
+    """What is known of the run's prepared tokens; nothing where they are on another machine."""
+    manifest = Path(recipe.data.get("data_dir") or "", "manifest.json")
+    return read_json(manifest) if manifest.is_file() else {}
+
+
+def sources_of(recipe: Recipe) -> list[str]:
+    """Where the text came from: names of files, or ids of data sets."""
+    parts = recipe.data.get("mixture") or [recipe.data]
+    named = [part.get("text_files") or part.get("data_files") or [part.get("dataset")] for part in parts]
+    return [str(name) for names in named for name in names if name] or [str(recipe.data.get("data_dir"))]
+
+
+def datasets_of(recipe: Recipe) -> list[str]:
+    """The data sets among the sources, which may be on the Hub."""
+    parts = recipe.data.get("mixture") or [recipe.data]
+    return [part["dataset"] for part in parts if part.get("dataset") not in (None, PYTHON_STDLIB)]
+
+
+def data_section(sources: list[str], manifest: dict) -> str:
+    """Source, licence and sizes of the text."""
+    licence = manifest.get("licence") or "not known to Acorn; ask the source before you pass the model on"
+    lines = [f"Source: {', '.join(f'`{source}`' for source in sources)}.", f"Licence of the text: {licence}."]
+    if manifest:
+        train, validation = (manifest["splits"][split]["tokens"] for split in ("train", "validation"))
+        lines.append(
+            f"Train {train:,} tokens, validation {validation:,} tokens; vocabulary {manifest['vocab_size']:,}."
+        )
+    return "\n".join(lines)
+
+
+def metrics_of(row: dict) -> dict[str, float]:
+    """A line of metrics.jsonl as the card's metrics."""
+    loss = row["eval_loss"]
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": row["bits_per_byte"]}
+    return metrics | ({"token_accuracy": row["token_accuracy"]} if row.get("token_accuracy") is not None else {})
+
+
+def results_section(best: dict | None, run_dir: Path) -> str:
+    """When the figures were measured, and the picture."""
+    if best is None:
+        return "The run has not been evaluated yet."
+    when = f"Measured at step {best['step']:,}, after {best['tokens']:,} tokens and {best['seconds']:,.0f} seconds."
+    return when + ("\n\n![loss](loss.png)" if (run_dir / "loss.png").is_file() else "")
 
 
 def next_steps(run_dir: Path, prompt: str) -> str:
@@ -130,5 +173,6 @@ def next_steps(run_dir: Path, prompt: str) -> str:
             f"  acorn generate {run_dir} --prompt {json.dumps(prompt)}",
             f"  acorn evaluate {run_dir}",
             f"  acorn resume {run_dir} --max_steps …",
+            f"  acorn push {run_dir} YOU/NAME --dry_run",
         ]
     )

@@ -56,6 +56,7 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     A run that a signal stopped ends the process with the shell's usual code, after saying how to resume.
     """
     data, sample = recipe.data_arguments(), recipe.sample_arguments()
+    recipe.card_arguments()  # a licence that nobody knows is refused now, not after all of training
     if sample.max_new_tokens:
         # A prompt that cannot be read is refused now, not after all of training.
         encode_prompt(corpus.tokenizer, sample.prompt, model.config.max_position_embeddings)
@@ -109,7 +110,9 @@ def finish(recipe: Recipe, trainer: GPTTrainer) -> None:
     run_dir, sample = Path(trainer.args.output_dir), trainer.sample
     model = GPTForCausalLM.from_pretrained(run_dir).to(trainer.args.device)
     text = sample_text(model, trainer.corpus.tokenizer, sample, trainer.args.seed) if sample.max_new_tokens else ""
-    write_report(run_dir, recipe, trainer.corpus, model, text)
+    write_report(run_dir, recipe, text)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     if text:
         print(f"\n{'─' * 20} a sample {'─' * 20}\n{text}\n{'─' * 50}")
     print(next_steps(run_dir, sample.prompt), flush=True)

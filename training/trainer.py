@@ -20,6 +20,7 @@ from .errors import UserError
 from .evaluation import evaluate_rows
 from .hardware import flops_per_token
 from .optimizers import build_optimizer
+from .push_while_training import PushesToHub
 
 
 class StepSampler(Sampler):
@@ -35,7 +36,7 @@ class StepSampler(Sampler):
         return iter(range(self.trainer.state.global_step * self.trainer.rows_per_step, len(self)))
 
 
-class GPTTrainer(Trainer):
+class GPTTrainer(PushesToHub, Trainer):
     """The only training loop.
 
     model: a GPTForCausalLM, or any causal LM that takes `shift_labels`. corpus: prepared tokens, train and validation.

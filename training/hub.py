@@ -1,0 +1,305 @@
+"""The way to the Hub: which files of a directory go up and why, one commit that holds them all, failures in words."""
+
+import fnmatch
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from transformers import TrainingArguments
+
+from .errors import UserError, one_line
+from .model_card import NOT_CHOSEN, PLACE, check_license, is_hub_id
+
+# The first pattern that fits a name decides. What fits none stays: the Hub gets a model, not a folder.
+GOES_UP = {
+    "README.md": "model card",
+    "LICENSE*": "licence",
+    "adapter_config.json": "what the adapter is, and its base",
+    "config.json": "architecture",
+    "generation_config.json": "how generate() samples",
+    "*.safetensors": "weights",
+    "*.safetensors.index.json": "which file holds which weight",
+    "*.gguf": "weights for llama.cpp",
+    "*.py": "modeling code, for trust_remote_code",
+    "tokenizer*.json": "tokenizer",
+    "special_tokens_map.json": "tokenizer",
+    "added_tokens.json": "tokenizer",
+    "vocab.*": "tokenizer",
+    "merges.txt": "tokenizer",
+    "*.model": "tokenizer",
+    "chat_template*": "chat template",
+    "recipe.yaml": "recipe, without paths of this machine",
+    "metrics.jsonl": "a line an evaluation",
+    "*.png": "picture",
+    "sample*.txt": "sample",
+}
+STAYS = {
+    ".*": "hidden or temporary",
+    "*.tmp": "temporary",
+    "*.lock": "lock",
+    "checkpoint-*": "resume state; `acorn push` takes one by its name",
+    "abandoned-checkpoint-*": "resume state of a course the run left",
+    "training_args.bin": "pickle: loading one can run code",
+    "*.bin": "pickle: loading one can run code",
+    "*.pt": "pickle: loading one can run code",
+    "*.pth": "pickle: loading one can run code",
+    "*.pkl": "pickle: loading one can run code",
+    "*.ckpt": "pickle: loading one can run code",
+    "trainer_state.json": "resume state",
+}
+NO_PART = "no part of a model"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+NO_TOKEN = (
+    f"no Hugging Face token: make one that may write at {TOKENS_PAGE}, then run `hf auth login`, or set HF_TOKEN to it"
+)
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # RuntimeError: what huggingface_hub wraps uploads in
+# status of an answer: what it means
+ANSWERS = {
+    401: f"the Hub does not take the token (401): make another that may write at {TOKENS_PAGE}, then `hf auth login`",
+    403: "{repo_id} is another's, or the token may only read (403, {said}): push to a repository of your own, "
+    f"or make a token that may write at {TOKENS_PAGE}",
+    404: "{repo_id} is not there for this token (404): check the id and the branch, and whose the token is",
+    None: "the Hub answered {status}: {said}; nothing is lost, push again later",
+}
+
+
+@dataclass
+class Upload:
+    """A file and its place in the repository; `content` is a path, or bytes that are sent instead of a file's own."""
+
+    name: str
+    content: Path | bytes
+    why: str
+
+    @property
+    def size(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+# ---- what goes up
+
+
+def sort_files(directory: Path) -> tuple[list[Upload], list[Upload]]:
+    """(what goes up, what stays) of a model directory, each with the reason; a folder that stays is one entry."""
+    going, staying = [], []
+    for path in sorted(directory.iterdir()):
+        stays = _first_fit(path.name, STAYS)
+        goes = None if stays else _first_fit(path.name, GOES_UP)
+        if path.is_dir() and goes:  # chat templates may fill a folder
+            inside = sorted(file for file in path.iterdir() if file.is_file())
+            going += [Upload(f"{path.name}/{file.name}", file, goes) for file in inside]
+        elif goes:
+            going.append(Upload(path.name, path, goes))
+        else:
+            staying.append(Upload(path.name + "/" * path.is_dir(), path, stays or NO_PART))
+    return going, staying
+
+
+def _first_fit(name: str, patterns: dict[str, str]) -> str | None:
+    return next((why for pattern, why in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def total_size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def refuse_no_model(directory: Path) -> None:
+    """Refuse, in one line, a directory that nothing could load."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory: name a run, a checkpoint, a model or an adapter directory")
+    names = {path.name for path in directory.iterdir()}
+    kind, config, stem = "a model", "config.json", "model"
+    if "adapter_config.json" in names:
+        kind, config, stem = "an adapter", "adapter_config.json", "adapter_model"
+    if config not in names:
+        holds = sorted(name for name in names if name.startswith("checkpoint-"))
+        mend = f"push one of its checkpoints, such as {directory / holds[-1]}" if holds else "name a model directory"
+        raise UserError(f"{directory} holds no config.json, so it is no model; {mend}")
+    settings = _read_json(directory / config)
+    index = _read_json(directory / f"{stem}.safetensors.index.json").get("weight_map", {})
+    wanted = {file for file in index.values()} or {f"{stem}.safetensors"}
+    missing = sorted(wanted - names)
+    if missing:
+        pickled = [name for name in names if name.endswith(".bin") and stem.split("_")[-1] in name]
+        why = f"; its weights are a pickle ({pickled[0]}), `acorn convert` writes safetensors" if pickled else ""
+        raise UserError(f"{directory} is not whole as {kind}: {missing[0]} is not there{why}")
+    for reference in (settings.get("auto_map") or {}).values():
+        code = str(reference[0] if isinstance(reference, list) else reference).split("--")[-1].split(".")[0] + ".py"
+        if "--" not in str(reference) and code not in names:
+            raise UserError(f"{directory}/{config} names the code {code}, which is not there: it would load nowhere")
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); copy the directory again") from error
+
+
+def finish_files(
+    going: list[Upload], repo_id: str, card: str, license: str | None = None, base_model: str | None = None
+) -> list[Upload]:
+    """The files as they are sent: card of that repository, adapter with its base's id, recipe without local paths.
+
+    card: the text of README.md. license, base_model: what the card and the adapter shall say instead of what they do.
+    """
+    files = {upload.name: upload for upload in going}
+    adapter = files.get("adapter_config.json")
+    if adapter:
+        settings = _read_json(adapter.content)
+        base_model = base_model or settings.get("base_model_name_or_path")
+        if not is_hub_id(base_model):
+            raise UserError(
+                f"base_model={str(base_model)!r}: the adapter's base is a directory of this machine, which nobody else "
+                "has; push it too, and name its repository with --base_model"
+            )
+        text = json.dumps(settings | {"base_model_name_or_path": base_model}, indent=2)
+        files[adapter.name] = Upload(adapter.name, text.encode(), adapter.why)
+    text = finish_card(card, repo_id, license, base_model, is_adapter=adapter is not None)
+    files["README.md"] = Upload("README.md", text.encode(), GOES_UP["README.md"])
+    if "recipe.yaml" in files:
+        content = _portable_recipe(files["recipe.yaml"].content)
+        files["recipe.yaml"] = Upload("recipe.yaml", content, GOES_UP["recipe.yaml"])
+    return [files[name] for name in sorted(files)]
+
+
+def _portable_recipe(path: Path) -> bytes:
+    """The recipe without the place of the prepared tokens, which is of this machine."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(recipe.get("data"), dict):
+        recipe["data"].pop("data_dir", None)
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+
+
+def finish_card(
+    text: str, repo_id: str, license: str | None = None, base_model: str | None = None, is_adapter: bool = False
+) -> str:
+    """The card with the repository's id where the model is loaded, and metadata that the Hub will take.
+
+    Raises UserError for metadata that cannot be read, or a licence that the Hub does not know.
+    """
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"README.md: the metadata on top cannot be read: {one_line(error)}") from error
+    card.data.license = license or card.data.license or NOT_CHOSEN
+    if isinstance(card.data.license, str):
+        check_license(card.data.license)
+    card.data.pipeline_tag = card.data.pipeline_tag or "text-generation"
+    card.data.library_name = "peft" if is_adapter else card.data.library_name or "transformers"
+    if base_model:
+        card.data.base_model = base_model
+    elif isinstance(card.data.base_model, str) and not is_hub_id(card.data.base_model):
+        card.data.base_model = None  # a path of this machine, which the Hub's validator refuses
+    if is_adapter:
+        card.data["base_model_relation"] = "adapter"
+    return card.content.replace(PLACE, repo_id)
+
+
+# ---- sending it
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what can be no repository's id."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"REPO_ID {repo_id!r}: {one_line(error)}") from error
+
+
+def send(
+    files: list[Upload],
+    repo_id: str,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> str:
+    """Make the repository, and the branch, where they are not there yet, and commit all files at once; the address.
+
+    Weights there that are not among the files are removed in the same commit, so that no loader finds them instead.
+    Raises one of HUB_ERRORS, for `in_words`, and UserError where `private` cannot be had.
+    """
+    api = HfApi(token=get_token())
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise UserError(
+            f"private: {repo_id} exists and is public, and a push does not change that: do it first at "
+            f"{constants.ENDPOINT}/{repo_id}/settings"
+        )
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    operations: list = [
+        CommitOperationAdd(file.name, str(file.content) if isinstance(file.content, Path) else file.content)
+        for file in files
+    ]
+    names = {file.name for file in files}
+    there = [name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name]
+    stale = [name for name in there if name not in names and any(fnmatch.fnmatchcase(name, w) for w in WEIGHTS)]
+    operations += [CommitOperationDelete(name) for name in stale]
+    api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+
+
+def in_words(error: BaseException, repo_id: str) -> str:
+    """One line on why a push failed, and what to do."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    response = next((e.response for e in chain if isinstance(e, HfHubHTTPError)), None)
+    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        return "HF_HUB_OFFLINE is set, so nothing reaches the Hub: unset it, and push again"
+    if response is None and any(isinstance(e, HTTPError) for e in chain):
+        cause = next(e for e in chain if isinstance(e, HTTPError))
+        return f"{constants.ENDPOINT} cannot be reached ({one_line(cause)}): nothing is lost, push again later"
+    if response is None or isinstance(error, ValueError) and str(error).startswith("Invalid metadata"):
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    status = response.status_code
+    return ANSWERS.get(status, ANSWERS[None]).format(repo_id=repo_id, status=status, said=_said(response))
+
+
+def _said(response) -> str:
+    """The server's own words, where it gives any."""
+    words = response.headers.get("X-Error-Message")
+    if not words:
+        try:
+            words = response.json().get("error")
+        except (ValueError, AttributeError):
+            words = None
+    return " ".join(str(words or response.reason_phrase).split())[:200]
+
+
+# ---- push_to_hub in a recipe
+
+
+def check_hub_arguments(args: TrainingArguments) -> None:
+    """Refuse hub_* arguments that would do nothing, leak, or fail after hours of training."""
+    if args.hub_token is not None:
+        raise UserError(
+            "hub_token: a recipe is saved with the run and pushed with it, and the token would be too; set HF_TOKEN, "
+            "or run `hf auth login`"
+        )
+    if not args.push_to_hub:
+        idle = {"hub_model_id": None, "hub_revision": None, "hub_always_push": False, "hub_strategy": "every_save"}
+        for name, default in idle.items():
+            if getattr(args, name) != default:
+                raise UserError(f"{name}={getattr(args, name)}: has no effect without push_to_hub: true")
+        if args.hub_private_repo is not None and "trackio" not in (args.report_to or ()):
+            raise UserError(f"hub_private_repo={args.hub_private_repo}: has no effect without push_to_hub: true")
+        return
+    check_repo_id(repo_of(args))
+    if get_token() is None:
+        raise UserError(f"push_to_hub: {NO_TOKEN}")
+
+
+def repo_of(args: TrainingArguments) -> str:
+    """The repository that a run pushes to: hub_model_id, or the name of its directory under the token's own name."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
