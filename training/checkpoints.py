@@ -1,12 +1,20 @@
-"""The checkpoints of a run directory: which there are, which are whole, which one is meant."""
+"""The checkpoints of a run directory: written whole or not at all, verified before a run goes on from one, rotated."""
 
+import hashlib
 import json
+import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .agreement import together
 from .errors import UserError, unknown
+from .files import sync, write_whole
 
-STATE = "trainer_state.json"
+STATE, MANIFEST = "trainer_state.json", "manifest.json"
+# What a killed process leaves: folders that grow, that gave way to a new one of their name, and that are on their way out.
+SAVING, REPLACED, REMOVING = ".saving-", ".replaced-", ".removing-"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -15,34 +23,9 @@ def step_of(checkpoint: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def find_checkpoint(run_dir: Path, wanted: str) -> Path:
-    """The directory of `last`, `best` or `checkpoint-N`."""
-    # trainer_state.json is written last: a directory without it was cut off while it was written.
-    found = sorted((path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
-    checkpoints = [path for path in found if (path / STATE).is_file()]
-    for path in set(found) - set(checkpoints):
-        print(f"{path} was not written whole and is passed over", file=sys.stderr)
-    if not checkpoints:
-        raise UserError(f"{run_dir} has no checkpoint yet: start it again with `acorn pretrain`")
-    if wanted == "last":
-        return checkpoints[-1]
-    if wanted == "best":
-        best = read_state(checkpoints[-1])["best_model_checkpoint"]
-        wanted = Path(best).name if best else checkpoints[-1].name
-    if run_dir / wanted not in checkpoints:
-        raise unknown("checkpoint", wanted, ["last", "best", *(path.name for path in checkpoints)])
-    return run_dir / wanted
-
-
-def set_aside_later(checkpoint: Path) -> None:
-    """Rename the checkpoints after the one that a run goes back to: they are of another course."""
-    step = step_of(checkpoint)
-    for path in checkpoint.parent.glob("checkpoint-*"):
-        if step_of(path) > step:
-            aside = path.with_name(f"abandoned-{path.name}")
-            while aside.exists():
-                aside = aside.with_name(f"abandoned-{aside.name}")
-            path.rename(aside)
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The folders checkpoint-N, by step, whole or damaged."""
+    return sorted((path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -50,11 +33,212 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
-def refuse_finished(checkpoint: Path, max_steps: int) -> None:
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote it, by their random states; 0 where none were saved."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
+
+
+# ---- writing
+
+
+def write_beside(aside: Path, write: Callable[[], object], finish: Callable[[], object], args) -> None:
+    """Let every process `write()` into the folder `aside`, then the first one `finish()`; an error removes the folder.
+
+    Where it fails in one process it fails in all.
+    """
+
+    def write_in_all() -> None:
+        aside.mkdir(exist_ok=True)
+        write()
+
+    try:
+        together(args, write_in_all)
+        together(args, finish if args.should_save else lambda: None)
+    except BaseException:
+        if args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def seal(aside: Path, checkpoint: Path) -> None:
+    """Flush every file of `aside` to the disk, write the manifest last, and give the folder its name."""
+    files = files_of(aside)
+    for path in files:
+        sync(path)
+    listed = {
+        str(path.relative_to(aside).as_posix()): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, hashes(files), strict=True)
+    }
+    write_whole(aside / MANIFEST, json.dumps({"files": listed}, indent=1) + "\n")
+    for folder in {path.parent for path in files}:
+        sync(folder)
+    replaced = checkpoint.with_name(REPLACED + checkpoint.name)
+    if checkpoint.exists():  # saved once more at the same step: the old one stands until the new one is whole
+        checkpoint.rename(replaced)
+    aside.rename(checkpoint)
+    sync(checkpoint.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def move_in(aside: Path, root: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Move the files of `aside` into `root`, each over its namesake, and remove `aside`."""
+    files = [path for path in sorted(aside.iterdir()) if path.name not in leave_out]
+    for path in files:
+        sync(path)
+    for path in files:
+        path.replace(root / path.name)
+    sync(root)
+    shutil.rmtree(aside)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file below a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def hashes(files: list[Path]) -> list[str]:
+    """The sha256 of each file, several at once."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(_sha256, files))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but never the last one nor the `best`."""
+    kept = list_checkpoints(run_dir)
+    protected = {kept[-1].name, Path(best).name if best else kept[-1].name}
+    for path in kept[:]:
+        if limit and len(kept) > max(limit, len(protected)) and path.name not in protected:
+            kept.remove(path)
+            remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Take a checkpoint away: first its name, so that a half-removed one is never taken for one."""
+    leaving = checkpoint.with_name(REMOVING + checkpoint.name)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def sweep(run_dir: Path) -> None:
+    """Clear away what a killed process left half-done; only for who holds the directory's lock."""
+    for path in run_dir.glob(f"{REPLACED}*"):
+        checkpoint = path.with_name(path.name.removeprefix(REPLACED))
+        if not checkpoint.exists():  # killed between the two renames
+            path.rename(checkpoint)
+    for pattern in (".saving*", f"{REPLACED}*", f"{REMOVING}*"):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.glob(".*.tmp"):  # of write_whole
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- reading
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None when each file is what was written."""
+    if not (checkpoint / MANIFEST).is_file():
+        return _damage_without_manifest(checkpoint)
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        sizes = {checkpoint / name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for path, (size, _) in sizes.items():
+        if not path.is_file():
+            return f"{path.relative_to(checkpoint)} is missing"
+        if path.stat().st_size != size:
+            return f"{path.relative_to(checkpoint)} has {path.stat().st_size:,} of {size:,} bytes"
+    for path, digest in zip(sizes, hashes(list(sizes)), strict=True):
+        if digest != sizes[path][1]:
+            return f"{path.relative_to(checkpoint)} is not what was written (its sha256 differs)"
+    return None
+
+
+def _damage_without_manifest(checkpoint: Path) -> str | None:
+    """Checkpoints of an Acorn that wrote none, or of plain Trainer: the state was written last."""
+    try:
+        read_state(checkpoint)
+    except FileNotFoundError:
+        return f"it has neither {MANIFEST} nor {STATE}"
+    except ValueError:
+        return f"{STATE} cannot be read"
+    print(f"{checkpoint} has no {MANIFEST}, as an earlier Acorn left it: taken unverified", file=sys.stderr)
+    return None
+
+
+def find_checkpoint(run_dir: Path, wanted: str) -> Path | None:
+    """The directory of `last`, `best` or `checkpoint-N`; None for the `last` of a run that has none yet.
+
+    `last` is the newest that is whole, and stderr says which were passed over and why. A named one that is damaged is
+    refused.
+    """
+    found = list_checkpoints(run_dir)
+    if wanted == "last":
+        return newest_whole(found) if found else None
+    if not found:
+        raise UserError(f"{run_dir} has no checkpoint yet: `acorn resume {run_dir}` starts it again")
+    if wanted == "best":
+        best = read_state(newest_whole(found))["best_model_checkpoint"]
+        wanted = Path(best).name if best else found[-1].name
+    if run_dir / wanted not in found:
+        raise unknown("checkpoint", wanted, ["last", "best", *(path.name for path in found)])
+    if what := damage(run_dir / wanted):
+        raise UserError(f"{run_dir / wanted} is damaged: {what}; `--checkpoint last` takes the newest that is whole")
+    return run_dir / wanted
+
+
+def newest_whole(found: list[Path]) -> Path:
+    """The last of the checkpoints that is whole; what is wrong with the later ones goes to stderr."""
+    damages = []
+    for path in reversed(found):
+        what = damage(path)
+        if what is None:
+            return path
+        damages.append(f"{path.name}: {what}")
+        print(f"{path} is passed over: {what}", file=sys.stderr)
+    raise UserError(
+        f"{found[0].parent}: no checkpoint is whole ({'; '.join(damages)}); start the run again with `acorn pretrain` "
+        "and another --output_dir"
+    )
+
+
+def set_aside_later(checkpoint: Path) -> None:
+    """Rename the checkpoints after the one that a run goes back to: they are of another course."""
+    for path in list_checkpoints(checkpoint.parent):
+        if step_of(path) > step_of(checkpoint):
+            aside = path.with_name(f"abandoned-{path.name}")
+            while aside.exists():
+                aside = aside.with_name(f"abandoned-{aside.name}")
+            path.rename(aside)
+
+
+# ---- runs with nothing left to do
+
+
+def stopped_early(checkpoint: Path, patience: int | None) -> bool:
+    """Whether the run ended at this checkpoint because its validation loss no longer fell."""
+    saved = read_state(checkpoint)["stateful_callbacks"].get("EarlyStoppingCallback", {})
+    return bool(patience) and saved.get("attributes", {}).get("early_stopping_patience_counter", 0) >= patience
+
+
+def refuse_finished(checkpoint: Path, args) -> None:
     """Say so when there is nothing left to do: all steps are done and the report, written last, is there."""
     step = read_state(checkpoint)["global_step"]
-    if max_steps <= step and (checkpoint.parent / "README.md").is_file():
+    if not (checkpoint.parent / "README.md").is_file():
+        return
+    if stopped_early(checkpoint, args.early_stopping_patience):
         raise UserError(
-            f"max_steps={max_steps}: {checkpoint} is at step {step} already; give a larger --max_steps "
+            f"early_stopping_patience={args.early_stopping_patience}: {checkpoint} at step {step} is where the run "
+            "stopped early; give a larger --early_stopping_patience"
+        )
+    if args.max_steps <= step:
+        raise UserError(
+            f"max_steps={args.max_steps}: {checkpoint} is at step {step} already; give a larger --max_steps "
             "(or --num_train_epochs, if the run counts epochs)"
         )

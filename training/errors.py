@@ -24,6 +24,10 @@ class UserError(Exception):
     """A mistake the person can mend: one line that names the field, the value and the mend."""
 
 
+class LostProcess(UserError):
+    """Another process of the run is gone or silent; each one that is left says so, for the first may be the lost one."""
+
+
 def unknown(what: str, value: object, known: Iterable[str], mend: str = "") -> UserError:
     """Say that `value` is none of the `known` names of `what`, naming its nearest neighbour, or else all of them."""
     names = [str(name) for name in known]
@@ -49,7 +53,7 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
         main(argv)
         sys.stdout.flush()  # a reader that went away is noticed here, not at the interpreter's exit
     except UserError as error:
-        _leave(2, f"error: {error}")
+        _leave(2, f"error: {error}", every_process=isinstance(error, LostProcess))
     except KeyboardInterrupt:
         _leave(130, "stopped by Ctrl-C.")
     except BrokenPipeError:
@@ -66,18 +70,19 @@ def is_disk_full(error: Exception) -> bool:
     return any(words in str(error) for words in DISK_FULL)
 
 
-def _leave(code: int, line: str = "") -> None:
-    """Exit with `code` in every process, and print `line` in the first one only (torchrun sets RANK)."""
-    if line and os.environ.get("RANK", "0") == "0":
+def _leave(code: int, line: str = "", every_process: bool = False) -> None:
+    """Exit with `code` in every process, and print `line`, as a rule in the first one only (torchrun sets RANK)."""
+    if line and (every_process or os.environ.get("RANK", "0") == "0"):
         print(f"acorn: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def _disk_full(error: Exception) -> str:
-    """Name the file where the error knows it: open() does, write() does not."""
+    """Name the file where the error knows it (open() does, write() does not), and add the notes it was given."""
     name = getattr(error, "filename", None)
     where = f" while writing {os.fspath(name)}" if name else ""
-    return f"the disk is full{where}: free some space, or write to another disk with --output_dir."
+    notes = "".join(f" {note}." for note in getattr(error, "__notes__", []))
+    return f"the disk is full{where}: free some space, or write to another disk with --output_dir.{notes}"
 
 
 def _drop_stdout() -> None:

@@ -18,8 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     args = recipe.training_arguments()
     if recipe.output_dir.is_file():
         raise UserError(f"output_dir={recipe.output_dir}: is a file; choose another --output_dir")
-    # A run that was killed before its first checkpoint leaves only its recipe: nothing to lose, nothing to resume.
-    if recipe.output_dir.exists() and {path.name for path in recipe.output_dir.iterdir()} - {"recipe.yaml"}:
+    # A run that was killed at once leaves its recipe, its lock and half-written files: nothing to lose.
+    names = {path.name for path in recipe.output_dir.iterdir()} if recipe.output_dir.exists() else set()
+    if {name for name in names if not name.startswith(".")} - {"recipe.yaml"}:
         raise UserError(
             f"output_dir={recipe.output_dir} exists: continue it with `acorn resume {recipe.output_dir}`, "
             "or choose another --output_dir"

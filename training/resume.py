@@ -7,11 +7,14 @@ from pathlib import Path
 
 from modeling import GPTConfig, GPTForCausalLM
 
+from .agreement import first_decides
 from .checkpoints import find_checkpoint
 from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
+from .lock import claimed
+from .processes import one_process_first
 from .recipe import Recipe, load_run_recipe, parse_flags
-from .run import corpus_of_run, run
+from .run import build_model, corpus_of_run, run
 
 # What would make it another run: the state of a checkpoint belongs to these.
 FIXED_TRAINING = ("optimizer", "seed", "output_dir")
@@ -19,7 +22,7 @@ CHANGEABLE_MODEL = ("block_size", "max_position_embeddings", "attn_implementatio
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Continue a run from its last, its best or a named checkpoint."""
+    """Continue a run from its last, its best or a named checkpoint, or from its beginning where it has none yet."""
     if wants_help("resume", argv):
         return
     quiet_libraries()
@@ -29,15 +32,20 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = Path(argv[0])
     recipe = load_run_recipe(run_dir)
     wanted, flags = split_checkpoint_flag(argv[1:])
-    checkpoint = find_checkpoint(run_dir, wanted)
     lay_over(recipe, parse_flags(flags))
     recipe.training["output_dir"] = str(run_dir)
     recipe.command += f" && {shlex.join(['acorn', 'resume', *argv])}"
     args = recipe.training_arguments()
-    corpus = corpus_of_run(recipe)
-    model = load_model(checkpoint, recipe)
-    print(f"resuming {run_dir} from {checkpoint.name}")
-    run(recipe, model, corpus, args, checkpoint=str(checkpoint))
+    with claimed(run_dir, args):
+        checkpoint = first_decides(args, lambda: find_checkpoint(run_dir, wanted))
+        corpus = one_process_first(args, lambda: corpus_of_run(recipe), "prepare")
+        if args.process_index == 0:
+            where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
+            print(f"resuming {run_dir} {where}")
+        if checkpoint is None:
+            run(recipe, build_model(recipe, corpus, args), corpus, args)
+        else:
+            run(recipe, load_model(checkpoint, recipe), corpus, args, checkpoint=str(checkpoint))
 
 
 def split_checkpoint_flag(argv: list[str]) -> tuple[str, list[str]]:
@@ -55,7 +63,12 @@ def lay_over(recipe: Recipe, flags: dict[str, dict]) -> None:
     fixed += list(flags.get("data", {}))
     if fixed:
         raise UserError(f"--{fixed[0]} cannot change in a run that has begun: start another with `acorn pretrain`")
+    before = recipe.model_config().max_position_embeddings
     recipe.update(flags)
+    tokens = recipe.training.get("tokens_per_step")
+    if tokens and "tokens_per_step" not in flags.get("training", {}):
+        # another context: the same windows a step, of another length
+        recipe.training["tokens_per_step"] = tokens // before * recipe.model_config().max_position_embeddings
 
 
 def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:
@@ -64,8 +77,6 @@ def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:
     changes = {names.get(key, key): recipe.model[key] for key in CHANGEABLE_MODEL if key in recipe.model}
     config = GPTConfig.from_pretrained(checkpoint)
     context = changes.get("max_position_embeddings", config.max_position_embeddings)
-    if tokens := recipe.training.get("tokens_per_step"):  # another context: the same windows a step, of other length
-        recipe.training["tokens_per_step"] = tokens // config.max_position_embeddings * context
     if config.position_encoding == "learned" and context != config.max_position_embeddings:
         raise UserError(
             f"block_size={context}: learned positions are fixed at {config.max_position_embeddings}; "

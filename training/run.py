@@ -10,8 +10,12 @@ from transformers import set_seed
 
 from modeling import GPTForCausalLM
 
-from .checkpoints import refuse_finished, set_aside_later
+from .callbacks import mend_metrics
+from .checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, stopped_early
 from .corpus import Corpus, load_corpus, prepare
+from .errors import UserError
+from .lock import claimed
+from .processes import is_lost_process, lost
 from .recipe import Recipe
 from .report import next_steps, write_report
 from .sampling import encode_prompt, sample_text
@@ -63,25 +67,47 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
         # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
         model.set_attn_implementation("eager")
+    if checkpoint is not None and stopped_early(Path(checkpoint), args.early_stopping_patience):
+        args.max_steps = read_state(Path(checkpoint))["global_step"]  # nothing to train, but perhaps to report
     trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, data, sample)
-    if checkpoint is not None:
-        refuse_finished(Path(checkpoint), args.max_steps)
+    with claimed(Path(args.output_dir), args):
+        if checkpoint is not None:
+            refuse_finished(Path(checkpoint), args)
         if trainer.is_world_process_zero():
-            set_aside_later(Path(checkpoint))
-    if trainer.is_world_process_zero():
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        recipe.data["data_dir"] = str(corpus.directory.absolute())
-        # Kept as tokens a step, so that a resume on more or fewer processes takes the same steps.
-        recipe.training["tokens_per_step"] = args.tokens_per_step
-        recipe.training.pop("gradient_accumulation_steps", None)
-        recipe.save(Path(args.output_dir, "recipe.yaml"))
-        print(describe(recipe, trainer), flush=True)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stop_on_signal.received is not None and trainer.state.global_step < args.max_steps:
-        leave_resumable(trainer)
-    trainer.evaluate_unless_done()
-    if trainer.is_world_process_zero():
-        finish(recipe, trainer)
+            begin(recipe, trainer, checkpoint)
+        train(trainer, checkpoint)
+        if trainer.is_world_process_zero():
+            finish(recipe, trainer)
+
+
+def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
+    """Make the run directory this run's: what it is grown from, and nothing that only a later part of it may say."""
+    args, run_dir = trainer.args, Path(trainer.args.output_dir)
+    if checkpoint is not None:
+        set_aside_later(Path(checkpoint))
+    elif list_checkpoints(run_dir):  # another process grew a run here while this one prepared its corpus
+        raise UserError(f"output_dir={run_dir} exists: continue it with `acorn resume {run_dir}`")
+    mend_metrics(run_dir)
+    (run_dir / "README.md").unlink(missing_ok=True)  # written last, it says that the run is finished
+    recipe.data["data_dir"] = str(trainer.corpus.directory.absolute())
+    # Kept as tokens a step, so that a resume on more or fewer processes takes the same steps.
+    recipe.training["tokens_per_step"] = args.tokens_per_step
+    recipe.training.pop("gradient_accumulation_steps", None)
+    recipe.save(run_dir / "recipe.yaml")
+    print(describe(recipe, trainer), flush=True)
+
+
+def train(trainer: GPTTrainer, checkpoint: str | None) -> None:
+    """To the last step and its evaluation, or to a signal, which ends the process."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stop_on_signal.agreed is not None and trainer.state.global_step < trainer.args.max_steps:
+            leave_resumable(trainer)
+        trainer.evaluate_unless_done()
+    except RuntimeError as error:
+        if trainer.args.world_size > 1 and is_lost_process(error):
+            raise lost(trainer.args, "training") from error
+        raise
 
 
 def describe(recipe: Recipe, trainer: GPTTrainer) -> str:
@@ -98,7 +124,7 @@ def describe(recipe: Recipe, trainer: GPTTrainer) -> str:
 
 def leave_resumable(trainer: GPTTrainer) -> None:
     """Say where the run stopped and how it goes on, and exit as the signal would have."""
-    received = trainer.stop_on_signal.received
+    received = trainer.stop_on_signal.agreed
     if trainer.is_world_process_zero():
         print(f"stopped by {signal.Signals(received).name} at step {trainer.state.global_step:,}; checkpoint saved. "
               f"Go on with:\n  {trainer.resume_command} {trainer.args.output_dir}", file=sys.stderr)  # fmt: skip

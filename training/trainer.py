@@ -1,22 +1,23 @@
 """GPTTrainer: transformers' Trainer with exact data position, our optimizers and evaluation, and its overheads off."""
 
 import math
-import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from .callbacks import ConsoleTable, StopOnSignal
+from .checkpoints import STATE, move_in, processes_of, rotate, seal, write_beside
 from .corpus import Corpus
 from .dataset import EvaluationRows, Rows, TrainingRows, collate_rows
-from .errors import UserError
+from .errors import UserError, is_disk_full
 from .evaluation import evaluate_rows
 from .hardware import flops_per_token
 from .optimizers import build_optimizer
@@ -136,6 +137,9 @@ class GPTTrainer(PushesToHub, Trainer):
         groups = [{key: v for key, v in group.items() if key != "params"} for group in self.optimizer.param_groups]
         rates = list(getattr(schedule, "base_lrs", []))
         super()._load_optimizer_and_scheduler(checkpoint)
+        if not hasattr(schedule, "lr_lambdas"):  # a rate that follows the losses is state, not an argument
+            for group in groups:
+                group.pop("lr")
         for group, today in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(today)
         if hasattr(schedule, "lr_lambdas"):
@@ -222,12 +226,24 @@ class GPTTrainer(PushesToHub, Trainer):
     def _save_root(self) -> None:
         """Write the model beside the root, then move it in file by file: the root can be loaded at every moment."""
         root, aside = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
-        self.save_model(str(aside), _internal_call=True)
-        if self.args.should_save:
-            for file in sorted(aside.iterdir()):
-                if file.name != TRAINING_ARGS_NAME:  # a pickle, which nobody who loads the model needs
-                    file.replace(root / file.name)
-            shutil.rmtree(aside)
+        pickles = (TRAINING_ARGS_NAME,)  # which nobody who loads the model needs
+        self._write_beside(
+            aside,
+            lambda: self.save_model(str(aside), _internal_call=True),
+            lambda: move_in(aside, root, leave_out=pickles),
+        )
+
+    def _write_beside(self, aside: Path, write: Callable[[], object], finish: Callable[[], object]) -> None:
+        """As `write_beside`; where the disk is full the error also says what is left."""
+        try:
+            write_beside(aside, write, finish, self.args)
+        except Exception as error:
+            if is_disk_full(error):
+                error.add_note(
+                    f"What was half written at step {self.state.global_step} is removed, and what was there before is "
+                    f"whole: `{self.resume_command} {self.args.output_dir}` goes on from it"
+                )
+            raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer, after a look at the loss: training on with NaN would only spoil more."""
@@ -236,9 +252,72 @@ class GPTTrainer(PushesToHub, Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
+        """What Trainer saves, written whole or not at all, with a manifest; only then older ones are rotated away."""
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             self._stop_on_nan(float("nan"))
-        super()._save_checkpoint(model, trial)
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        aside = checkpoint.with_name(f".saving-{checkpoint.name}")
+        self.store_flos()
+        self.keep_unlogged_loss()
+        best = checkpoint.with_name(f"checkpoint-{self.state.best_global_step}")
+        if best == checkpoint or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        self._write_beside(aside, lambda: self._write_checkpoint(aside), lambda: seal(aside, checkpoint))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            rotate(checkpoint.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, aside: Path) -> None:
+        """The files of a checkpoint, by the parts of Trainer's own `_save_checkpoint`; the state comes last."""
+        self.save_model(str(aside), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(aside))
+            self._save_scaler(str(aside))
+            self._save_rng_state(str(aside))
+        if self.args.should_save:
+            for part in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(part, ExportableState):
+                    self.state.stateful_callbacks[type(part).__name__] = part.state()
+            self.state.save_to_json(str(aside / STATE))
+
+    def _finalize_training(self, *args):
+        """As in Trainer, which with save_total_limit=1 would remove the last checkpoint, and the way to go on."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
+
+    # ---- what a resumed run takes up again
+
+    def keep_unlogged_loss(self) -> None:
+        """Note each process's summed loss since the last log, so that a resumed run logs the very same mean."""
+        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
+        self.console.unlogged = {"losses": losses, "since": self._globalstep_last_logged}
+
+    def take_up_unlogged_loss(self, losses: list[float], since: int) -> None:
+        """Go on with what `keep_unlogged_loss` noted; on another number of processes each takes the mean."""
+        is_same = len(losses) == self.args.world_size
+        self._tr_loss += losses[self.args.process_index] if is_same else math.fsum(losses) / len(losses)
+        self._globalstep_last_logged = since
+
+    def _load_callback_state(self) -> None:
+        """Counts go on where they were; Trainer would forget them, or build the callbacks anew from old arguments."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                saved = self.state.stateful_callbacks.get(type(callback).__name__, {})
+                vars(callback).update(saved.get("attributes", {}))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As in Trainer; on another number of processes, for which there are no states, dropout draws anew."""
+        before = processes_of(Path(checkpoint)) if checkpoint else 0
+        if before in (0, self.args.world_size):
+            return super()._load_rng_state(checkpoint)
+        set_seed(self.args.seed + self.state.global_step)  # the seed alone would repeat the masks of the first steps
+        if self.is_world_process_zero():
+            print(f"{before} → {self.args.world_size} processes: the samples of each step stay, dropout (if any) "
+                  "draws other masks than the unbroken run", file=sys.stderr)  # fmt: skip
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As in Trainer; on a CPU, where looking costs nothing, each loss is checked as it comes."""
