@@ -54,3 +54,9 @@ def matrix_parameters(config: GPTConfig) -> int:
     keys_and_values = (config.num_hidden_layers - reusing) * 2 * config.hidden_size * kv_size
     mlp = config.num_hidden_layers * (3 if config.gated_mlp else 2) * config.hidden_size * config.intermediate_size
     return attention + keys_and_values + mlp + config.vocab_size * config.hidden_size
+
+
+def context_of(config) -> int:
+    """How many tokens a model was made to read; 2048 where its configuration does not say."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((length for name in names if isinstance(length := getattr(config, name, None), int)), 2048)

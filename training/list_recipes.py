@@ -6,6 +6,7 @@ from pathlib import Path
 from training.errors import run_main, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
+FINETUNING = Path(__file__).parent.parent / "finetune" / "recipes"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -13,11 +14,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="acorn recipes", description=main.__doc__)
     parser.add_argument("recipe", nargs="?", help="print this recipe, to read or to copy")
     name = parser.parse_args(argv).recipe
-    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    recipes, finetuning = files_in(RECIPES), files_in(FINETUNING)
     if name is None:
-        print(listing(recipes))
+        print(listing(recipes, finetuning))
     else:
-        print(find(name, recipes).read_text(encoding="utf-8"), end="")
+        print(find(name, recipes | finetuning).read_text(encoding="utf-8"), end="")
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The recipes of a folder by name."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find(name: str, recipes: dict[str, Path]) -> Path:
@@ -28,15 +34,27 @@ def find(name: str, recipes: dict[str, Path]) -> Path:
     return recipes[stem]
 
 
-def listing(recipes: dict[str, Path]) -> str:
+def listing(recipes: dict[str, Path], finetuning: dict[str, Path]) -> str:
     """Lay out one aligned line a recipe, and what to type next."""
     if not recipes:
         return f"There are no recipes in {RECIPES}."
-    width = max(map(len, recipes))
-    lines = [f"  {name:<{width}}  {first_comment(path)}".rstrip() for name, path in recipes.items()]
+    lines = aligned(recipes)
+    lines += ["", "For acorn finetune:", "", *aligned(finetuning)] if finetuning else []
+| finetuning))
+    lines, others = (
+        [f"  {name:<{width}}  {first_comment(path)}".rstrip() for name, path in group.items()]
+        for group in (recipes, finetuning)
+    )
+    lines += ["", "For acorn finetune:", "", *others] if others else []
     example = "quickstart" if "quickstart" in recipes else next(iter(recipes))
     next_steps = ["", f"Type next:  acorn pretrain {example}", f"To read it: acorn recipes {example}"]
     return "\n".join(["Recipes, each one a YAML file:", "", *lines, *next_steps])
+
+
+def aligned(recipes: dict[str, Path]) -> list[str]:
+    """One line a recipe: its name, and what it grows."""
+    width = max(map(len, recipes))
+    return [f"  {name:<{width}}  {first_comment(path)}".rstrip() for name, path in recipes.items()]
 
 
 def first_comment(path: Path) -> str:

@@ -1,0 +1,236 @@
+"""The table of adapters: a name, PEFT's configuration for it, and what is adapted in each architecture."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from training.errors import UserError, one_line
+
+# (names of what is adapted, those of them that are the MLP's) for IA3: keys, values and the MLP's second layer.
+IA3_NAMES = (
+    (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    (["k_proj", "v_proj", "fc2"], ["fc2"]),
+    (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    (["c_attn", "c_proj"], ["c_proj"]),
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One row of the table.
+
+    config: (AdapterArguments, model) to PEFT's configuration, or None where the whole model is trained. options: the
+    settings that it reads. learning_rate: where a recipe or flag gives none.
+    """
+
+    about: str
+    config: Callable[[object, nn.Module], PeftConfig] | None
+    options: tuple[str, ...]
+    learning_rate: float
+
+
+# ---- what there is to adapt
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of the repeated blocks by its full name (GPT-2's Conv1D is one); the head is in no block."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name: module for name, module in layers.items() if any(part.isdigit() for part in name.split("."))}
+
+
+def leaf(name: str) -> str:
+    """The last word of a module's name, with the word before it where the last is a number."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def find_targets(wanted: list[str] | None, model: nn.Module) -> list[str]:
+    """The modules to adapt: those wanted, or every linear layer of the blocks; names that match nothing are refused."""
+    if wanted is None:
+        found = sorted({leaf(name) for name in linear_layers(model)})
+        if not found:
+            raise UserError("target_modules: the model has no linear layers in repeated blocks; name some, or adapter=full")
+        return found
+    refuse_unmatched("target_modules", wanted, model, nn.Linear | Conv1D | nn.Embedding)
+    return wanted
+
+
+def refuse_unmatched(field: str, wanted: list[str], model: nn.Module, kinds) -> None:
+    """Raise a UserError that lists what there is, where a name matches no module of these kinds."""
+    names = [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
+    for name in wanted:
+        if not any(there == name or there.endswith(f".{name}") for there in names):
+            there = ", ".join(sorted({leaf(there) for there in names}))
+            raise UserError(f"{field}={name!r}: matches nothing in this model; there are {there}")
+
+
+# ---- PEFT's configurations
+
+
+def lora(arguments, model: nn.Module, **variant) -> LoraConfig:
+    """Low-rank updates of linear layers (arXiv 2106.09685); `variant` is what rsLoRA, DoRA and PiSSA switch on."""
+    targets = find_targets(arguments.target_modules, model)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=arguments.r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        **trained_whole(arguments, model),
+        **variant,
+    )
+
+
+def trained_whole(arguments, model: nn.Module) -> dict:
+    """PEFT's arguments for modules that are trained beside the adapter; tied embeddings stay tied."""
+    if not arguments.modules_to_save:
+        return {}
+    refuse_unmatched("modules_to_save", arguments.modules_to_save, model, nn.Module)
+    is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return {"modules_to_save": arguments.modules_to_save, "ensure_weight_tying": is_tied}
+
+
+def ia3(arguments, model: nn.Module) -> IA3Config:
+    """Learned factors on keys, values and the MLP's hidden layer (arXiv 2205.05638)."""
+    targets, feedforward = arguments.target_modules, arguments.feedforward_modules
+    if targets is None:
+        names = linear_layers(model)
+        fitting = [
+            pair for pair in IA3_NAMES if all(any(name.endswith(f".{target}") for name in names) for target in pair[0])
+        ]
+        if not fitting:
+            there = ", ".join(sorted({leaf(name) for name in names}))
+            raise UserError(
+                "target_modules: name the keys, the values and the MLP's second layer, the last of them as "
+                f"--feedforward_modules too; there are {there}"
+            )
+        targets, feedforward = fitting[0]
+    refuse_unmatched("target_modules", targets, model, nn.Linear | Conv1D)
+    if not set(feedforward or ()) <= set(targets):
+        raise UserError(f"feedforward_modules={feedforward}: each must be among target_modules={targets}")
+    return IA3Config(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=targets,
+        feedforward_modules=feedforward or [],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        modules_to_save=arguments.modules_to_save,
+    )
+
+
+def prompt(arguments, model: nn.Module) -> PromptTuningConfig:
+    """Trained embeddings in front of the text (arXiv 2104.08691), started from the vocabulary or from a text."""
+    if arguments.prompt_tuning_init_text:
+        start = {
+            "prompt_tuning_init": "TEXT",
+            "prompt_tuning_init_text": arguments.prompt_tuning_init_text,
+            "tokenizer_name_or_path": model.config.name_or_path,
+        }
+    else:
+        start = {"prompt_tuning_init": "SAMPLE_VOCAB"}
+    virtual = arguments.num_virtual_tokens
+    return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=virtual, **start)
+
+
+def prefix(arguments, model: nn.Module) -> PrefixTuningConfig:
+    """Trained keys and values in front of every layer's (arXiv 2101.00190)."""
+    config = model.config
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or any(getattr(config, "kv_sharing_modes", None) or ()):
+        raise UserError(
+            "adapter=prefix: it needs keys and values of its own in every layer, and this model has "
+            f"{', '.join(sorted(others)) or 'shared ones'}; choose prompt or lora"
+        )
+    return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=arguments.num_virtual_tokens)
+
+
+LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+ADAPTERS = {
+    "full": Adapter("no adapter: every weight is trained", None, (), 5e-5),
+    "lora": Adapter("low-rank updates", lora, LORA_OPTIONS, 2e-4),
+    "rslora": Adapter("LoRA scaled by the root of its rank", partial(lora, use_rslora=True), LORA_OPTIONS, 2e-4),
+    "dora": Adapter("LoRA of the direction, the length apart", partial(lora, use_dora=True), LORA_OPTIONS, 2e-4),
+    "pissa": Adapter("LoRA of the largest components", partial(lora, init_lora_weights="pissa"), LORA_OPTIONS, 5e-5),
+    "loraplus": Adapter("LoRA whose B learns faster", lora, (*LORA_OPTIONS, "loraplus_lr_ratio"), 5e-5),
+    "qlora": Adapter("LoRA on a 4-bit base", lora, LORA_OPTIONS, 2e-4),
+    "ia3": Adapter("learned factors", ia3, ("target_modules", "feedforward_modules", "modules_to_save"), 5e-3),
+    "prompt": Adapter("virtual tokens", prompt, ("num_virtual_tokens", "prompt_tuning_init_text"), 1e-2),
+    "prefix": Adapter("virtual keys and values", prefix, ("num_virtual_tokens",), 1e-2),
+}
+
+
+# ---- the base, and the adapter on it
+
+
+def quantization(name: str) -> dict:
+    """What from_pretrained needs beside the usual for this adapter: 4-bit weights for qlora (arXiv 2305.14314)."""
+    if name != "qlora":
+        return {}
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("adapter=qlora: needs a CUDA GPU and bitsandbytes (pip install bitsandbytes); here use adapter=lora")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+
+
+def attach(model: nn.Module, arguments, base_name: str) -> nn.Module:
+    """The model with the adapter that `arguments` (AdapterArguments) name; as it is for `full`."""
+    adapter = ADAPTERS[arguments.adapter]
+    if adapter.config is None:
+        return model
+    if arguments.adapter == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        adapted = get_peft_model(model, adapter.config(arguments, model))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"adapter={arguments.adapter}: does not go on this model: {one_line(error)}") from error
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    return adapted
+
+
+def virtual_tokens(arguments) -> int:
+    """Tokens of the context that the adapter takes for itself."""
+    return arguments.num_virtual_tokens if arguments.adapter in ("prompt", "prefix") else 0
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters; the base's alone where there is no adapter, and 4-bit ones at their true number."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        return model.get_nb_trainable_parameters()
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def build_loraplus(model: nn.Module, args, ratio: float) -> torch.optim.Optimizer:
+    """AdamW in PEFT's groups, where every B learns `ratio` times as fast as its A (arXiv 2402.12354)."""
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=args.learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )

@@ -1,0 +1,157 @@
+"""What a finetuning recipe and its flags fill: the sections of training's recipes, and one for the adapter."""
+
+import dataclasses
+import shlex
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training.arguments import DataArguments, GPTTrainingArguments, SampleArguments, _say
+from training.errors import UserError, unknown
+from training.recipe import SECTIONS, Recipe, load_recipe_file, parse_flags, shipped_recipes
+
+from .adapters import ADAPTERS
+
+
+@dataclass
+class ModelArguments:
+    """Which model is finetuned, and how it is loaded."""
+
+    model_name_or_path: str | None = _say("Any causal LM: a Hub id, a model directory or an Acorn run.")
+    dtype: str = _say("Of the weights that are loaded: float32, bfloat16, float16 or auto (as saved).", "float32")
+    attn_implementation: str | None = _say("sdpa, eager, flash_attention_2 … (default: the model's choice).")
+    trust_remote_code: bool = _say("Run model code that a Hub id brings.", False)
+
+
+@dataclass
+class FinetuneDataArguments(DataArguments):
+    """Where the text, the pairs or the conversations come from, and how they become rows."""
+
+    data_format: str = _say("auto (what it is, it finds out), text, pairs or chat.", "auto")
+    prompt_column: str = _say("Pairs: the column of what is given.", "prompt")
+    completion_column: str = _say("Pairs: the column of what is learned.", "completion")
+    messages_column: str | None = _say("Chat: the column of messages (default: messages or conversations).")
+    block_size: int | None = _say("Tokens a row (default: the model's context, at most 1024).")
+    packing: bool = _say("Several documents in a row, which do not see each other; false: one a row.", True)
+    tokenizer: str | None = _say("Another tokenizer than the model's, by id or path; it must fit the model.")
+
+    def __post_init__(self):
+        if self.data_format not in ("auto", "text", "pairs", "chat"):
+            raise UserError(f"data_format={self.data_format!r}: choose auto, text, pairs or chat")
+        if self.tokenizer_vocab_size is not None:
+            raise UserError("tokenizer_vocab_size: finetuning keeps the model's tokenizer; leave it out")
+        if self.streaming:
+            raise UserError("streaming: finetuning reads its data before it begins; leave it out")
+        if self.block_size is not None and self.block_size < 2:
+            raise UserError(f"block_size={self.block_size}: must be at least 2 tokens")
+
+
+@dataclass
+class FinetuneTrainingArguments(GPTTrainingArguments):
+    """Training's arguments with defaults for little text and a model that knows much already."""
+
+    learning_rate: float = _say("Peak learning rate (default: the adapter's own).", 2e-4)
+    per_device_train_batch_size: int = _say("Rows a micro-batch and process.", 4)
+    per_device_eval_batch_size: int = _say("Rows an evaluation batch and process.", 8)
+    num_train_epochs: float = _say("Passes over the text when max_steps is -1.", 3.0)
+    warmup_steps: float = _say("Steps (or, below one, the share of steps) of linear warm-up.", 0.05)
+    weight_decay: float = _say("Decay of trained matrices.", 0.0)
+    adam_beta2: float = _say("AdamW's second beta.", 0.999)
+    eval_steps: float | None = _say("Steps (or, below one, the share of steps) between evaluations.", 0.1)
+    eval_on_start: bool = _say("Evaluate before the first step: the `before` of the report.", True)
+
+
+@dataclass
+class FinetuneSampleArguments(SampleArguments):
+    """What is written before and after finetuning, side by side."""
+
+    prompt: str | None = _say("Text to continue, or a user's message in a chat (default: from the held-out data).")
+    max_new_tokens: int = _say("Length of the sample in tokens; 0 writes none.", 100)
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapter, and its settings under PEFT's names."""
+
+    adapter: str = _say(f"One of {', '.join(ADAPTERS)}.", "lora")
+    r: int = _say("LoRA: rank.", 16)
+    lora_alpha: float = _say("LoRA: the update is scaled by lora_alpha / r.", 32)
+    lora_dropout: float = _say("LoRA: dropout before the adapter.", 0.0)
+    target_modules: list[str] | None = _say("Modules to adapt (default: every linear layer of the blocks).")
+    feedforward_modules: list[str] | None = _say("IA3: which of them are of the MLP.")
+    modules_to_save: list[str] | None = _say("Modules trained whole beside the adapter, such as lm_head.")
+    loraplus_lr_ratio: float = _say("LoRA+: learning rate of B over that of A.", 16.0)
+    num_virtual_tokens: int = _say("Prompt and prefix tuning: virtual tokens.", 20)
+    prompt_tuning_init_text: str | None = _say("Prompt tuning: text whose embeddings the virtual tokens start from.")
+
+    def __post_init__(self):
+        if self.adapter not in ADAPTERS:
+            raise unknown("adapter", self.adapter, ADAPTERS)
+        for name in ("r", "lora_alpha", "loraplus_lr_ratio", "num_virtual_tokens"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
+
+
+@dataclass
+class FinetuneRecipe(Recipe):
+    """A recipe of `acorn finetune`."""
+
+    adapter: dict = field(default_factory=dict)
+
+    directory: typing.ClassVar[Path] = Path(__file__).parent / "recipes"
+    sections: typing.ClassVar[dict[str, type]] = {
+        **SECTIONS,
+        "model": ModelArguments,
+        "data": FinetuneDataArguments,
+        "training": FinetuneTrainingArguments,
+        "sample": FinetuneSampleArguments,
+        "adapter": AdapterArguments,
+    }
+
+    def model_arguments(self) -> ModelArguments:
+        arguments = ModelArguments(**self.model)
+        if not arguments.model_name_or_path:
+            raise UserError("model_name_or_path: which model? give --model_name_or_path, a Hub id or a path")
+        return arguments
+
+    def adapter_arguments(self) -> AdapterArguments:
+        return AdapterArguments(**self.adapter)
+
+    def training_arguments(self) -> FinetuneTrainingArguments:
+        self.training.setdefault("learning_rate", ADAPTERS[self.adapter_arguments().adapter].learning_rate)
+        return super().training_arguments()
+
+
+def load_finetune_recipe(argv: list[str]) -> FinetuneRecipe:
+    """The recipe that RECIPE-OR-MODEL names, with flags laid over; a model's id or path is a recipe of defaults."""
+    if not argv or argv[0].startswith("-"):
+        names = ", ".join(shipped_recipes(FinetuneRecipe))
+        raise UserError(f"acorn finetune needs a RECIPE ({names}, or a YAML file) or a MODEL (a Hub id or a directory)")
+    name, flags = argv[0], parse_flags(argv[1:], FinetuneRecipe)
+    if name in shipped_recipes(FinetuneRecipe) or name.endswith((".yaml", ".yml")):
+        recipe = load_recipe_file(name, FinetuneRecipe)
+    else:
+        adapter = flags.get("adapter", {}).get("adapter", AdapterArguments.adapter)
+        recipe = FinetuneRecipe(name=f"{Path(name).name}-{adapter}", model={"model_name_or_path": name})
+    recipe.update(flags)
+    recipe.command = shlex.join(["acorn", "finetune", *argv])
+    fit_adapter(recipe, flags.get("adapter", {}))
+    return recipe
+
+
+def fit_adapter(recipe: FinetuneRecipe, flags: dict) -> None:
+    """Drop the recipe's settings of another adapter than the one chosen; refuse flags that it would not read."""
+    chosen = recipe.adapter_arguments().adapter
+    known = ("adapter", *ADAPTERS[chosen].options)
+    for name in flags:
+        if name not in known:
+            takes = f"it takes {', '.join(known[1:])}" if known[1:] else "it takes no settings"
+            raise UserError(f"--{name}: adapter={chosen} does not read it; {takes}")
+    recipe.adapter = {name: value for name, value in recipe.adapter.items() if name in known}
+
+
+def argument_fields(kind: type) -> list[str]:
+    """The names of a section's keys."""
+    return [f.name for f in dataclasses.fields(kind)]

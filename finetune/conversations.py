@@ -1,0 +1,145 @@
+"""Conversations and pairs → token ids, and which of them count in the loss: the assistant's answers alone."""
+
+import copy
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+
+from training.errors import UserError, one_line
+from training.tokenizers import encode_documents
+
+from .chat_files import Conversation, Pair
+
+# For tokenizers without a template of their own. It needs no new tokens: the end-of-text token ends an answer.
+PLAIN_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{{- 'Assistant:' }}"
+    "{%- generation %}{{- ' ' + message['content'] | trim + eos_token }}{%- endgeneration %}"
+    "{%- elif message['role'] == 'user' %}{{- 'User: ' + message['content'] | trim }}"
+    "{%- elif message['role'] == 'system' %}{{- 'System: ' + message['content'] | trim }}"
+    "{%- else %}{{- raise_exception('roles are system, user and assistant') }}"
+    "{%- endif %}"
+    "{{- '\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}"
+)
+
+
+class Example(NamedTuple):
+    """ids: int64 [tokens]; counts: bool [tokens], the tokens whose prediction is in the loss; `where` names the source."""
+
+    ids: np.ndarray
+    counts: np.ndarray
+    where: str
+
+
+def with_template(tokenizer):
+    """The tokenizer, with the plain template where it has none of its own."""
+    if not tokenizer.chat_template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def render(tokenizer, messages: list[dict], where: str, add_generation_prompt: bool = False) -> str:
+    """The text that the chat template makes of messages; what the template refuses is refused with file and line."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+
+
+def answer_spans(tokenizer, messages: list[dict], text: str, where: str) -> list[tuple[int, int]]:
+    """Where in the rendered `text` each answer lies, (first, last + 1) in characters, its end-of-turn token included.
+
+    An answer is what the template adds to the prompt before it; template text after the end-of-turn token is not.
+    """
+    specials = [token for token in tokenizer.all_special_tokens if token]
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:number], where, add_generation_prompt=True)
+        after = render(tokenizer, messages[: number + 1], where)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                f"{where}: the chat template rewrites earlier turns, so what is an answer cannot be told; "
+                "give the tokenizer another chat_template"
+            )
+        answer = after[len(before) :]
+        ends = [answer.rfind(token) + len(token) for token in specials if token in answer]
+        spans.append((len(before), len(before) + (max(ends) if ends else len(answer))))
+    return spans
+
+
+def encode_messages(tokenizer, messages: list[dict], where: str) -> Example:
+    """One conversation through the chat template, as `apply_chat_template` tokenizes it."""
+    text = render(tokenizer, messages, where)
+    spans = answer_spans(tokenizer, messages, text, where)
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except Exception as error:  # the only class that `tokenizers` raises
+        raise UserError(f"{where}: the tokenizer cannot encode it ({one_line(error)})") from error
+    starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
+    counts = np.zeros(len(starts), dtype=bool)
+    for first, end in spans:
+        counts |= (starts >= first) & (starts < end)
+    return Example(np.array(encoded["input_ids"], dtype=np.int64), counts, where)
+
+
+def encode_conversation(tokenizer, conversation: Conversation, limit: int) -> list[Example]:
+    """The conversation as examples of at most `limit` predicted tokens each.
+
+    One that is longer is split before a user's turn, as late as fits, and every part begins with the system message if
+    there is one; a single exchange that does not fit is cut every `limit` tokens. Parts without an answer are left out.
+    """
+    where, messages = conversation
+    whole = encode_messages(tokenizer, messages, where)
+    if len(whole.ids) <= limit + 1:
+        return [whole]
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    parts: list[list[dict]] = []
+    for exchange in exchanges(messages[len(system) :]):
+        longer = [*(parts[-1] if parts else []), *exchange]
+        if parts and len(encode_messages(tokenizer, system + longer, where).ids) <= limit + 1:
+            parts[-1] = longer
+        else:
+            parts.append(exchange)
+    pieces = [piece for part in parts for piece in cut(encode_messages(tokenizer, system + part, where), limit)]
+    return [piece for piece in pieces if piece.counts[1:].any()]
+
+
+def exchanges(messages: list[dict]) -> list[list[dict]]:
+    """The messages in groups that each begin with a user's turn."""
+    starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    return [messages[start:end] for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)]
+
+
+def encode_pair(tokenizer, pair: Pair, limit: int) -> list[Example]:
+    """Prompt, completion and the end-of-text token; the loss is on the last two. What is too long is cut.
+
+    The two are tokenized apart, as the prompt will be when the model is asked.
+    """
+    prompt, completion = encode_documents(tokenizer, [pair.prompt, pair.completion], [pair.where] * 2)
+    ids = np.concatenate((prompt, completion, [tokenizer.eos_token_id])).astype(np.int64)
+    counts = np.arange(len(ids)) >= len(prompt)
+    return [piece for piece in cut(Example(ids, counts, pair.where), limit) if piece.counts[1:].any()]
+
+
+def cut(example: Example, limit: int) -> list[Example]:
+    """Consecutive pieces of at most `limit` predicted tokens; the last token of one is the first of the next."""
+    starts = range(0, max(1, len(example.ids) - 1), limit)
+    return [
+        Example(example.ids[at : at + limit + 1], example.counts[at : at + limit + 1], example.where) for at in starts
+    ]
+
+
+def preview(example: Example, tokenizer) -> str:
+    """The example token by token, with a mark at those that count in the loss."""
+    lines = [f"{example.where}: {len(example.ids)} tokens, {int(example.counts[1:].sum())} of them in the loss (●)", ""]
+    for number, (token, counted) in enumerate(zip(example.ids.tolist(), example.counts, strict=True)):
+        mark = "●" if counted and number else " "
+        lines.append(f"  {number:>5}  {token:>7}  {mark}  {tokenizer.decode([token])!r}")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""`acorn merge ADAPTER OUT [--dtype …]`: fold an adapter into its base, and prove that nothing else changed."""
+
+import argparse
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+
+from training.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
+from training.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
+from training.model_card import CardFacts, write_card
+from training.tokenizers import load_tokenizer
+
+EPILOG = """examples:
+  acorn merge runs/gpt2-lora my-gpt2
+  acorn merge runs/gpt2-lora/checkpoint-200 my-gpt2 --dtype bfloat16"""
+TOKENS = 64
+LARGEST = 1e-3  # more than rounding: such a merge is not written
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb's flags."""
+    parser = FlagParser(
+        prog="acorn merge",
+        description="Fold an adapter into its base: a plain model that needs no PEFT. Logits on random ids are compared "
+        "in float32, before the merge and after it is read back, and the largest difference is printed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("adapter", help="run directory or checkpoint of `acorn finetune`, or any PEFT adapter's directory")
+    parser.add_argument("out", help="directory for the plain model; it must be empty or not exist")
+    parser.add_argument("--dtype", default="float32", help="of the weights written: float32, bfloat16 or float16")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that the base brings")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Merge, compare, write."""
+    flags = parse(argv)
+    quiet_libraries()
+    directory, out = Path(flags.adapter), Path(flags.out)
+    check(flags, directory, out)
+    adapted = load_adapter(str(directory), "float32", flags.trust_remote_code).eval()
+    config = next(iter(adapted.peft_config.values()))
+    if config.is_prompt_learning:
+        kind = str(config.peft_type).split(".")[-1].lower()
+        raise UserError(f"{directory}: {kind} adds virtual tokens and changes no weights, so there is nothing to merge")
+    ids = torch.randint(adapted.config.vocab_size, (2, min(TOKENS, context(adapted))), generator=seeded())
+    unmerged = logits(adapted, ids)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    untie_if_changed(merged)
+    # Where the embeddings are trained apart from a tied head, PEFT leaves the two different.
+    difference = write(merged, out, directory, flags, lambda model: float((logits(model, ids) - unmerged).abs().max()))
+    print(f"largest difference of logits, unmerged and merged, on {ids.numel()} random ids: {difference:.2e}")
+    print(f"The model is in {out}. Next:\n  acorn generate {out} --prompt \"…\"")
+
+
+def check(flags, directory: Path, out: Path) -> None:
+    """Refuse what cannot be merged, before anything is loaded."""
+    if flags.dtype not in DTYPES or flags.dtype == "auto":
+        raise UserError(f"dtype={flags.dtype!r}: choose float32, bfloat16 or float16")
+    if not is_adapter(str(directory)):
+        what = "holds a plain model already" if (directory / "config.json").is_file() else "holds no adapter"
+        raise UserError(f"{directory}: {what} (no adapter_config.json); name a run of `acorn finetune` with an adapter")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"out={out}: is not empty; name a directory that is, or that does not exist")
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1337)
+
+
+def context(model) -> int:
+    return getattr(model.config, "max_position_embeddings", TOKENS) or TOKENS
+
+
+@torch.no_grad()
+def logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """(sequences, tokens, vocabulary) in float32."""
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def untie_if_changed(model) -> None:
+    """Say in the config that head and embedding are two, where the adapter changed one of a tied pair."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not getattr(model.config, "tie_word_embeddings", False) or head is None:
+        return
+    if head.weight.data_ptr() != embedding.weight.data_ptr() and not torch.equal(head.weight, embedding.weight):
+        model.config.tie_word_embeddings = False
+
+
+def write(model, out: Path, directory: Path, flags, compare) -> float:
+    """Write the model beside `out`, read it back, compare, and give it its name; return the largest difference."""
+    aside = out.absolute().parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        difference = compare(load_causal_lm(str(aside), "float32", flags.trust_remote_code))
+        if not difference <= LARGEST:
+            raise UserError(f"{directory}: merged logits differ by {difference:.2e}; nothing is written")
+        if flags.dtype != "float32":
+            model.to(DTYPES[flags.dtype]).save_pretrained(aside)
+        load_tokenizer(tokenizer_home(str(directory))).save_pretrained(aside)
+        write_card(aside, card(directory, out))
+        if out.is_dir():
+            out.rmdir()
+        aside.rename(out)
+        return difference
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written ({one_line(error)})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def card(directory: Path, out: Path) -> CardFacts:
+    """What the plain model says of itself."""
+    base = base_of(directory)
+    kind = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type", "adapter")
+    about = f"`{base}` with the {kind} adapter `{directory.name}` merged into its weights by Acorn."
+    return CardFacts(out.name, about, base_model=base, base_model_relation="finetune", tags=["acorn", kind.lower()])
+
+
+if __name__ == "__main__":
+    run_main(main)

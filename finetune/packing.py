@@ -1,0 +1,129 @@
+"""Rows of several documents that do not see each other: `position_ids` start anew with each.
+
+transformers keeps documents apart where positions step back, as long as there is no attention mask and no cache.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from training.dataset import IGNORED, Rows, shuffled_starts
+from training.errors import UserError
+
+from .conversations import Example
+
+
+class SeparatedRows(Dataset):
+    """Windows of a text, given the `position_ids` that keep its documents apart.
+
+    An end-of-text token is the first token of the document after it, as it is of a prompt that starts one; so every
+    token of the text is predicted, and from its own document alone.
+    """
+
+    def __init__(self, rows: Rows, end_of_text: int):
+        self.rows, self.end_of_text = rows, end_of_text
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """The rows of a batch, each with LongTensor[context_length] `position_ids`."""
+        return [row | {"position_ids": self._positions(row["input_ids"])} for row in self.rows.__getitems__(indices)]
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(len(ids))
+        starts = torch.where(ids == self.end_of_text, places, 0).cummax(0).values
+        return places - starts
+
+
+class ExampleRows(Rows):
+    """Examples packed into rows, or one a row; a row is a pure function of its index.
+
+    A row is {"input_ids", "shift_labels"} and, where packed, "position_ids": LongTensor[context_length] each; labels
+    of what does not count, and of the filling at the end, are -100. num_rows: rows in all (training goes round in a new
+    order each time), or None for each row once, in order.
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        context_length: int,
+        fill: int,
+        packing: bool = True,
+        num_rows: int | None = None,
+        seed: int = 0,
+    ):
+        self.examples, self.context_length, self.fill, self.packing = examples, context_length, fill, packing
+        self.seed, self.is_shuffled = seed, num_rows is not None
+        lengths = [len(example.ids) - 1 for example in examples]
+        self.bins = pack(lengths, context_length) if packing else [[number] for number in range(len(examples))]
+        self.num_rows = len(self.bins) if num_rows is None else num_rows
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """The rows of a batch."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_rows):
+            raise IndexError(f"row {indices} is not among the {self.num_rows} there are")
+        if self.is_shuffled:
+            chosen = shuffled_starts(chosen.astype(np.uint64), self.seed, len(self.bins) + 1, 1)
+        return [self._row(self.bins[index]) for index in chosen.tolist()]
+
+    def _row(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+        inputs = np.full(self.context_length, self.fill, dtype=np.int64)
+        labels = np.full(self.context_length, IGNORED, dtype=np.int64)
+        positions, at = np.zeros(self.context_length, dtype=np.int64), 0
+        for example in (self.examples[number] for number in numbers):
+            end = at + len(example.ids) - 1
+            inputs[at:end] = example.ids[:-1]
+            labels[at:end] = np.where(example.counts[1:], example.ids[1:], IGNORED)
+            positions[at:end] = np.arange(end - at)
+            at = end
+        positions[at:] = np.arange(self.context_length - at)
+        row = {"input_ids": torch.from_numpy(inputs), "shift_labels": torch.from_numpy(labels)}
+        return row | ({"position_ids": torch.from_numpy(positions)} if self.packing else {})
+
+
+def pack(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Bins of indices whose lengths sum to at most `capacity`: longest first, each where it fits most closely."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    bins: list[list[int]] = []
+    rooms: list[int] = []  # the sizes of room that some bin has left, sorted
+    with_room: dict[int, list[int]] = {}
+    for number in order:
+        if lengths[number] > capacity:
+            raise UserError(f"block_size={capacity}: a document of {lengths[number]} tokens was not split")
+        place = bisect_left(rooms, lengths[number])
+        if place == len(rooms):
+            bins.append([])
+            index, room = len(bins) - 1, capacity
+        else:
+            room = rooms[place]
+            index = with_room[room].pop()
+            if not with_room[room]:
+                rooms.pop(place)
+        bins[index].append(number)
+        left = room - lengths[number]
+        if left and not with_room.get(left):
+            insort(rooms, left)
+        if left:
+            with_room.setdefault(left, []).append(index)
+    return bins
+
+
+def documents_of(tokens: np.ndarray, end_of_text: int, limit: int) -> list[Example]:
+    """The documents of a text's tokens as examples, each begun by an end-of-text token and cut every `limit` tokens."""
+    stream = np.concatenate(([end_of_text], tokens.astype(np.int64)))
+    starts = np.flatnonzero(stream == end_of_text)
+    pieces = []
+    for start, end in zip(starts, [*starts[1:] + 1, len(stream)], strict=True):
+        document = stream[start:end]  # with the end-of-text token that closes it
+        for at in range(0, len(document) - 1, limit):
+            ids = document[at : at + limit + 1]
+            pieces.append(Example(ids, np.ones(len(ids), dtype=bool), "text"))
+    return pieces

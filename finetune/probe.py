@@ -1,0 +1,45 @@
+"""Two questions that only the model itself can answer: is it causal, and does it keep packed documents apart?"""
+
+import torch
+from torch import nn
+
+from training.errors import UserError
+
+TOKENS = 8  # in each of two documents
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: nn.Module, name: str) -> bool:
+    """Whether `position_ids` that start anew hide one document from the next; changes one and looks at the other.
+
+    Raises UserError where later tokens change earlier predictions: such a model is no causal LM.
+    """
+    was_training = model.training
+    model.eval()
+    drawn = torch.randint(5, max(6, min(model.config.vocab_size, 1000)), (3, 2 * TOKENS), generator=_generator())
+    ids = drawn[:1].repeat(3, 1)
+    ids[1, :TOKENS], ids[2, TOKENS:] = drawn[1, :TOKENS], drawn[2, TOKENS:]  # another first, another second document
+    ids = ids.to(next(model.parameters()).device)
+    positions = torch.arange(TOKENS, device=ids.device).repeat(2).expand(3, -1)
+    try:
+        logits, takes_positions = _logits(model, ids, positions), True
+    except TypeError:  # models with ALiBi have no positions to give
+        logits, takes_positions = _logits(model, ids, None), False
+    model.train(was_training)
+    if not _same(logits[0, :TOKENS], logits[2, :TOKENS]):
+        raise UserError(f"model {name!r}: is no causal language model: later tokens change its earlier predictions")
+    return takes_positions and _same(logits[0, TOKENS:], logits[1, TOKENS:])
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _logits(model: nn.Module, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    extra = {} if positions is None else {"position_ids": positions}
+    return model(input_ids=ids, use_cache=False, **extra).logits
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    tolerance = 1e-5 if first.dtype == torch.float32 else 1e-2
+    return bool((first - second).abs().max() <= tolerance * first.abs().max())

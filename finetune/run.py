@@ -1,0 +1,235 @@
+"""From a finetuning recipe to a finished run: the base, its adapter, the rows, the loop, the report."""
+
+import dataclasses
+import gc
+import json
+import math
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from training.callbacks import read_metrics
+from training.checkpoints import refuse_finished
+from training.errors import UserError
+from training.files import write_whole
+from training.hardware import context_of
+from training.loading import fingerprint, load_adapter, load_causal_lm, load_config
+from training.lock import claimed
+from training.processes import one_process_first
+from training.run import begin, train
+from training.sampling import encode_prompt, sample_text
+from training.tokenizers import load_tokenizer
+
+from .adapters import attach, count_parameters, quantization, virtual_tokens
+from .arguments import FinetuneRecipe
+from .data import Examples, as_prompt, describe, read_data
+from .probe import keeps_documents_apart
+from .report import side_by_side, summary, write_report
+from .trainer import FinetuneTrainer, refuse_optimizer
+
+DEFAULT_BLOCK = 1024
+FACTS = "finetune.json"
+
+
+@dataclass
+class Prepared:
+    """What is ready before the weights are loaded: tokenizer, data, row length, and what the samples ask."""
+
+    tokenizer: object
+    material: object
+    block_size: int
+    question: str
+    sample: object
+
+
+def prepare_data(recipe: FinetuneRecipe, args, is_resumed: bool = False) -> Prepared:
+    """Tokenizer, data and prompt; wrong ones are refused before the weights are read."""
+    model, data, adapter = recipe.model_arguments(), recipe.data_arguments(), recipe.adapter_arguments()
+    quantization(adapter.adapter)  # refuses what this machine cannot do
+    config = load_config(model.model_name_or_path, model.trust_remote_code)
+    tokenizer = load_tokenizer(data.tokenizer or model.model_name_or_path)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"tokenizer: {len(tokenizer)} entries do not fit the model's vocab_size={config.vocab_size}")
+    context = context_of(config) - virtual_tokens(adapter)
+    block_size = data.block_size or min(context, DEFAULT_BLOCK)
+    if not 2 <= block_size <= context:
+        raise UserError(f"block_size={block_size}: must be from 2 to the model's context, {context}")
+    material = one_process_first(
+        args, lambda: read_data(data, tokenizer, block_size, recipe.name, is_resumed), "prepare"
+    )
+    question, prompt = choose_prompt(recipe.sample_arguments().prompt, material)
+    sample = dataclasses.replace(recipe.sample_arguments(), prompt=prompt)
+    if sample.max_new_tokens:
+        encode_prompt(material.tokenizer, prompt, context)
+    return Prepared(material.tokenizer, material, block_size, question, sample)
+
+
+def choose_prompt(given: str | None, material) -> tuple[str, str]:
+    """(what is asked in words, what the model reads): the prompt given, or the first that was held out."""
+    if not isinstance(material, Examples):
+        return (given or "\n",) * 2
+    if given is None:
+        return material.question, material.sample_prompt
+    return given, as_prompt(material.tokenizer, given) if material.tokenizer.chat_template else given
+
+
+def load_base(recipe: FinetuneRecipe, args, checkpoint: str | None):
+    """(model, name, fingerprint) of what is finetuned; a whole model that goes on is its own checkpoint."""
+    model, adapter = recipe.model_arguments(), recipe.adapter_arguments()
+    name = model.model_name_or_path
+    if Path(name).is_dir():
+        name = str(Path(name).absolute())  # an adapter names its base, wherever it is loaded from
+    is_whole_again = checkpoint is not None and adapter.adapter == "full"
+    options = quantization(adapter.adapter)
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    base = load_causal_lm(checkpoint if is_whole_again else name, model.dtype, model.trust_remote_code, **options)
+    known = None if adapter.adapter in ("qlora", "full") else fingerprint(base)
+    if not model.attn_implementation and args.device.type == "cpu" and args.bf16:
+        base.set_attn_implementation("eager")  # the backward pass of fused attention is slower in bf16 on CPUs
+    return base, name, known
+
+
+def build_trainer(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None) -> FinetuneTrainer:
+    """The trainer of a recipe: base, adapter and rows put together."""
+    data, adapter = recipe.data_arguments(), recipe.adapter_arguments()
+    base, name, known = load_base(recipe, args, checkpoint)
+    is_apart = keeps_documents_apart(base, name)
+    refuse_optimizer(args, adapter, base)
+    packing = data.packing and is_apart and not virtual_tokens(adapter)
+    if data.packing and not packing and args.process_index == 0:
+        why = "virtual tokens leave no positions to tell documents apart" if is_apart else "this model does not tell"
+        print(f"one document a row: {why}{'' if is_apart else ' packed documents apart'}")
+    set_seed(args.seed)
+    return FinetuneTrainer(
+        attach(base, adapter, name),
+        args,
+        prepared.material,
+        prepared.block_size,
+        data,
+        prepared.sample,
+        packing=packing,
+        adapter=adapter,
+        base=(name, known),
+    )
+
+
+def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None = None) -> None:
+    """Finetune to the end or to a signal, then report; `checkpoint` continues an earlier run."""
+    run_dir = Path(args.output_dir)
+    args.eval_on_start = args.eval_on_start and checkpoint is None
+    trainer = build_trainer(recipe, args, prepared, checkpoint)
+    with claimed(run_dir, args):
+        if checkpoint is not None:
+            refuse_finished(Path(checkpoint), args)
+            refuse_other_data(run_dir, prepared.material)
+        if trainer.is_world_process_zero():
+            begin(recipe, trainer, checkpoint)
+            print(introduce(recipe, trainer), flush=True)
+            if checkpoint is None:
+                write_facts(run_dir, first_facts(recipe, trainer, prepared))
+        train(trainer, checkpoint)
+        if trainer.is_world_process_zero():
+            finish(recipe, trainer, prepared)
+
+
+def introduce(recipe: FinetuneRecipe, trainer: FinetuneTrainer) -> str:
+    """Three lines before the table: the model and what is trained of it, the data, the plan."""
+    args, (trained, total) = trainer.args, count_parameters(trainer.model)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return (
+        f"{recipe.name}: {trainer.adapter.adapter} on {trainer.base[0]}, {trained:,} of {total:,} parameters trained "
+        f"({trained / total:.2%})\n{describe(trainer.corpus)}\n"
+        f"{args.max_steps:,} steps of {trainer.rows_per_step:,} rows of {trainer.context_length:,} tokens on "
+        f"{args.world_size} × {args.device.type}, {precision}, {args.optimizer} → {args.output_dir}"
+    )
+
+
+# ---- what is kept of a run beside its losses
+
+
+def first_facts(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared) -> dict:
+    """What is known before the first step: names, sizes, the data's fingerprint, and what the base writes."""
+    trained, total = count_parameters(trainer.model)
+    return {
+        "adapter": trainer.adapter.adapter,
+        "base_model": trainer.base[0],
+        "trained_parameters": trained,
+        "parameters": total,
+        "data": fingerprint_of(prepared.material),
+        "question": prepared.question,
+        "sample_before": draw(trainer, prepared, without_adapter=True),
+    }
+
+
+def fingerprint_of(material) -> str:
+    return material.fingerprint if isinstance(material, Examples) else material.manifest["fingerprint"]
+
+
+def refuse_other_data(run_dir: Path, material) -> None:
+    """A run that goes on must go on with its own data."""
+    if (run_dir / FACTS).is_file() and read_facts(run_dir)["data"] != fingerprint_of(material):
+        raise UserError(f"{run_dir}: the data has changed since the run began; put the old files back, or start another")
+
+
+def read_facts(run_dir: Path) -> dict:
+    return json.loads((run_dir / FACTS).read_text(encoding="utf-8"))
+
+
+def write_facts(run_dir: Path, facts: dict) -> None:
+    write_whole(run_dir / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def draw(trainer: FinetuneTrainer, prepared: Prepared, without_adapter: bool = False) -> str:
+    """What the model in training writes after the prompt, or its base."""
+    if not prepared.sample.max_new_tokens:
+        return ""
+    model = trainer.model
+    if without_adapter and hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            return sample_text(model, prepared.tokenizer, prepared.sample, trainer.args.seed)
+    return sample_text(model, prepared.tokenizer, prepared.sample, trainer.args.seed)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had at most: of the GPU, or of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared) -> None:
+    """Load the best from the root as anyone would, sample from it, write the report and say what to type next."""
+    args, run_dir, sample = trainer.args, Path(trainer.args.output_dir), prepared.sample
+    memory = peak_memory(args.device)
+    trainer.model = trainer.model_wrapped = None  # room for the best, which is loaded afresh
+    trainer.accelerator.free_memory()
+    gc.collect()
+    trust = recipe.model_arguments().trust_remote_code
+    load = load_causal_lm if trainer.adapter.adapter == "full" else load_adapter
+    text = ""
+    if sample.max_new_tokens and trainer.adapter.adapter != "qlora":
+        model = load(str(run_dir), "auto", trust).to(args.device).eval()
+        text = sample_text(model, prepared.tokenizer, sample, args.seed)
+    rows = read_metrics(run_dir)
+    best = min((row for row in rows if row["step"] > 0), key=lambda row: row["eval_loss"])
+    first = next((row for row in rows if row["step"] == 0), None)
+    facts = read_facts(run_dir) | {
+        "perplexity_before": math.exp(first["eval_loss"]) if first else None,
+        "perplexity_after": math.exp(best["eval_loss"]),
+        "best_step": best["step"],
+        "seconds": rows[-1]["seconds"],
+        "peak_memory_bytes": memory,
+        "device": args.device.type,
+        "sample_after": text,
+    }
+    write_facts(run_dir, facts)
+    write_report(run_dir, recipe, trainer.corpus, facts, first, best)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if text:
+        print(f"\n{side_by_side(facts['sample_before'], text)}\n")
+    print(summary(run_dir, facts, sample.prompt), flush=True)

@@ -1,0 +1,118 @@
+"""Training's loop for any causal LM, with or without an adapter, on rows whose labels have gaps."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modeling.loss import causal_lm_loss
+from training.arguments import GPTTrainingArguments
+from training.corpus import Corpus
+from training.dataset import IGNORED
+from training.errors import UserError
+from training.loading import record_base
+from training.trainer import GPTTrainer
+
+from .adapters import build_loraplus, count_parameters
+from .data import Examples
+from .packing import ExampleRows, SeparatedRows, documents_of
+
+
+class FinetuneTrainer(GPTTrainer):
+    """GPTTrainer with finetuning's rows and loss; everything else is training's.
+
+    corpus: prepared text, or Examples. packing: whether documents share rows, kept apart by `position_ids`. adapter:
+    AdapterArguments. base: (name, fingerprint) of the model that was adapted.
+    """
+
+    resume_command = "acorn finetune --resume"
+
+    def __init__(self, model, args, corpus, context_length, data, sample, *, packing: bool, adapter, base):
+        self.packing, self.adapter, self.base = packing, adapter, base
+        super().__init__(model, args, corpus, context_length, data, sample)
+        self.model_accepts_loss_kwargs = True  # compute_loss below divides by the labels of the whole step
+
+    def build_rows(self, args: GPTTrainingArguments, data):
+        if isinstance(self.corpus, Corpus) and self.packing:
+            end = self.corpus.tokenizer.eos_token_id
+            return tuple(SeparatedRows(rows, end) for rows in super().build_rows(args, data))
+        return self._example_rows(args)
+
+    def _example_rows(self, args):
+        """Rows of chats or pairs, or of a text's documents one by one where they cannot share a row."""
+        end = self.corpus.tokenizer.eos_token_id
+        if isinstance(self.corpus, Examples):
+            splits = {"train": self.corpus.train, "validation": self.corpus.validation}
+        else:
+            shards = {split: self.corpus.tokens(split) for split in ("train", "validation")}
+            splits = {
+                split: documents_of(tokens.window(0, len(tokens)), end, self.context_length)
+                for split, tokens in shards.items()
+            }
+        evaluation = ExampleRows(splits["validation"], self.context_length, end, self.packing)
+        once = ExampleRows(splits["train"], self.context_length, end, self.packing)
+        args.count_steps(len(once) / self.rows_per_step)
+        rows = self.rows_per_step * args.max_steps
+        return ExampleRows(splits["train"], self.context_length, end, self.packing, rows, args.seed), evaluation
+
+    def count_flops(self, model) -> float:
+        """Two FLOPs a parameter forward, two backward, and two more for each that is trained."""
+        trained, total = count_parameters(model)
+        return 4.0 * total + 2.0 * trained
+
+    def blocks(self, model):
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[])
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.adapter.adapter == "loraplus":
+            self.optimizer = build_loraplus(self.model, self.args, self.adapter.loraplus_lr_ratio)
+        return super().create_optimizer(model)
+
+    # ---- the loss: labels have gaps, and any model's logits will do
+
+    def _get_num_items_in_batch(self, batch_samples: list, device):
+        """Labels that count in one step, over its micro-batches and all processes; masked ones differ between them."""
+        if not batch_samples:
+            return None
+        counted = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counted = self.accelerator.gather(counted).sum()
+        return counted.clamp(min=1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross entropy of the labels that count, divided by the count of the whole step."""
+        inputs = dict(inputs)
+        labels = inputs.pop("shift_labels")
+        outputs = model(**inputs, use_cache=False)
+        logits = outputs.logits[:, -labels.shape[1] :]  # virtual tokens come first
+        smoothing = getattr(model.config, "label_smoothing", 0.0) if hasattr(model, "config") else 0.0
+        loss = causal_lm_loss(logits, None, labels, num_items_in_batch, smoothing)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.args.world_size  # DDP averages the gradients of processes
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- evaluation and saving
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As in training; before the first step it is the base itself that is measured, without its adapter."""
+        has_adapter = hasattr(self.model, "disable_adapter") and self.state.global_step == 0
+        with self.model.disable_adapter() if has_adapter else nullcontext():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """As in Trainer; an adapter is saved with what its base is known by, and without PEFT's own model card."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.adapter.adapter != "full":
+            directory = Path(output_dir or self.args.output_dir)
+            (directory / "README.md").unlink(missing_ok=True)
+            record_base(directory, *self.base)
+
+
+def refuse_optimizer(args, adapter, model) -> None:
+    """Muon is for the matrices of whole Acorn models alone."""
+    if args.optimizer == "muon" and (adapter.adapter != "full" or getattr(model.config, "model_type", "") != "gpt"):
+        raise UserError("optimizer='muon': only for adapter=full on an Acorn model; use adamw")
+    if args.optimizer != "adamw" and adapter.adapter == "loraplus":
+        raise UserError(f"optimizer={args.optimizer!r}: loraplus has groups for adamw; leave it out")

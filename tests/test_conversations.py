@@ -1,0 +1,276 @@
+"""Conversations: read from every format, refused by file and line, rendered by the template, masked but for answers."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from finetune import conversations
+from finetune.arguments import FinetuneDataArguments
+from finetune.chat_files import Conversation, Pair, check_turns, conversations_of_text, find_format, read_conversations
+from finetune.conversations import (
+    PLAIN_TEMPLATE,
+    encode_conversation,
+    encode_messages,
+    encode_pair,
+    preview,
+    with_template,
+)
+from training.errors import UserError
+from training.tokenizers import build_tokenizer, tokenizer_hash
+
+from .chat_fixture import CHATML, chat_text, many_conversations
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is an acorn?"},
+    {"role": "assistant", "content": "The nut of an oak."},
+    {"role": "user", "content": "And a walnut, é?"},
+    {"role": "assistant", "content": "The seed of a walnut tree.\n\nIt is eaten."},
+]
+
+
+def byte():
+    return with_template(build_tokenizer("byte"))
+
+
+def bpe():
+    return with_template(build_tokenizer("bpe", lambda: iter([chat_text()]), 400))
+
+
+def chatml():
+    tokenizer = build_tokenizer("byte")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+TOKENIZERS = {"byte": byte, "bpe": bpe, "chatml": chatml}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    """Tokenizers with the plain template, and one with a template of its own."""
+    return TOKENIZERS[request.param]()
+
+
+# the template and the mask
+
+
+def test_the_template_round_trips(tokenizer, tmp_path) -> None:
+    """What we encode is what apply_chat_template gives, also by the tokenizer that was saved, and it reads back."""
+    example = encode_messages(tokenizer, MESSAGES, "here")
+    tokenizer.save_pretrained(tmp_path)
+    for its in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert its.apply_chat_template(MESSAGES, return_dict=True)["input_ids"] == example.ids.tolist()
+        assert its.decode(example.ids) == its.apply_chat_template(MESSAGES, tokenize=False)
+
+
+def test_the_loss_is_on_the_answers_and_their_ends_alone(tokenizer) -> None:
+    example = encode_messages(tokenizer, MESSAGES, "here")
+    end = "<|im_end|>" if "im_end" in tokenizer.chat_template else tokenizer.eos_token
+    counted = tokenizer.decode(example.ids[example.counts])
+    answers = [message["content"] for message in MESSAGES if message["role"] == "assistant"]
+    assert counted.replace(f"{end} ", end).strip() == end.join([*answers, ""])
+    assert 0 < example.counts.sum() < len(example.counts)
+
+
+def test_the_mask_is_transformers_own() -> None:
+    """Our template marks the answers by {% generation %}, so that other trainers mask the same tokens."""
+    tokenizer = bpe()
+    example = encode_messages(tokenizer, MESSAGES, "here")
+    its = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
+    assert its["assistant_masks"] == example.counts.astype(int).tolist()
+
+
+def test_a_prompt_is_the_beginning_of_the_conversation(tokenizer) -> None:
+    """What the model is asked with is, token by token, what it was trained on before the answer."""
+    whole = encode_messages(tokenizer, MESSAGES, "here").ids.tolist()
+    asked = tokenizer.apply_chat_template(MESSAGES[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert whole[: len(asked)] == asked
+
+
+def test_no_new_tokens() -> None:
+    """The plain template is added to the tokenizer's copy and changes nothing that it does."""
+    plain = build_tokenizer("byte")
+    templated = with_template(plain)
+    assert plain.chat_template is None
+    assert templated.chat_template == PLAIN_TEMPLATE
+    assert tokenizer_hash(plain) == tokenizer_hash(templated)
+    assert len(plain) == len(templated)
+
+
+def test_a_template_of_its_own_is_kept() -> None:
+    assert with_template(chatml()).chat_template == CHATML
+
+
+def test_the_preview_marks_each_token(tokenizer) -> None:
+    example = encode_messages(tokenizer, MESSAGES, "chat.txt, line 3")
+    head, _, *lines = preview(example, tokenizer).splitlines()
+    assert head.startswith("chat.txt, line 3")
+    assert len(lines) == len(example.ids)
+    assert ["●" in line.split("'")[0] for line in lines] == example.counts.tolist()
+
+
+# long ones
+
+
+@pytest.mark.parametrize("limit", [60, 90, 150])
+def test_long_conversations_are_split_between_exchanges(limit: int) -> None:
+    tokenizer = byte()
+    messages = MESSAGES[:1] + MESSAGES[1:3] * 6
+    pieces = encode_conversation(tokenizer, Conversation("here", messages), limit)
+    assert len(pieces) > 1
+    assert all(len(piece.ids) <= limit + 1 for piece in pieces)
+    texts = [tokenizer.decode(piece.ids) for piece in pieces]
+    if limit > 60:  # there one exchange with the system message fits
+        assert all(text.startswith("System: Be brief.\nUser: What is an acorn?") for text in texts)
+    counted = sum(int(piece.counts[1:].sum()) for piece in pieces)
+    assert counted == encode_messages(tokenizer, messages, "here").counts.sum()
+
+
+def test_an_exchange_that_does_not_fit_is_cut() -> None:
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1 2 3 4 5 6 7 8 9 " * 20}]
+    pieces = encode_conversation(byte(), Conversation("here", messages), 100)
+    whole = encode_messages(byte(), messages, "here")
+    assert all(len(piece.ids) <= 101 for piece in pieces)
+    assert sum(int(piece.counts[1:].sum()) for piece in pieces) == whole.counts.sum()
+
+
+def test_pairs_count_the_completion_and_its_end() -> None:
+    tokenizer = build_tokenizer("byte")
+    (example,) = encode_pair(tokenizer, Pair("here", "2 + 2 =", " 4"), 64)
+    assert tokenizer.decode(example.ids) == "2 + 2 = 4<|endoftext|>"
+    assert tokenizer.decode(example.ids[example.counts]) == " 4<|endoftext|>"
+
+
+# reading
+
+
+def test_a_text_file_of_many_turns() -> None:
+    found = [check_turns(found) for found in conversations_of_text(chat_text(), "chat.txt")]
+    assert [found.messages for found in found] == many_conversations()
+    assert sum(len(found.messages) for found in found) >= 200
+
+
+def test_lines_of_dashes_separate_where_there_are_any() -> None:
+    text = "User: a\nAssistant: b\n\nmore\n\nUser: c\nAssistant: d\n---\nSystem: s\nUser: e\nAssistant: f\n"
+    first, second = conversations_of_text(text, "x")
+    assert [message["content"].strip() for message in first.messages] == ["a", "b\n\nmore", "c", "d"]
+    assert (second.where, len(second.messages)) == ("x, line 9", 3)
+
+
+FORMATS = {
+    "messages": lambda turns: {"messages": turns},
+    "sharegpt": lambda turns: {
+        "conversations": [
+            {"from": {"user": "human", "assistant": "gpt"}.get(turn["role"], turn["role"]), "value": turn["content"]}
+            for turn in turns
+        ]
+    },
+    "parts": lambda turns: {
+        "messages": [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_tables_of_messages(tmp_path, form: str, ending: str) -> None:
+    rows = [FORMATS[form](turns) for turns in many_conversations()[:5]]
+    path = tmp_path / f"chat.{ending}"
+    path.write_text(json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = FinetuneDataArguments(data_files=[str(path)])
+    assert find_format(data) == "chat"
+    assert [found.messages for found in read_conversations(data)] == many_conversations()[:5]
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("User: hi\nAssistant: ho\n", "chat"),
+        ("\n\nSystem: s\nUser: hi\nAssistant: ho\n", "chat"),
+        ("First Citizen:\nSpeak.\n", "text"),
+        ("User: alone\n", "text"),
+    ],
+)
+def test_what_a_text_file_is(tmp_path, text: str, form: str) -> None:
+    path = tmp_path / "some.txt"
+    path.write_text(text, encoding="utf-8")
+    assert find_format(FinetuneDataArguments(text_files=[str(path)])) == form
+    assert find_format(FinetuneDataArguments(text_files=[str(path)], data_format="text")) == "text"
+
+
+# what is refused, by file and line
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("User: a\nAssistant: b\n\nUser: a\nUser: b\nAssistant: c\n", 5, "the user's where the assistant's turn is"),
+        ("User: a\nAssistant: b\nAssistant: c\n", 3, "the assistant's where the user's turn is"),
+        ("User: a\nAssistant:\n", 2, "(assistant) is empty"),
+        ("User: a\nAssistant: b\n\nUser: c\n", 4, "no assistant turn"),
+        ("User: a\nSystem: s\nAssistant: b\n", 2, "system's where the assistant's"),
+        ("hello\nUser: a\nAssistant: b\n", 1, "begins with User:"),
+    ],
+)
+def test_turns_that_are_wrong_are_refused(tmp_path, text: str, line: int, words: str) -> None:
+    path = tmp_path / "chat.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        list(read_conversations(FinetuneDataArguments(text_files=[str(path)])))
+    assert f"{path}, line {line}" in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"messages": []}', "no assistant turn"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}', "is empty"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "unknown role 'robot'"),
+        ('{"messages": [{"role": "user", "content": 7}]}', "is int, not text"),
+        ('{"messages": "hello"}', "no list of messages"),
+        ('{"text": "hello"}', "the row has text"),
+        ("{", "is not JSON"),
+        ("[1]", "not an object"),
+    ],
+)
+def test_rows_that_are_wrong_are_refused(tmp_path, row: str, words: str) -> None:
+    good = json.dumps({"messages": MESSAGES})
+    path = tmp_path / "chat.jsonl"
+    path.write_text(f"{good}\n\n{row}\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        list(read_conversations(FinetuneDataArguments(data_files=[str(path)])))
+    assert f"{path}, line 3" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_what_the_template_refuses_is_refused_with_its_place() -> None:
+    tokenizer = build_tokenizer("byte")
+    tokenizer.chat_template = "{{ raise_exception('no systems here') }}"
+    with pytest.raises(UserError, match=r"chat\.txt, line 9.*no systems here"):
+        encode_messages(tokenizer, MESSAGES, "chat.txt, line 9")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    tokenizer = build_tokenizer("byte")
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        encode_messages(tokenizer, MESSAGES, "here")
+
+
+def test_a_character_tokenizer_that_does_not_know_a_letter() -> None:
+    tokenizer = with_template(build_tokenizer("char", lambda: iter(["abc"])))
+    with pytest.raises(UserError, match="here: the tokenizer cannot encode it"):
+        encode_messages(tokenizer, MESSAGES, "here")
+
+
+def test_masks_are_boolean_arrays_of_the_ids_length(tokenizer) -> None:
+    example = encode_messages(tokenizer, MESSAGES, "here")
+    assert example.ids.shape == example.counts.shape
+    assert torch.from_numpy(example.ids).dtype == torch.int64
+    assert isinstance(example, conversations.Example)

@@ -1,0 +1,352 @@
+"""`acorn finetune` on tiny models: every adapter and kind of data ends in a run directory that loads, and resumes exactly."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertLMHeadModel
+
+from finetune import finetune
+from finetune.adapters import ADAPTERS
+from inference.loading import load_model_and_tokenizer
+from training import resume
+from training.callbacks import read_metrics
+from training.errors import UserError
+from training.recipe import load_recipe_file, shipped_recipes
+from training.tokenizers import build_tokenizer
+
+from .chat_fixture import chat_text
+from .tiny_bases import BASES, TINY, save, stock_model
+from .tiny_runs import checkpoints, contents, refused, write_text
+
+CHAT = ["--text_files", "chat.txt"]
+TEXT = ["--text_files", "text.txt"]
+PAIRS = ["--data_files", "pairs.jsonl"]
+RUN_FILES = {"README.md", "finetune.json", "loss.png", "metrics.jsonl", "recipe.yaml", "sample.txt", "tokenizer.json"}
+TRAINED = [name for name in ADAPTERS if name != "qlora"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place with tiny bases, a text, a chat and pairs; its runs lie side by side."""
+    place = tmp_path_factory.mktemp("finetune")
+    for name, build in BASES.items():
+        save(build(), place / name)
+    write_text(place)
+    write_text(place, chat_text(), "chat.txt")
+    pairs = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(8) for b in range(8)]
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    return place
+
+
+def tune(folder: Path, base: str, *flags: str, name: str) -> Path:
+    """Finetune in `folder` and return the run directory; later flags win."""
+    with contextlib.chdir(folder):
+        finetune.main([base, *TINY, "--output_dir", name, *flags])
+    return folder / name
+
+
+def go_on(run: Path, *flags: str) -> None:
+    with contextlib.chdir(run.parent):
+        finetune.main(["--resume", run.name, *flags])
+
+
+def facts(run: Path) -> dict:
+    return json.loads((run / "finetune.json").read_text(encoding="utf-8"))
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["eval_loss"] for row in read_metrics(run)}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    name = "adapter_model.safetensors" if (directory / "adapter_model.safetensors").exists() else "model.safetensors"
+    return load_file(directory / name)
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """A finished LoRA run on a chat; tests copy it."""
+    return tune(folder, "gpt2", *CHAT, name="tuned")
+
+
+# every adapter, every kind of data
+
+
+@pytest.mark.parametrize("adapter", TRAINED)
+def test_every_adapter_learns_and_is_reported(folder, adapter: str, capsys) -> None:
+    run = tune(folder, "gpt2", *TEXT, "--adapter", adapter, name=f"text-{adapter}")
+    found = facts(run)
+    assert found["perplexity_after"] < found["perplexity_before"]
+    assert found["adapter"] == adapter
+    assert (found["trained_parameters"] == found["parameters"]) == (adapter == "full")
+    assert found["peak_memory_bytes"] > 0
+    assert {path.name for path in run.iterdir()} >= RUN_FILES
+    printed = capsys.readouterr().out
+    for words in ("before, ", " after", "parameters trained", f"acorn generate {run.name}"):
+        assert words in printed
+    assert "│" in printed, "the samples stand side by side"
+    model, tokenizer = load_model_and_tokenizer(str(run))
+    ids = torch.tensor([tokenizer("the quick brown")["input_ids"]])
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("data", [TEXT, CHAT, PAIRS], ids=["text", "chat", "pairs"])
+def test_every_base_on_every_kind_of_data(folder, base: str, data: list[str]) -> None:
+    run = tune(folder, base, *data, name=f"{base}-{data[1]}")
+    assert facts(run)["perplexity_after"] < facts(run)["perplexity_before"]
+    template = AutoTokenizer.from_pretrained(run).chat_template
+    assert (template is not None) == (data == CHAT), "a chat template is saved with the tokenizer of a chat"
+
+
+def test_before_is_the_base_itself(folder) -> None:
+    """Prompt tuning starts from other predictions than the base's; the figure before is the base's all the same."""
+    runs = [folder / f"text-{adapter}" for adapter in ("lora", "prompt", "full") if (folder / f"text-{adapter}").exists()]
+    before = {json.dumps(facts(run)["perplexity_before"])[:6] for run in runs if run.name != "text-prompt"}
+    assert len(before) == 1
+    assert all(losses(run)[0] > losses(run)[max(losses(run))] for run in runs)
+
+
+def test_the_card_says_both(tuned) -> None:
+    text = (tuned / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in text
+    assert "| before |" in text and "| after |" in text
+    assert "The same prompt before and after" in text
+    assert "answers alone" in text
+
+
+def test_stopped_between_before_and_first_checkpoint_it_begins_again(folder, tuned) -> None:
+    run = folder / "begun"
+    run.mkdir()
+    for name in ("recipe.yaml", "finetune.json"):
+        shutil.copy(tuned / name, run)
+    go_on(run)
+    assert losses(run) == losses(tuned)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full", "pissa"])
+def test_it_goes_on_bit_for_bit(folder, adapter: str) -> None:
+    flags = [*CHAT, "--adapter", adapter, "--save_total_limit", "5"]
+    flags += ["--lora_dropout", "0.1"] if adapter != "full" else []
+    run = tune(folder, "gpt-rope-gqa", *flags, name=f"unbroken-{adapter}")
+    broken = folder / f"broken-{adapter}"
+    shutil.copytree(run, broken)
+    shutil.rmtree(broken / "checkpoint-6")
+    go_on(broken, "--checkpoint", "checkpoint-3")
+    assert losses(broken) == losses(run)
+    assert same(broken / "checkpoint-6", run / "checkpoint-6")
+    assert same(broken, run)
+    assert facts(broken)["perplexity_before"] == facts(run)["perplexity_before"]
+
+
+def test_more_steps(folder, tuned) -> None:
+    run = folder / "more"
+    shutil.copytree(tuned, run)
+    go_on(run, "--max_steps", "9")
+    assert checkpoints(run)[-1] == 9
+    assert list(losses(run)) == [0, 3, 6, 9]
+
+
+def test_an_adapter_remembers_its_base_from_anywhere(folder, tuned, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_model_and_tokenizer(str(tuned / "checkpoint-6"))
+    assert model.peft_config["default"].base_model_name_or_path == str(folder / "gpt2")
+
+
+# labels that count: micro-batches and processes
+
+
+def test_micro_batches_make_no_difference(folder) -> None:
+    """The answers in a micro-batch are many or few; the loss of a step is that of its answers all the same."""
+    flags = [*CHAT, "--max_steps", "3", "--eval_steps", "1", "--adapter", "full", "--logging_steps", "1"]
+    whole = tune(folder, "gpt2", *flags, name="whole")
+    quarters = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"]
+    shared = tune(folder, "gpt2", *flags, *quarters, name="quarters")
+    for key in ("train_loss", "eval_loss"):
+        first, second = ([row[key] for row in read_metrics(run) if row[key]] for run in (whole, shared))
+        assert first == pytest.approx(second, abs=1e-6)
+
+
+def test_two_processes_have_the_losses_of_one(folder) -> None:
+    flags = [*CHAT, *TINY, "--max_steps", "4", "--eval_steps", "1", "--use_cpu", "true"]
+    one = tune(folder, "gpt2", *flags, name="one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["-m", "finetune.finetune", "gpt2", *flags, "--per_device_train_batch_size", "2", "--output_dir", "two"]
+    root = Path(__file__).resolve().parent.parent
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 × cpu" in done.stdout
+    for key in ("train_loss", "eval_loss"):
+        first, second = ([row[key] for row in read_metrics(run) if row[key]] for run in (one, folder / "two"))
+        assert len(first) >= 4
+        assert first == pytest.approx(second, abs=1e-6)
+
+
+# looking first
+
+
+def test_preview_shows_one_example_and_writes_nothing(folder, capsys) -> None:
+    before = contents(folder)
+    tune(folder, "gpt2", *CHAT, "--preview", name="never")
+    printed = capsys.readouterr().out
+    assert "chat.txt, line 1" in printed
+    assert sum("●" in line for line in printed.splitlines()) > 10
+    assert contents(folder) == before
+
+
+def test_help_names_every_adapter_and_flag(capsys) -> None:
+    finetune.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in ADAPTERS)
+    assert all(f"--{flag} " in printed for flag in ("r", "lora_alpha", "target_modules", "text_files", "packing"))
+
+
+# recipes
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in finetune.FinetuneRecipe.directory.glob("*.yaml")))
+def test_shipped_recipes_are_whole(name: str) -> None:
+    recipe = load_recipe_file(name, finetune.FinetuneRecipe)
+    assert recipe.model_arguments().model_name_or_path.startswith("gpt2")
+    assert recipe.adapter_arguments().adapter == {"full": "full", "lora": "lora", "xl": "qlora"}[name.split("-")[1]]
+    assert recipe.data_arguments().block_size
+    assert recipe.sample_arguments().max_new_tokens > 0
+    if "activation" not in str(recipe.training) and "bf16" not in recipe.training:
+        assert recipe.training_arguments().max_steps or recipe.training_arguments().num_train_epochs
+
+
+def test_the_full_recipe_is_nanogpts() -> None:
+    """config/finetune_shakespeare.py and the defaults of train.py that it leaves."""
+    recipe = load_recipe_file("gpt2-full-text", finetune.FinetuneRecipe)
+    args = recipe.training_arguments()
+    assert (args.learning_rate, args.max_steps, args.eval_steps) == (3e-5, 20, 5)
+    assert (args.tokens_per_step, args.per_device_train_batch_size) == (32 * 1024, 1)
+    assert (args.weight_decay, args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.1, 0.9, 0.95, 1.0)
+    assert (args.lr_scheduler_type, args.warmup_steps, args.save_strategy) == ("constant", 0, "best")
+
+
+def test_the_four_recipes() -> None:
+    names = ["gpt2-full-text", "gpt2-lora-chat", "gpt2-lora-text", "gpt2-xl-qlora"]
+    assert shipped_recipes(finetune.FinetuneRecipe) == names
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "needs a RECIPE (gpt2-full-text"),
+        (["--adapter", "lora"], "needs a RECIPE"),
+        (["nowhere/at/all", *TEXT], "is no model directory here"),
+        (["gpt2", "--adaptor", "lora"], "did you mean '--adapter'"),
+        (["gpt2", "--adapter", "lorra", *TEXT], "did you mean 'lora'"),
+        (["gpt2", "--adapter", "full", "--r", "4", *TEXT], "--r: adapter=full does not read it"),
+        (["gpt2", "--adapter", "lora", "--num_virtual_tokens", "4", *TEXT], "it takes r, lora_alpha"),
+        (["gpt2", "--text_files", "nowhere.txt"], "nowhere.txt"),
+        (["gpt2", *TEXT, "--target_modules", "c_atn"], "there are c_attn, c_fc, c_proj"),
+        (["gpt2", *TEXT, "--block_size", "65"], "the model's context, 64"),
+        (["gpt2", *TEXT, "--adapter", "prompt", "--block_size", "64"], "the model's context, 44"),
+        (["gpt2", *TEXT, "--data_format", "chats"], "data_format='chats'"),
+        (["gpt2", *TEXT, "--data_format", "pairs"], "pairs come from --data_files"),
+        (["gpt2", *TEXT, "--data_format", "chat"], "begins with User:"),
+        (["gpt2", *TEXT, "--optimizer", "muon"], "only for adapter=full on an Acorn model"),
+        (["gpt2", *TEXT, "--tokenizer_vocab_size", "300"], "keeps the model's tokenizer"),
+        (["gpt2", *TEXT, "--max_new_tokens", "-1"], "max_new_tokens"),
+        (["gpt2", *CHAT, "--output_dir", "tuned"], "acorn finetune --resume tuned"),
+        (["gpt2", *TEXT, "--prompt", "x" * 70], "do not fit the model's context"),
+        (["bert", *TEXT], "no causal language model"),
+        (["masked", *TEXT], "no causal language model"),
+        (["torn", *TEXT], "lacks transformer.h.0"),
+        (["--resume"], "need a value"),
+        (["--resume", "nowhere"], "does not exist"),
+        (["--resume", "tuned", "--r", "4"], "--r cannot change"),
+        (["--resume", "tuned", "--seed", "4"], "--seed cannot change"),
+        (["--resume", "tuned"], "larger --max_steps"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tuned, monkeypatch, argv: list[str], words: str) -> None:
+    monkeypatch.chdir(folder)
+    others(folder)
+    before = contents(tuned)
+    flags = [] if not argv or argv[0].startswith("--") else TINY
+    name = ["--output_dir", "refused"] if flags and "--output_dir" not in argv else []
+    assert words in refused(finetune.main, *argv[:1], *flags, *name, *argv[1:])
+    assert contents(tuned) == before
+    assert not list(folder.glob("refused/checkpoint-*"))
+    shutil.rmtree(folder / "refused", ignore_errors=True)
+
+
+def others(folder: Path) -> None:
+    """Directories that hold no causal LM, or not all of one."""
+    if (folder / "bert").exists():
+        return
+    sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    save(BertLMHeadModel(BertConfig(**sizes, is_decoder=False)), folder / "bert")
+    save(BertForMaskedLM(BertConfig(**sizes)), folder / "masked")
+    config = json.loads((folder / "masked" / "config.json").read_text())
+    (folder / "masked" / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
+    torn = stock_model()
+    state = {key: value for key, value in torn.state_dict().items() if not key.startswith("transformer.h.0.attn.c_attn")}
+    torn.save_pretrained(folder / "torn", state_dict=state)
+    build_tokenizer("byte").save_pretrained(folder / "torn")
+
+
+def test_the_other_verbs_say_whose_it_is(tuned) -> None:
+    assert "acorn finetune --resume" in refused(resume.main, str(tuned))
+
+
+def test_other_data_is_refused(folder, tuned) -> None:
+    run = folder / "other-data"
+    shutil.copytree(tuned, run)
+    kept = (folder / "chat.txt").read_text(encoding="utf-8")
+    try:
+        (folder / "chat.txt").write_text(kept.replace("oak", "elm"), encoding="utf-8")
+        with contextlib.chdir(folder), pytest.raises(UserError, match="the data has changed"):
+            finetune.main(["--resume", run.name, "--max_steps", "9"])
+    finally:
+        (folder / "chat.txt").write_text(kept, encoding="utf-8")
+
+
+# adapters and their bases
+
+
+def test_a_base_that_is_gone_or_another_is_refused(folder, tmp_path) -> None:
+    shutil.copytree(folder / "gpt2", tmp_path / "base")
+    write_text(tmp_path)
+    run = tune(tmp_path, "base", *TEXT, name="run")
+    save(stock_model(n_layer=2).apply(lambda module: None), tmp_path / "same")
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    with pytest.raises(UserError, match=r"its base .*base is gone"):
+        load_model_and_tokenizer(str(run))
+    other = stock_model()
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight += 1
+    save(other, tmp_path / "base")
+    with pytest.raises(UserError, match="is not the base it was trained on"):
+        load_model_and_tokenizer(str(run))
+    shutil.rmtree(tmp_path / "base")
+    shutil.move(tmp_path / "moved", tmp_path / "base")
+    load_model_and_tokenizer(str(run), dtype="bfloat16")  # the same base in half precision is the same base
+
+
+def test_full_runs_are_plain_models(folder) -> None:
+    run = folder / "text-full"
+    if not run.exists():
+        run = tune(folder, "gpt2", *TEXT, "--adapter", "full", name="text-full")
+    assert type(AutoModelForCausalLM.from_pretrained(run)).__name__ == "GPT2LMHeadModel"
+    assert not (run / "adapter_config.json").exists()

@@ -1,0 +1,126 @@
+"""`acorn merge` writes a plain model with the adapter's logits, and refuses what it cannot merge."""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune import finetune, merge
+from inference import generate
+from inference.loading import load_model_and_tokenizer
+
+from .chat_fixture import chat_text
+from .tiny_bases import BASES, TINY, save
+from .tiny_runs import refused, write_text
+
+CHAT = ["--text_files", "chat.txt"]
+MERGED = ["lora", "rslora", "dora", "pissa", "loraplus", "ia3"]
+IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place with tiny bases and a chat."""
+    place = tmp_path_factory.mktemp("merge")
+    for name, build in BASES.items():
+        save(build(), place / name)
+    write_text(place, chat_text(), "chat.txt")
+    return place
+
+
+def tuned(folder: Path, adapter: str, base: str = "gpt2", *flags: str) -> Path:
+    """A short run with this adapter, made once."""
+    name = "-".join([base, adapter, *flags]).replace("--", "")
+    if not (folder / name).exists():
+        with contextlib.chdir(folder):
+            finetune.main([base, *CHAT, *TINY, "--adapter", adapter, "--max_steps", "3", *flags, "--output_dir", name])
+    return folder / name
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("adapter", MERGED)
+def test_merged_is_unmerged(folder, adapter: str, tmp_path, capsys) -> None:
+    run = tuned(folder, adapter)
+    capsys.readouterr()
+    merge.main([str(run), str(tmp_path / "out")])
+    printed = float(re.search(r"random ids: (\S+)", capsys.readouterr().out)[1])
+    assert printed <= 1e-5
+    expected = logits(load_model_and_tokenizer(str(run))[0])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain).__name__ == "GPT2LMHeadModel"
+    torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(folder / "gpt2")), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", [name for name in BASES if name != "gpt2"])
+def test_our_models_merge_too(folder, base: str, tmp_path) -> None:
+    run = tuned(folder, "lora", base)
+    merge.main([str(run), str(tmp_path / "out")])
+    expected = logits(load_model_and_tokenizer(str(run))[0])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "out" / "modeling_gpt.py").is_file(), "the code travels along"
+
+
+@pytest.mark.parametrize("module", ["lm_head", "wte"])
+@pytest.mark.parametrize("how", ["--modules_to_save", "--target_modules"])
+def test_tied_embeddings(folder, how: str, module: str, tmp_path) -> None:
+    """Whichever of the two is trained, and whether whole or by LoRA, the merged model is the adapted one."""
+    run = tuned(folder, "lora", "gpt2", how, module)
+    merge.main([str(run), str(tmp_path / "out")])
+    expected = logits(load_model_and_tokenizer(str(run))[0])
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_half_precision_and_the_chat_template_are_kept(folder, tmp_path) -> None:
+    merge.main([str(tuned(folder, "lora")), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert "generation" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert "acorn" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_generate_takes_an_adapter_as_it_is_and_merged(folder, tmp_path, capsys) -> None:
+    run = tuned(folder, "lora")
+    merge.main([str(run), str(tmp_path / "out")])
+    texts = []
+    for directory in (run, tmp_path / "out"):
+        capsys.readouterr()
+        generate.main([str(directory), "--prompt", "User: What", "--max_new_tokens", "30", "--temperature", "0"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("User: What")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["gpt2", "out"], "holds a plain model already"),
+        (["nowhere", "out"], "holds no adapter"),
+        (["LORA", "gpt2"], "is not empty"),
+        (["LORA", "chat.txt"], "is not empty"),
+        (["PROMPT", "out"], "nothing to merge"),
+        (["LORA", "out", "--dtype", "int8"], "choose float32"),
+        (["LORA"], "required: out"),
+        (["HOMELESS", "out"], "is gone"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(folder, monkeypatch, argv: list[str], words: str) -> None:
+    runs = {"LORA": str(tuned(folder, "lora")), "PROMPT": str(tuned(folder, "prompt")), "HOMELESS": "homeless"}
+    monkeypatch.chdir(folder)
+    if "HOMELESS" in argv and not Path("homeless").exists():
+        shutil.copytree(runs["LORA"], "homeless")
+        config = Path("homeless/adapter_config.json")
+        config.write_text(config.read_text().replace(str(folder / "gpt2"), "/no/such/base"))
+    assert words in refused(merge.main, *(runs.get(word, word) for word in argv))
+    assert not Path("out").exists()
+    assert not list(Path().glob(".out-*"))

@@ -1,0 +1,144 @@
+"""A causal LM, or an adapter on its base, from a run directory, a checkpoint, a model directory or a Hub id."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling import GPTConfig, GPTForCausalLM
+
+from .errors import UserError, one_line, unknown
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_RECORD = "base_model.json"  # beside an adapter: which base it was trained on, and how to know it again
+
+
+def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = False, **options):
+    """The model that `name` holds, in eval mode.
+
+    Our own architecture is loaded from the installed code; code that a directory or a Hub id brings runs only with
+    `trust_remote_code`. options: more of from_pretrained's. Raises UserError for what is no causal LM.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    is_ours = Path(name).is_dir() and own_model_type(Path(name))
+    loader = GPTForCausalLM if is_ours else AutoModelForCausalLM
+    options |= {} if is_ours else {"trust_remote_code": trust_remote_code}
+    try:
+        model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        why = one_line(error)
+        if "Unrecognized configuration class" in why:
+            why = "it is no causal language model (none of transformers' AutoModelForCausalLM)"
+        raise UserError(f"model {name!r} cannot be loaded: {why}") from error
+    refuse_torn(name, report)
+    return model
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """The configuration of a model directory or Hub id; what is neither is refused."""
+    is_ours = Path(name).is_dir() and own_model_type(Path(name))
+    loader = GPTConfig if is_ours else AutoConfig
+    options = {} if is_ours else {"trust_remote_code": trust_remote_code}
+    try:
+        config = loader.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        why = one_line(error)
+        raise UserError(f"model {name!r}: is no model directory here, and the Hub gives none: {why}") from error
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise UserError(f"model {name!r}: is no causal language model: its {type(config).__name__} has no vocabulary")
+    return config
+
+
+def refuse_torn(name: str, report: dict) -> None:
+    """Refuse weights that are not the model's: from_pretrained would start the missing ones at random."""
+    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in report.get(kind) or ())
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(f"model {name!r}: its file of weights {what} {', '.join(keys[:3])}{more}; get a whole copy")
+
+
+def own_model_type(directory: Path) -> bool:
+    """Whether the directory holds a GPT of this project; refuses a directory without a model."""
+    if not (directory / "config.json").is_file():
+        holds = "it has checkpoints, but" if list(directory.glob("checkpoint-*")) else ""
+        raise UserError(
+            f"model {directory}: {holds or 'there is'} no config.json in it; name a run directory or a checkpoint"
+        )
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt"
+    except ValueError as error:
+        raise UserError(f"model {directory}: config.json is damaged ({error}); copy the directory again") from error
+
+
+# ---- adapters
+
+
+def is_adapter(name: str) -> bool:
+    """Whether `name` is a directory that holds a PEFT adapter."""
+    return (Path(name) / ADAPTER_CONFIG).is_file()
+
+
+def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = False):
+    """The adapter in `directory` on its base, as a PeftModel; refuses a base that is gone or another."""
+    from peft import PeftModel  # half a second that plain models need not wait for
+
+    base_name = base_of(Path(directory))
+    try:
+        base = load_causal_lm(base_name, dtype, trust_remote_code)
+    except UserError as error:
+        raise UserError(f"adapter {directory}: its base is gone or damaged: {error}") from error
+    record = Path(directory, BASE_RECORD)
+    if record.is_file() and (known := json.loads(record.read_text(encoding="utf-8"))["fingerprint"]):
+        if (found := fingerprint(base)) != known:
+            raise UserError(
+                f"adapter {directory}: {base_name} is not the base it was trained on "
+                f"(fingerprint {found[:8]}, not {known[:8]}); put the old base back"
+            )
+    try:
+        return PeftModel.from_pretrained(base, directory)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"adapter {directory}: does not fit {base_name}: {one_line(error)}") from error
+
+
+def base_of(directory: Path) -> str:
+    """Path or id of an adapter's base; refuses a path where nothing is any more."""
+    try:
+        name = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"adapter {directory}: {ADAPTER_CONFIG} is damaged ({error}); copy it again") from error
+    if name and Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(
+            f"adapter {directory}: its base {name} is gone; put it back, or name where it is now as "
+            f"base_model_name_or_path in {directory / ADAPTER_CONFIG}"
+        )
+    return name
+
+
+def record_base(directory: Path, name: str, known: str | None) -> None:
+    """Write which base an adapter belongs to; `known` is the base's fingerprint, None where it could not be taken."""
+    (directory / BASE_RECORD).write_text(json.dumps({"name": name, "fingerprint": known}) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def fingerprint(model) -> str:
+    """What a base is known by: sha256 of names, shapes and the first numbers of its weights, rounded to bfloat16.
+
+    Rounded, so that a base loaded in half precision is still the same base.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_home(name: str) -> str:
+    """Where a model's or an adapter's tokenizer lies: an adapter without one of its own has its base's."""
+    has_own = (Path(name) / "tokenizer_config.json").is_file()
+    return base_of(Path(name)) if is_adapter(name) and not has_own else name
