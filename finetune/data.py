@@ -61,12 +61,6 @@ def read_data(data, tokenizer, limit: int, name: str, is_resumed: bool = False) 
     kind = find_format(data)
     if kind == "text":
         return prepare(data, tokenizer=tokenizer, name=name)
-| Examples:
-    """What the data arguments name, tokenized; `limit` is the longest row. Text is prepared as for pretraining."""
-    kind = find_format(data)
-    if kind == "text":
-        if data.data_dir and (not named_sources(data) or Path(data.data_dir).is_dir()):
-            return load_corpus(data.data_dir)
         return prepare(data, tokenizer=tokenizer, name=name)
     if data.mixture:
         raise UserError(f"mixture: mixes texts; give {kind} as --text_files, --data_files or --dataset")

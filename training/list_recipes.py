@@ -40,12 +40,6 @@ def listing(recipes: dict[str, Path], finetuning: dict[str, Path]) -> str:
         return f"There are no recipes in {RECIPES}."
     lines = aligned(recipes)
     lines += ["", "For acorn finetune:", "", *aligned(finetuning)] if finetuning else []
-| finetuning))
-    lines, others = (
-        [f"  {name:<{width}}  {first_comment(path)}".rstrip() for name, path in group.items()]
-        for group in (recipes, finetuning)
-    )
-    lines += ["", "For acorn finetune:", "", *others] if others else []
     example = "quickstart" if "quickstart" in recipes else next(iter(recipes))
     next_steps = ["", f"Type next:  acorn pretrain {example}", f"To read it: acorn recipes {example}"]
     return "\n".join(["Recipes, each one a YAML file:", "", *lines, *next_steps])
