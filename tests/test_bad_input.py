@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from inference import evaluate, generate
 from training import pretrain, resume
 from training.callbacks import read_metrics
+from training.checkpoints import damage
 from training.errors import run_main
 
 from .tiny_runs import TEXT, checkpoints, contents, go_on, grow, refused, tiny_argv, weights, write_text
@@ -282,6 +283,10 @@ def test_a_full_disk(small_disk, here, capsys) -> None:
     assert left.value.code == 1
     assert errors[-1].startswith("acorn: error: the disk is full")
     assert "Traceback" not in "".join(errors)
+    assert f"step 8 is removed, and what was there before is whole: `acorn resume {run}`" in errors[-1]
+    assert checkpoints(run) == [4]
+    assert damage(run / "checkpoint-4") is None
+    assert not list(run.glob(".saving*"))
     AutoModelForCausalLM.from_pretrained(run, trust_remote_code=True)  # the root holds a whole model
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     os.chdir(here)

@@ -14,9 +14,8 @@ from shlex import split as words
 import pytest
 import torch
 
-from training import pretrain, resume
+from training import resume
 from training.callbacks import StopOnSignal, read_metrics
-from training.errors import UserError
 
 from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights, tiny_argv, write_text
 
@@ -56,12 +55,27 @@ def eval_losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["eval_loss"] for row in read_metrics(run_dir)}
 
 
+def logged(run_dir: Path) -> list[dict]:
+    """What Trainer logged up to the last step of 12, epochs and rates included."""
+    history = json.loads((run_dir / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
+    return [{key: entry.get(key) for key in keys} for entry in history if "loss" in entry or "eval_loss" in entry]
+
+
+TIMED = ("tokens_per_second", "mfu", "seconds")
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl that count, without what the clock says."""
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in read_metrics(run_dir)]
+
+
 def back_to(run_dir: Path, step: int) -> None:
     """Take away all that a run wrote after a checkpoint, as if the machine had gone down there."""
     for later in [kept for kept in checkpoints(run_dir) if kept > step]:
         shutil.rmtree(run_dir / f"checkpoint-{later}")
-    rows = [json.dumps(row) for row in metrics(run_dir) if row["step"] <= step]
-    (run_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    lines = [json.dumps(row) for row in metrics(run_dir) if row["step"] <= step]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     for name in ("model.safetensors", "README.md", "loss.png", "sample.txt"):
         (run_dir / name).unlink()
 
@@ -92,7 +106,7 @@ def test_a_signal_loses_nothing(folder, unbroken, number: signal.Signals, code: 
     stopped_at = checkpoints(run)[-1]
     assert 8 <= stopped_at < 120
     go_on(run)
-    assert eval_losses(run) == eval_losses(unbroken)
+    assert rows(run) == rows(unbroken)
     assert same_weights(run / "checkpoint-120", unbroken / "checkpoint-120")
     assert same_weights(run, unbroken)
     assert (run / "README.md").is_file()
@@ -105,22 +119,22 @@ def test_a_signal_loses_nothing(folder, unbroken, number: signal.Signals, code: 
         words("--optimizer muon"),
         words("--optimizer muon --bf16 true --sampling shuffled --max_grad_norm 0"),
         words("--eval_steps 3 --save_steps 4"),
+        words("--eval_steps 6 --save_steps 4 --logging_steps 5"),
+        words("--lr_scheduler_type reduce_lr_on_plateau --lr_scheduler_kwargs '{patience: 0}' --learning_rate 1"),
     ],
     ids=" ".join,
 )
 def test_a_checkpoint_goes_on_bit_for_bit(folder, choice: list[str]) -> None:
-    run = grow(folder, *ACCUMULATED, *choice, name="-".join(choice).replace("--", ""))
+    run = grow(folder, *ACCUMULATED, *choice, name="".join(c for c in "-".join(choice) if c.isalnum()))
     broken = folder / f"{run.name}-broken"
     shutil.copytree(run, broken)
     back_to(broken, 4)
     go_on(broken)
-    assert eval_losses(broken) == eval_losses(run)
+    assert rows(broken) == rows(run)
     assert same_weights(broken / "checkpoint-12", run / "checkpoint-12")
     assert same_weights(broken, run)
-    last, expected = metrics(broken)[-1], metrics(run)[-1]
-    for key in ("tokens", "learning_rate", "grad_norm"):
-        assert last[key] == expected[key]
-    assert last["seconds"] > 0
+    assert logged(broken) == logged(run)
+    assert metrics(broken)[-1]["seconds"] > metrics(broken)[0]["seconds"] > 0
 
 
 def test_a_run_may_be_moved_and_its_corpus_be_gone(folder, tmp_path) -> None:
@@ -290,27 +304,55 @@ def test_wrong_names_are_refused(grown, monkeypatch, argv: list[str], named: str
     assert named in refused(resume.main, *argv)
 
 
-def test_a_run_without_checkpoint_has_a_way_out(tmp_path, monkeypatch) -> None:
-    """Killed before its first checkpoint, a run can not be resumed; what the refusals advise must lead on."""
-    monkeypatch.chdir(tmp_path)
-    write_text(tmp_path)
-    Path("run").mkdir()
-    shutil.copy(grow(tmp_path, name="whole") / "recipe.yaml", "run")
-    message = refused(resume.main, "run")
-    assert "no checkpoint" in message
-    if "acorn pretrain" in message:
-        try:
-            pretrain.main(tiny_argv())
-        except UserError as error:
-            assert "acorn resume" not in str(error), "each of the two sends to the other"
+def test_a_run_without_checkpoint_starts_again(grown, folder, capsys) -> None:
+    """Killed before its first checkpoint, whether or not it had shown anything yet."""
+    for number, kept in enumerate((["recipe.yaml"], ["recipe.yaml", "metrics.jsonl", "model.safetensors"])):
+        young = folder / f"young-{number}"
+        young.mkdir()
+        for name in kept:
+            shutil.copy(grown / name, young)
+        go_on(young)
+        assert "from its beginning: it has no checkpoint yet" in capsys.readouterr().out
+        assert rows(young) == rows(grown)
+        assert same_weights(young / "checkpoint-8", grown / "checkpoint-8")
+        assert same_weights(young, grown)
+
+
+def test_pretrain_too_starts_again_over_what_a_kill_left(folder) -> None:
+    (folder / "killed-at-once").mkdir()
+    (folder / "killed-at-once" / ".recipe.yaml.123.tmp").write_text("name: ru")
+    run = grow(folder, name="killed-at-once")
+    assert checkpoints(run) == [4, 8]
+    assert not list(run.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_run_killed_while_it_reported(grown, copy, step: int) -> None:
+    back_to(copy, step)
+    shutil.copy(grown / "model.safetensors", copy)
+    go_on(copy)
+    assert rows(copy) == rows(grown)
+    assert metrics(copy) == read_metrics(copy)  # nothing was evaluated twice
+    assert (copy / "README.md").is_file()
+
+
+def test_a_longer_run_killed_while_it_reported(copy, monkeypatch) -> None:
+    """The card of the shorter run does not count as the report of the longer one."""
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run.finish", lambda *args: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            go_on(copy, "--max_steps", "12")
+    go_on(copy)
+    assert checkpoints(copy)[-1] == 12
+    assert "--max_steps 12" in (copy / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_that_was_not_written_whole_is_passed_over(copy, capsys) -> None:
-    (copy / "checkpoint-8" / "trainer_state.json").unlink()  # it is written last
+    (copy / "checkpoint-8" / "trainer_state.json").unlink()
     go_on(copy, "--max_steps", "6")
     printed = capsys.readouterr()
     assert "from checkpoint-4" in printed.out
-    assert "checkpoint-8 was not written whole" in printed.err
+    assert "checkpoint-8 is passed over: trainer_state.json is missing" in printed.err
 
 
 def test_a_folder_of_another_name_is_no_checkpoint(copy, capsys) -> None:

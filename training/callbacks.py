@@ -46,7 +46,8 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # compared on the CPU, so that no GPU is waited for
+        self.restore()  # auto_find_batch_size begins more than once
+        if args.world_size > 1 and self._group is None:  # compared on the CPU, so that no GPU is waited for
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
         self._speaks = state.is_world_process_zero
         for number in (signal.SIGINT, signal.SIGTERM):

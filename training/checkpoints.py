@@ -13,8 +13,10 @@ from .errors import UserError, unknown
 from .files import sync, write_whole
 
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
-# What a killed process leaves: folders that grow, that gave way to a new one of their name, and that are on their way out.
+# What a killed process leaves: folders that grow, that gave way to a new one of their name, that are on their way out.
 SAVING, REPLACED, REMOVING = ".saving-", ".replaced-", ".removing-"
+# The files of a run that write_whole makes, under another name first.
+WRITTEN_WHOLE = ("recipe.yaml", "metrics.jsonl", "loss.png", "sample.txt", "README.md")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,7 +50,7 @@ def write_beside(aside: Path, write: Callable[[], object], finish: Callable[[], 
     """
 
     def write_in_all() -> None:
-        aside.mkdir(exist_ok=True)
+        aside.mkdir(parents=True, exist_ok=True)
         write()
 
     try:
@@ -130,11 +132,12 @@ def sweep(run_dir: Path) -> None:
         checkpoint = path.with_name(path.name.removeprefix(REPLACED))
         if not checkpoint.exists():  # killed between the two renames
             path.rename(checkpoint)
-    for pattern in (".saving*", f"{REPLACED}*", f"{REMOVING}*"):
+    for pattern in (".saving", f"{SAVING}*", f"{REPLACED}*", f"{REMOVING}*"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for path in run_dir.glob(".*.tmp"):  # of write_whole
-        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    for name in WRITTEN_WHOLE:
+        for path in run_dir.glob(f".{name}.*.tmp"):
+            path.unlink()
 
 
 # ---- reading

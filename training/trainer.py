@@ -14,9 +14,9 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from .callbacks import ConsoleTable, StopOnSignal
-from .checkpoints import STATE, move_in, processes_of, rotate, seal, write_beside
+from .checkpoints import SAVING, STATE, move_in, processes_of, rotate, seal, write_beside
 from .corpus import Corpus
-from .dataset import EvaluationRows, Rows, TrainingRows, collate_rows
+from .dataset import EvaluationRows, Rows, collate_rows
 from .errors import UserError, is_disk_full
 from .evaluation import evaluate_rows
 from .hardware import flops_per_token
@@ -79,10 +79,10 @@ class GPTTrainer(PushesToHub, Trainer):
     def build_rows(self, args: GPTTrainingArguments, data: DataArguments) -> tuple[Rows, Rows]:
         """Rows for all of training, and those of one evaluation; also counts the steps of `args` given in epochs."""
         tokens = self.corpus.tokens("train")
-        args.count_steps(len(tokens) / self.tokens_per_step)
+        args.count_steps(0 if args.max_steps > 0 else len(tokens) / self.tokens_per_step)  # a stream has no length
         rows = self.rows_per_step * args.max_steps
         return (
-            TrainingRows(tokens, self.context_length, args.seed, rows, data.sampling),
+            tokens.training_rows(self.context_length, args.seed, rows, data.sampling),
             EvaluationRows(self.corpus.tokens("validation"), self.context_length),
         )
 
@@ -154,7 +154,6 @@ class GPTTrainer(PushesToHub, Trainer):
         size = max(n for n in fitting if n <= batch_size)
         super()._update_auto_batch_size(size)
         args.gradient_accumulation_steps = self.rows_per_step // (size * args.world_size)
-        self.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Our table's optimizer instead of transformers' `optim`."""
@@ -256,7 +255,7 @@ class GPTTrainer(PushesToHub, Trainer):
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             self._stop_on_nan(float("nan"))
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        aside = checkpoint.with_name(f".saving-{checkpoint.name}")
+        aside = checkpoint.with_name(SAVING + checkpoint.name)
         self.store_flos()
         self.keep_unlogged_loss()
         best = checkpoint.with_name(f"checkpoint-{self.state.best_global_step}")

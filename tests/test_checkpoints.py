@@ -1,0 +1,283 @@
+"""A checkpoint is written whole or not at all; a damaged one is found out, named and passed over."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from training import resume
+from training.callbacks import append_metrics, mend_metrics, read_metrics
+from training.checkpoints import (
+    MANIFEST,
+    STATE,
+    damage,
+    find_checkpoint,
+    list_checkpoints,
+    rotate,
+    seal,
+    sweep,
+    write_beside,
+)
+from training.errors import UserError
+
+from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights
+
+ALONE = SimpleNamespace(world_size=1, process_index=0, should_save=True)
+FILES = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 200, "part/0.bin": b"a shard"}
+
+
+def make_checkpoint(run_dir: Path, step: int, best: int | None = None) -> Path:
+    """A sealed checkpoint of small files."""
+    aside = run_dir / f".saving-checkpoint-{step}"
+    for name, content in FILES.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).write_bytes(content)
+    best_path = f"elsewhere/checkpoint-{best}" if best else None
+    (aside / STATE).write_text(json.dumps({"global_step": step, "best_model_checkpoint": best_path}))
+    checkpoint = run_dir / f"checkpoint-{step}"
+    seal(aside, checkpoint)
+    return checkpoint
+
+
+def flip_a_byte(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES = {"its sha256 differs": flip_a_byte, "bytes": cut_off, "is missing": Path.unlink}
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A finished run of 8 steps with checkpoints at 4 and 8; tests copy it."""
+    return grow(tmp_path_factory.mktemp("checkpoints"), name="grown")
+
+
+@pytest.fixture
+def copy(grown):
+    """A copy of the finished run beside it, removed afterwards."""
+    path = grown.parent / "copy"
+    shutil.copytree(grown, path)
+    yield path
+    shutil.rmtree(path)
+
+
+# writing
+
+
+def test_the_manifest_lists_every_file(copy) -> None:
+    checkpoint = copy / "checkpoint-8"
+    listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    assert {*listed, MANIFEST} == set(contents(checkpoint))
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE} <= set(listed)
+    for name, facts in listed.items():
+        assert facts == {"bytes": (checkpoint / name).stat().st_size, "sha256": contents(checkpoint)[name]}
+    assert damage(checkpoint) is None
+
+
+def test_nothing_half_written_is_left(grown) -> None:
+    assert not [name for name in os.listdir(grown) if name.startswith(".")]
+    assert (
+        Path(json.loads((grown / "checkpoint-8" / STATE).read_text())["best_model_checkpoint"]).name == "checkpoint-8"
+    )
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path) -> None:
+    whole = make_checkpoint(tmp_path, 4)
+    before = contents(tmp_path)
+    aside = tmp_path / ".saving-checkpoint-8"
+
+    def fails() -> None:
+        (aside / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_beside(aside, fails, lambda: seal(aside, tmp_path / "checkpoint-8"), ALONE)
+    assert contents(tmp_path) == before
+    assert damage(whole) is None
+
+
+def test_an_error_while_sealing_leaves_what_was_there(tmp_path, monkeypatch) -> None:
+    make_checkpoint(tmp_path, 4)
+    before, aside = contents(tmp_path), tmp_path / ".saving-checkpoint-8"
+    monkeypatch.setattr("training.checkpoints.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        write_beside(
+            aside, lambda: (aside / "a").write_bytes(b"a"), lambda: seal(aside, tmp_path / "checkpoint-8"), ALONE
+        )
+    assert contents(tmp_path) == before
+
+
+def test_the_manifest_is_written_when_all_else_is_on_the_disk(tmp_path, monkeypatch) -> None:
+    synced = []
+    monkeypatch.setattr("training.checkpoints.sync", lambda path: synced.append((path.name, aside.exists())))
+    aside = tmp_path / ".saving-checkpoint-4"
+    aside.mkdir()
+    for name in ("a", "b"):
+        (aside / name).write_bytes(b"content")
+    written = []
+    monkeypatch.setattr("training.checkpoints.write_whole", lambda path, text: written.append((path.name, len(synced))))
+    seal(aside, tmp_path / "checkpoint-4")
+    assert written == [(MANIFEST, 2)]
+    assert {name for name, _ in synced[:2]} == {"a", "b"}
+    assert synced[-1] == (tmp_path.name, False)  # the new name too, after the rename
+
+
+def test_the_same_step_is_saved_again(tmp_path) -> None:
+    make_checkpoint(tmp_path, 4)
+    again = make_checkpoint(tmp_path, 4, best=4)
+    assert json.loads((again / STATE).read_text())["best_model_checkpoint"].endswith("checkpoint-4")
+    assert os.listdir(tmp_path) == ["checkpoint-4"]
+    assert damage(again) is None
+
+
+# rotation and leftovers
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [(2, None, [3, 4]), (2, 1, [1, 4]), (1, 2, [2, 4]), (1, 4, [4]), (3, 1, [1, 3, 4]), (None, 1, [1, 2, 3, 4])],
+)
+def test_rotation_keeps_the_best_and_the_last(tmp_path, limit: int | None, best: int | None, kept: list[int]) -> None:
+    for step in (1, 2, 3, 4):
+        make_checkpoint(tmp_path, step)
+    rotate(tmp_path, limit, f"a/path/from/before/it/was/moved/checkpoint-{best}" if best else None)
+    assert checkpoints(tmp_path) == kept
+    assert len(os.listdir(tmp_path)) == len(kept)
+
+
+def test_a_limit_of_one_keeps_the_last_at_the_end_too(grown) -> None:
+    climbing = "--lr_scheduler_type constant_with_warmup --warmup_steps 20 --learning_rate 3 --max_grad_norm 0".split()
+    run = grow(
+        grown.parent, *climbing, "--max_steps", "20", "--eval_steps", "2", "--save_total_limit", "1", name="limit-1"
+    )
+    best = min(read_metrics(run), key=lambda row: row["eval_loss"])["step"]
+    assert best < 20
+    assert checkpoints(run) == [best, 20]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path) -> None:
+    make_checkpoint(tmp_path, 4)
+    for name in (".saving", ".saving-checkpoint-8", ".removing-checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".recipe.yaml.123.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoint-4").rename(tmp_path / ".replaced-checkpoint-4")  # killed between the two renames
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint-4"]
+    assert damage(tmp_path / "checkpoint-4") is None
+
+
+# verifying
+
+
+@pytest.mark.parametrize("file", [*FILES, STATE])
+@pytest.mark.parametrize("words", DAMAGES)
+def test_damage_names_the_file(tmp_path, file: str, words: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, 4)
+    path = checkpoint / file
+    path.write_bytes(path.read_bytes()[:-1]) if words == "bytes" else DAMAGES[words](path)
+    assert file in damage(checkpoint)
+    assert words in damage(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": 3}', b'{"files": {"a": 3}}', b"\xff\xfe"])
+def test_a_damaged_manifest(tmp_path, content: bytes) -> None:
+    checkpoint = make_checkpoint(tmp_path, 4)
+    (checkpoint / MANIFEST).write_bytes(content)
+    assert MANIFEST in damage(checkpoint)
+
+
+def test_a_file_that_somebody_added_is_no_damage(tmp_path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 4)
+    (checkpoint / "notes.txt").write_text("the good one")
+    assert damage(checkpoint) is None
+
+
+def test_a_checkpoint_of_an_earlier_acorn_is_taken_and_said(tmp_path, capsys) -> None:
+    checkpoint = make_checkpoint(tmp_path, 4)
+    (checkpoint / MANIFEST).unlink()
+    assert find_checkpoint(tmp_path, "last") == checkpoint
+    assert "checkpoint-4 has no manifest.json" in capsys.readouterr().err
+    (checkpoint / STATE).write_text('{"global_')
+    assert STATE in damage(checkpoint)
+
+
+def test_last_is_the_newest_that_is_whole(tmp_path, capsys) -> None:
+    for step in (4, 8, 12):
+        make_checkpoint(tmp_path, step, best=4)
+    flip_a_byte(tmp_path / "checkpoint-12" / "optimizer.pt")
+    (tmp_path / "checkpoint-8" / "model.safetensors").unlink()
+    assert find_checkpoint(tmp_path, "last").name == "checkpoint-4"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert "checkpoint-12 is passed over: optimizer.pt" in told[0]
+    assert "checkpoint-8 is passed over: model.safetensors is missing" in told[1]
+    assert find_checkpoint(tmp_path, "best").name == "checkpoint-4"
+
+
+def test_no_checkpoint_is_whole(tmp_path) -> None:
+    for step in (4, 8):
+        flip_a_byte(make_checkpoint(tmp_path, step) / "optimizer.pt")
+    with pytest.raises(UserError, match=r"no checkpoint is whole .*checkpoint-8: optimizer.*checkpoint-4: optimizer"):
+        find_checkpoint(tmp_path, "last")
+
+
+def test_a_run_without_checkpoints(tmp_path) -> None:
+    assert find_checkpoint(tmp_path, "last") is None
+    for named in ("best", "checkpoint-4"):
+        with pytest.raises(UserError, match="no checkpoint yet"):
+            find_checkpoint(tmp_path, named)
+
+
+@pytest.mark.parametrize("damage_it", DAMAGES.values(), ids=["flipped", "cut", "missing"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_resume_passes_over_a_damaged_checkpoint(grown, copy, capsys, file: str, damage_it) -> None:
+    damage_it(copy / "checkpoint-8" / file)
+    (copy / "README.md").unlink()
+    go_on(copy)
+    told = capsys.readouterr()
+    assert f"checkpoint-8 is passed over: {file} " in told.err
+    assert "from checkpoint-4" in told.out
+    assert same_weights(copy / "checkpoint-8", grown / "checkpoint-8")
+    assert damage(copy / "checkpoint-8") is None
+    assert [row["step"] for row in read_metrics(copy)] == [4, 8]
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(copy, monkeypatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    flip_a_byte(copy / "checkpoint-4" / "optimizer.pt")
+    before = contents(copy)
+    message = refused(resume.main, "copy", "--checkpoint", "checkpoint-4", "--max_steps", "12")
+    assert "checkpoint-4 is damaged: optimizer.pt is not what was written" in message
+    assert contents(copy) == before
+
+
+# metrics.jsonl
+
+
+def test_a_half_written_line_is_cut_off(copy) -> None:
+    whole = metrics(copy)
+    with open(copy / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 12, "tok')
+    assert read_metrics(copy) == whole
+    go_on(copy, "--max_steps", "12")
+    assert metrics(copy)[:2] == whole
+    assert [row["step"] for row in metrics(copy)] == [4, 8, 12]
+
+
+def test_mending_changes_nothing_that_is_whole(tmp_path) -> None:
+    mend_metrics(tmp_path)
+    assert list_checkpoints(tmp_path) == [] and os.listdir(tmp_path) == []
+    append_metrics(tmp_path, {"step": 4})
+    before = (tmp_path / "metrics.jsonl").stat()
+    mend_metrics(tmp_path)
+    assert (tmp_path / "metrics.jsonl").stat() == before
