@@ -104,10 +104,12 @@ class TokenArray:
 
 
 def tokens_of_text(flags, tokenizer) -> tuple[TokenArray, int]:
-    """(tokens, UTF-8 bytes) of the whole text that the flags name, each document closed by the end-of-text token."""
+    """(tokens, UTF-8 bytes) of the whole text that the flags name; the end-of-text token, if any, closes a document."""
     names = (field.name for field in dataclasses.fields(DataArguments))
     data = DataArguments(**{name: getattr(flags, name) for name in names if hasattr(flags, name)})
-    end, pieces, num_bytes = np.array([tokenizer.eos_token_id], dtype=np.uint32), [], 0
+    has_end = tokenizer.eos_token_id is not None  # a character model of nanoGPT has no such token
+    end = np.array([tokenizer.eos_token_id] if has_end else [], dtype=np.uint32)
+    pieces, num_bytes = [], 0
     for name, text in documents(data):
         pieces += [encode_documents(tokenizer, [text], [name])[0].astype(np.uint32), end]
         num_bytes += len(text.encode())

@@ -1,36 +1,21 @@
-"""A model and its tokenizer from a run directory, a checkpoint, a model directory or a Hub id."""
-
-import json
-from pathlib import Path
+"""A model (or an adapter on its base) and its tokenizer from a run, a checkpoint, a model directory or a Hub id."""
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
-from modeling import GPTForCausalLM
-from training.errors import UserError, one_line, unknown
+from training.errors import UserError
+from training.loading import is_adapter, load_adapter, load_causal_lm, tokenizer_home
 from training.tokenizers import load_tokenizer
-
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model_and_tokenizer(name: str, dtype: str = "auto", trust_remote_code: bool = False):
     """(model in eval mode on the best device, tokenizer); a mismatch of the two is refused.
 
     Our own architecture is loaded from the installed code; code that a directory or a Hub id brings runs only with
-    `trust_remote_code`.
+    `trust_remote_code`. An adapter's directory gives its base with the adapter on it.
     """
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    path = Path(name)
-    is_ours = path.is_dir() and own_model_type(path)
-    loader = GPTForCausalLM if is_ours else AutoModelForCausalLM
-    options = {} if is_ours else {"trust_remote_code": trust_remote_code}
-    try:
-        model = loader.from_pretrained(name, dtype=DTYPES[dtype], **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
-    tokenizer = load_tokenizer(str(name))
+    load = load_adapter if is_adapter(name) else load_causal_lm
+    model = load(str(name), dtype, trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_home(str(name)), needs_end_of_text=False)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{name}: the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {model.config.vocab_size}: "
@@ -38,16 +23,3 @@ def load_model_and_tokenizer(name: str, dtype: str = "auto", trust_remote_code: 
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
-
-
-def own_model_type(directory: Path) -> bool:
-    """Whether the directory holds a GPT of this project; refuses a directory without a model."""
-    if not (directory / "config.json").is_file():
-        holds = "it has checkpoints, but" if list(directory.glob("checkpoint-*")) else ""
-        raise UserError(
-            f"model {directory}: {holds or 'there is'} no config.json in it; name a run directory or a checkpoint"
-        )
-    try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt"
-    except ValueError as error:
-        raise UserError(f"model {directory}: config.json is damaged ({error}); copy the directory again") from error

@@ -13,49 +13,25 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
+from inference.formats.gpt2 import turned
+from inference.formats.layout import to_ours
 from modeling import GPTConfig, GPTForCausalLM
 
 from .variants import VARIANTS, randomize
 
 TINY_SHAPE = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 61, "n_positions": 32}
 REAL_WIDTH = {"n_embd": 768, "n_layer": 2, "n_head": 12, "vocab_size": 503, "n_positions": 64}
-LAYER = {  # our name: theirs
-    "attn_norm": "ln_1",
-    "mlp_norm": "ln_2",
-    "self_attn.o_proj": "attn.c_proj",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
-}
-
-
-def copy_module(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
-    """Copy weight and bias; theirs keeps what we call linear transposed."""
-    is_transposed = type(theirs).__name__ == "Conv1D"
-    ours.weight.copy_(theirs.weight.T if is_transposed else theirs.weight)
-    if getattr(theirs, "bias", None) is not None:
-        ours.bias.copy_(theirs.bias)
+GPT1_NAMES = {"tokens_embed": "wte", "positions_embed": "wpe"}
 
 
 @torch.no_grad()
 def ours_of(theirs: GPT2LMHeadModel | OpenAIGPTLMHeadModel, **shape) -> GPTForCausalLM:
     """Our model with the weights of `theirs`."""
+    weights = turned(theirs.state_dict())
+    for their_name, name in GPT1_NAMES.items():
+        weights = {key.replace(their_name, name): weight for key, weight in weights.items()}
     ours = GPTForCausalLM(GPTConfig(**shape)).eval()
-    for parameter in ours.parameters():
-        parameter.fill_(float("nan"))  # so that a weight left out is not overlooked
-    body, is_gpt1 = theirs.transformer, isinstance(theirs, OpenAIGPTLMHeadModel)
-    copy_module(ours.model.embed_tokens, body.tokens_embed if is_gpt1 else body.wte)
-    copy_module(ours.model.positions.embed, body.positions_embed if is_gpt1 else body.wpe)
-    if not is_gpt1:
-        copy_module(ours.model.final_norm, body.ln_f)
-    for our_layer, their_layer in zip(ours.model.layers, body.h, strict=True):
-        for our_name, their_name in LAYER.items():
-            copy_module(our_layer.get_submodule(our_name), their_layer.get_submodule(their_name))
-        joint = their_layer.attn.c_attn
-        weights, biases = joint.weight.T.chunk(3), joint.bias.chunk(3)
-        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
-            linear = our_layer.self_attn.get_submodule(name)
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
+    ours.load_state_dict(to_ours(weights, theirs.config.n_layer))  # strict: every weight has its place
     return ours
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import TextStreamer
 
 from .errors import UserError
+from .hardware import context_of
 from .tokenizers import encode_documents, tokenizer_kind
 
 
@@ -33,10 +34,18 @@ def encode_prompt(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
         ids = encode_documents(tokenizer, [prompt], ["the prompt"])[0].tolist()
     else:
         ids = tokenizer(prompt)["input_ids"] if prompt else []
-    ids = ids or [tokenizer.eos_token_id]
+    ids = ids or [first_id(tokenizer)]
     if len(ids) > context_length:
         raise UserError(f"prompt: {len(ids)} tokens do not fit the model's context of {context_length}; shorten it")
     return torch.tensor([ids])
+
+
+def first_id(tokenizer) -> int:
+    """What starts a document: the end-of-text token, else a line break (as in nanoGPT), else entry 0."""
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
 
 
 @torch.no_grad()
@@ -46,7 +55,7 @@ def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=N
     Where the context is full the model goes on from its last half, as a person would reread; generation: transformers'
     generate() arguments. A sample ends at the end-of-text token and is filled with it.
     """
-    context, eos = model.config.max_position_embeddings, model.generation_config.eos_token_id
+    context, eos = context_left(model), model.generation_config.eos_token_id
     ids, target = input_ids, input_ids.shape[1] + max_new_tokens
     while ids.shape[1] < target:
         window = ids if ids.shape[1] < context else ids[:, -max(1, context // 2) :]
@@ -69,6 +78,12 @@ def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=N
     return ids
 
 
+def context_left(model) -> int:
+    """The context in tokens, less what the virtual tokens of a prompt or prefix adapter take of it."""
+    adapter = getattr(model, "active_peft_config", None)
+    return context_of(model.config) - (getattr(adapter, "num_virtual_tokens", 0) or 0)
+
+
 def sampling_arguments(temperature: float, top_k: int | None, top_p: float | None, **more) -> dict:
     """generate()'s arguments; a temperature of 0 is greedy."""
     if temperature < 0:
@@ -86,7 +101,7 @@ def sampling_arguments(temperature: float, top_k: int | None, top_p: float | Non
 
 def sample_text(model, tokenizer, sample, seed: int) -> str:
     """Prompt and continuation as `sample` (SampleArguments) says, leaving the random state as it was."""
-    ids = encode_prompt(tokenizer, sample.prompt, model.config.max_position_embeddings).to(model.device)
+    ids = encode_prompt(tokenizer, sample.prompt, context_left(model)).to(model.device)
     generation = sampling_arguments(sample.temperature, sample.top_k, sample.top_p)
     was_training = model.training
     model.eval()

@@ -33,8 +33,8 @@ def build_tokenizer(name: str, texts: Texts | None = None, vocab_size: int | Non
     return BUILDERS[name](texts, vocab_size)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer that has an end-of-text token from a directory or the Hub."""
+def load_tokenizer(name: str, needs_end_of_text: bool = True) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a directory or the Hub; only text that is prepared needs an end-of-text token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one cause: not there
@@ -43,7 +43,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer={name!r}: can not be loaded ({why}); {mend}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"tokenizer={name!r}: is not a fast tokenizer (no tokenizer.json); choose one that is")
-    if tokenizer.eos_token_id is None:
+    if needs_end_of_text and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer={name!r}: has no eos_token to end documents with; set one and save it again")
     return tokenizer
 
@@ -67,7 +67,7 @@ def tokenizer_hash(tokenizer) -> str:
 def tokenizer_kind(tokenizer) -> str:
     """Return "byte" or "char" when the tokenizer encodes as a freshly built one of that kind does, else "other"."""
     backend = tokenizer.backend_tokenizer
-    rebuild = REBUILDERS.get((type(backend.model).__name__, len(tokenizer) == len(BYTE_VOCABULARY) + 1))
+    rebuild = REBUILDERS.get((type(backend.model).__name__, len(tokenizer) - len(BYTE_VOCABULARY) in (0, 1)))
     kind, rebuilt = rebuild(tokenizer) if rebuild else ("other", None)
     return kind if rebuilt is not None and _encoding_part(rebuilt) == _encoding_part(backend) else "other"
 
@@ -90,19 +90,19 @@ def _byte_vocabulary() -> dict[str, int]:
 BYTE_VOCABULARY = _byte_vocabulary()
 
 
-def _byte_backend() -> Tokenizer:
+def _byte_backend(has_end: bool = True) -> Tokenizer:
     backend = Tokenizer(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END_OF_TEXT])
+    backend.add_special_tokens([END_OF_TEXT] if has_end else [])
     return backend
 
 
-def _char_backend(characters: list[str]) -> Tokenizer:
+def _char_backend(characters: list[str], has_end: bool = True) -> Tokenizer:
     backend = Tokenizer(models.WordLevel({character: index for index, character in enumerate(characters)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([END_OF_TEXT])
+    backend.add_special_tokens([END_OF_TEXT] if has_end else [])
     return backend
 
 
@@ -140,14 +140,20 @@ def build_bpe(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenize
     return _wrap(backend)
 
 
-def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def build_entries(characters: list[str] | None, has_end: bool) -> PreTrainedTokenizerFast:
+    """Build the character tokenizer of just these entries in this order, or of the 256 bytes (None).
+
+    For models made elsewhere, whose vocabulary may have no end-of-text token.
+    """
+    backend = _byte_backend(has_end) if characters is None else _char_backend(characters, has_end)
+    return _wrap(backend, has_end)
+
+
+def _wrap(backend: Tokenizer, has_end: bool = True) -> PreTrainedTokenizerFast:
     """Give the backend its Hugging Face face: one special token for begin, end and padding, and no unknown token."""
+    names = ("bos_token", "eos_token", "pad_token") if has_end else ()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **dict.fromkeys(names, END_OF_TEXT)
     )
 
 
@@ -158,20 +164,21 @@ BUILDERS = {"byte": build_byte, "char": build_char, "bpe": build_bpe}
 
 
 def _rebuild_byte(tokenizer) -> tuple[str, Tokenizer]:
-    return "byte", _byte_backend()
+    return "byte", _byte_backend(len(tokenizer) > len(BYTE_VOCABULARY))
 
 
 def _rebuild_char(tokenizer) -> tuple[str, Tokenizer]:
-    return "char", _char_backend(_characters(tokenizer))
+    characters = characters_of(tokenizer)
+    return "char", _char_backend(characters, len(tokenizer) > len(characters))
 
 
-def _characters(tokenizer) -> list[str]:
+def characters_of(tokenizer) -> list[str]:
     """Return the entries of the model's own vocabulary in the order of their ids."""
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     return sorted(vocabulary, key=vocabulary.get)
 
 
-# (class of the backend's model, has 257 tokens) -> what to compare with: a cheap test before the exact one
+# (class of the backend's model, has 256 or 257 tokens) -> what to compare with: a cheap test before the exact one
 REBUILDERS = {
     ("BPE", True): _rebuild_byte,
     ("WordLevel", True): _rebuild_char,
@@ -198,7 +205,7 @@ def _encode_bytes(tokenizer, texts: list[str], names: list[str]) -> list[np.ndar
 
 def _encode_characters(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
     """Look characters up in a table over code points; the last entry stands for all that lie beyond the table."""
-    characters = _characters(tokenizer)
+    characters = characters_of(tokenizer)
     code_points = np.array([ord(character) for character in characters])
     unknown = len(characters)
     table = np.full(code_points.max() + 2, unknown, dtype=np.uint32)

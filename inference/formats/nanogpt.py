@@ -1,0 +1,179 @@
+"""nanoGPT's ckpt.pt (https://github.com/karpathy/nanoGPT): GPT-2's layout with exact GELU and, by choice, no biases."""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from modeling import GPTConfig, GPTForCausalLM
+from training.errors import UserError
+
+from .base import CHECKPOINT, Format, Loaded, Source, check_tensors, config_of, special_ids
+from .layout import OBSTACLES, in_the_way, to_ours, to_theirs
+from .vocabulary import META, checkpoint_tokenizer, is_gpt2s, write_meta
+
+SIZES = {  # ours: nanoGPT's
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "block_size",
+    "vocab_size": "vocab_size",
+}
+MODEL_ARGS = {*SIZES.values(), "bias", "dropout"}
+COMPILED = "_orig_mod."  # what torch.compile puts before every name
+MASK = ".attn.bias"  # a buffer with the causal mask, where torch has no fused attention
+EPS = 1e-5
+NANOGPT_OBSTACLES = {
+    **OBSTACLES,
+    "hidden_act": (lambda c: c.hidden_act != "gelu", "it computes the exact GELU, our 'gelu'"),
+    "norm_eps": (lambda c: c.norm_eps != EPS, f"its epsilon is {EPS}"),
+    "intermediate_size": (lambda c: c.intermediate_size != 4 * c.hidden_size, "its MLP is 4 * hidden_size wide"),
+    "tie_word_embeddings": (lambda c: not c.tie_word_embeddings, "its head is its embedding"),
+}
+
+
+class Checkpoint:
+    """The tensors of a ckpt.pt in float32, under their plain names, and its model_args."""
+
+    def __init__(self, source: Source):
+        self.name, self.args = source.name, source.checkpoint.get("model_args")
+        weights = {name.removeprefix(COMPILED): weight for name, weight in source.checkpoint["model"].items()}
+        self.weights = {name: weight.float() for name, weight in weights.items() if not name.endswith(MASK)}
+
+
+class NanoGPT(Format):
+    """nanoGPT's checkpoints, any of its options."""
+
+    title = "nanoGPT"
+    known_args = MODEL_ARGS
+
+    def recognises(self, source: Source) -> bool:
+        return any(name.endswith("transformer.wpe.weight") for name in source.checkpoint.get("model", {}))
+
+    def load(self, source: Source) -> Loaded:
+        checkpoint = Checkpoint(source)
+        self.check_args(checkpoint)
+        loaded = Loaded(checkpoint)
+        with torch.device("meta"):
+            model = GPTForCausalLM(self.config(loaded))
+        check_tensors(source.name, checkpoint.weights, to_theirs(model, model.config.bias))
+        return loaded
+
+    def tokenizer(self, source: Source, loaded: Loaded, name: str | None, meta: str | None):
+        tokenizer = checkpoint_tokenizer(source, loaded.model.args["vocab_size"], name, meta)
+        tokenizer.model_max_length = loaded.model.args["block_size"]
+        return tokenizer
+
+    def check_args(self, checkpoint: Checkpoint) -> None:
+        """Refuse model_args that are missing, unknown or no numbers."""
+        args = checkpoint.args
+        if not isinstance(args, dict):
+            raise UserError(f"{checkpoint.name}: has no model_args, so its shape is not known")
+        wrong = [name for name in SIZES.values() if type(args.get(name)) is not int or args[name] < 1]
+        if wrong:
+            raise UserError(f"{checkpoint.name}: model_args.{wrong[0]}={args.get(wrong[0])!r}: must be a whole number")
+        if unknown := [name for name in args if name not in self.known_args]:
+            what = f"model_args.{unknown[0]}={args[unknown[0]]!r}"
+            raise UserError(f"{checkpoint.name}: {what}: {self.title} has no such thing, so what it does is not known")
+
+    def config(self, loaded: Loaded) -> GPTConfig:
+        args, weights = loaded.model.args, loaded.model.weights
+        embedding, head = (weights.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
+        is_tied = embedding is None or head is None or (embedding.shape == head.shape and torch.equal(embedding, head))
+        sizes = {ours: args[name] for ours, name in SIZES.items()}
+        return config_of(
+            loaded.model.name,
+            **sizes,
+            bias=args.get("bias", "transformer.ln_f.bias" in weights),
+            dropout=args.get("dropout", 0.0),
+            hidden_act="gelu",
+            norm_eps=EPS,
+            tie_word_embeddings=is_tied,
+            **self.positions(loaded),
+            **special_ids(loaded.tokenizer),
+        )
+
+    def positions(self, loaded: Loaded) -> dict:
+        """The config's fields that say how a position enters."""
+        return {"position_encoding": "learned"}
+
+    def weights(self, loaded: Loaded) -> dict[str, torch.Tensor]:
+        return to_ours(loaded.model.weights, loaded.model.args["n_layer"])
+
+    @torch.no_grad()
+    def logits(self, loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
+        """nanoGPT's forward from the checkpoint's own tensors, sharing no code with our model."""
+        weights, args = loaded.model.weights, loaded.model.args
+
+        def linear(name: str, states: torch.Tensor) -> torch.Tensor:
+            return F.linear(states, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+        def norm(name: str, states: torch.Tensor) -> torch.Tensor:
+            return F.layer_norm(states, states.shape[-1:], weights[f"{name}.weight"], weights.get(f"{name}.bias"), EPS)
+
+        states = self.place(loaded, F.embedding(ids, weights["transformer.wte.weight"]))
+        for block in (f"transformer.h.{layer}" for layer in range(args["n_layer"])):
+            joint = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", states))
+            heads = (part.unflatten(-1, (args["n_head"], -1)).transpose(1, 2) for part in joint.chunk(3, dim=-1))
+            query, key, value = heads
+            query, key = self.turn(loaded, query), self.turn(loaded, key)
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            states = states + linear(f"{block}.attn.c_proj", attended.transpose(1, 2).flatten(-2))
+            inner = F.gelu(linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", states)))
+            states = states + linear(f"{block}.mlp.c_proj", inner)
+        return linear("lm_head", norm("transformer.ln_f", states))
+
+    def place(self, loaded: Loaded, states: torch.Tensor) -> torch.Tensor:
+        """Add the positions to embeddings (batch, tokens, n_embd)."""
+        return states + loaded.model.weights["transformer.wpe.weight"][: states.shape[1]]
+
+    def turn(self, loaded: Loaded, states: torch.Tensor) -> torch.Tensor:
+        """Turn queries or keys (batch, heads, tokens, head size) by their positions; not here."""
+        return states
+
+    def obstacles(self, config: GPTConfig) -> list[str]:
+        return in_the_way(config, NANOGPT_OBSTACLES)
+
+    def write(self, model: GPTForCausalLM, tokenizer, directory: Path, destination: Path) -> list[str]:
+        config = model.config
+        weights = {name: weight.contiguous() for name, weight in to_theirs(model, config.bias).items()}
+        args = {name: getattr(config, ours) for ours, name in SIZES.items()}
+        args |= {"bias": config.bias, "dropout": float(config.dropout)}
+        lines, dataset = vocabulary_files(tokenizer, directory, destination)
+        checkpoint = {
+            "model": weights,
+            "optimizer": fresh_optimizer(weights),
+            "model_args": args,
+            "iter_num": 0,
+            "best_val_loss": 1e9,
+            "config": dataset,
+        }
+        torch.save(checkpoint, directory / CHECKPOINT)
+        return [*lines, f"In a checkout of nanoGPT: python sample.py --out_dir={destination.absolute()} --device=cpu"]
+
+
+def fresh_optimizer(weights: dict[str, torch.Tensor]) -> dict:
+    """The state of nanoGPT's AdamW before its first step, with its defaults, which `--init_from=resume` loads."""
+    own = [weight for name, weight in weights.items() if name != "lm_head.weight"]  # that is the embedding's
+    groups = [
+        {"params": [torch.zeros(1) for weight in own if weight.dim() >= 2], "weight_decay": 0.1},
+        {"params": [torch.zeros(1) for weight in own if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
+
+
+def vocabulary_files(tokenizer, directory: Path, destination: Path) -> tuple[list[str], dict]:
+    """Write the tokenizer, and meta.pkl where nanoGPT can read one; (lines to tell, the checkpoint's `config`).
+
+    sample.py looks for data/<config.dataset>/meta.pkl, where an absolute `dataset` stands for itself.
+    """
+    if tokenizer is None:
+        return ["No tokenizer came along: sample.py will take GPT-2's."], {}
+    tokenizer.save_pretrained(directory)
+    if write_meta(tokenizer, directory / META):
+        place = destination.absolute()
+        note = f"{place / META}: the vocabulary, which sample.py finds there; if you move it, copy it to data/NAME"
+        return [note], {"dataset": str(place)}
+    if is_gpt2s(tokenizer):
+        return [], {}
+    return ["sample.py will write nonsense: it knows characters and GPT-2's tokenizer, and this one is neither."], {}
