@@ -22,6 +22,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from training.errors import UserError, one_line
+from training.loading import without_warnings
 
 # (names of what is adapted, those of them that are the MLP's) for IA3: keys, values and the MLP's second layer.
 IA3_NAMES = (
@@ -67,7 +68,7 @@ def find_targets(wanted: list[str] | None, model: nn.Module) -> list[str]:
     if wanted is None:
         found = sorted({leaf(name) for name in linear_layers(model)})
         if not found:
-            raise UserError("target_modules: the model has no linear layers in repeated blocks; name some, or adapter=full")
+            raise UserError("target_modules: the model has no linear layers in blocks; name some, or take adapter=full")
         return found
     refuse_unmatched("target_modules", wanted, model, nn.Linear | Conv1D | nn.Embedding)
     return wanted
@@ -185,7 +186,7 @@ def quantization(name: str) -> dict:
     if name != "qlora":
         return {}
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("adapter=qlora: needs a CUDA GPU and bitsandbytes (pip install bitsandbytes); here use adapter=lora")
+        raise UserError("adapter=qlora: needs a CUDA GPU and bitsandbytes (pip install bitsandbytes); use adapter=lora")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -203,7 +204,8 @@ def attach(model: nn.Module, arguments, base_name: str) -> nn.Module:
     if arguments.adapter == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        adapted = get_peft_model(model, adapter.config(arguments, model))
+        with without_warnings():
+            adapted = get_peft_model(model, adapter.config(arguments, model))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"adapter={arguments.adapter}: does not go on this model: {one_line(error)}") from error
     adapted.peft_config["default"].base_model_name_or_path = base_name

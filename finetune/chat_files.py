@@ -166,7 +166,7 @@ def conversations_of_text(text: str, name: str) -> Iterator[Conversation]:
             messages = [*messages, {"role": match[1].lower(), "content": match[2], "line": number}]
         elif line.strip() and not SEPARATOR.match(line):
             if not messages:
-                raise UserError(f"{name}, line {number}: a conversation begins with User: or System:, not {line[:40]!r}")
+                raise UserError(f"{name}, line {number}: a chat begins with User: or System:, not {line[:40]!r}")
             messages[-1]["content"] += f"\n{line}"
         elif messages and not line.strip():
             messages[-1]["content"] += "\n"

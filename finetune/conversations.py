@@ -28,7 +28,7 @@ PLAIN_TEMPLATE = (
 
 
 class Example(NamedTuple):
-    """ids: int64 [tokens]; counts: bool [tokens], the tokens whose prediction is in the loss; `where` names the source."""
+    """ids: int64 [tokens]; counts: bool [tokens], those whose prediction is in the loss; where: file and line."""
 
     ids: np.ndarray
     counts: np.ndarray

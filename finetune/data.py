@@ -21,7 +21,7 @@ from .conversations import Example, encode_conversation, encode_pair, render, wi
 class Examples:
     """Chats or pairs, tokenized and split; the trainer takes it where it takes a Corpus of text.
 
-    sample_prompt: what the first held-out document asks, rendered as the model is asked it; question: the same in words.
+    question: what the first held-out document asks, in words; sample_prompt: the same as the model is asked it.
     """
 
     tokenizer: object
@@ -61,7 +61,6 @@ def read_data(data, tokenizer, limit: int, name: str, is_resumed: bool = False) 
     kind = find_format(data)
     if kind == "text":
         return prepare(data, tokenizer=tokenizer, name=name)
-        return prepare(data, tokenizer=tokenizer, name=name)
     if data.mixture:
         raise UserError(f"mixture: mixes texts; give {kind} as --text_files, --data_files or --dataset")
     check_split_options(data)
@@ -73,7 +72,7 @@ def read_examples(data, kind: str, tokenizer, limit: int) -> Examples:
     tokenizer = with_template(tokenizer) if kind == "chat" else tokenizer
     documents = list(_documents(data, kind))
     if len(documents) < 2:
-        raise UserError(f"{kind}: {len(documents)} document(s) in the data; at least 2 are needed, one of them to validate")
+        raise UserError(f"{kind}: the data has {len(documents)} document(s) and 2 are needed, one of them to validate")
     held_out = validation_numbers(len(documents), data)
     splits: dict[bool, list[Example]] = {False: [], True: []}
     encode = encode_conversation if kind == "chat" else encode_pair

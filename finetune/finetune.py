@@ -19,6 +19,7 @@ from .run import prepare_data, run
 
 # What a run that has begun may not change: the state of a checkpoint belongs to it.
 FIXED_TRAINING = ("optimizer", "seed", "output_dir")
+PREVIEWED = 60  # tokens of a text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,9 +92,11 @@ def show(recipe: FinetuneRecipe, args) -> None:
     if isinstance(prepared.material, Examples):
         print(preview(prepared.material.train[0], prepared.tokenizer))
         return
-    ids = prepared.material.tokens("train").window(0, min(60, len(prepared.material.tokens("train")))).tolist()
-    print("text: every token counts in the loss; an end-of-text token begins the next document")
-    print("\n".join(f"  {number:>5}  {token:>7}  ●  {prepared.tokenizer.decode([token])!r}" for number, token in enumerate(ids)))
+    tokens = prepared.material.tokens("train")
+    ids = tokens.window(0, min(PREVIEWED, len(tokens))).tolist()
+    print("text: every token counts in the loss (●); an end-of-text token begins the next document")
+    for number, token in enumerate(ids):
+        print(f"  {number:>5}  {token:>7}  ●  {prepared.tokenizer.decode([token])!r}")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags."""
     parser = FlagParser(
         prog="acorn merge",
-        description="Fold an adapter into its base: a plain model that needs no PEFT. Logits on random ids are compared "
-        "in float32, before the merge and after it is read back, and the largest difference is printed.",
+        description="Fold an adapter into its base: a plain model that needs no PEFT. Logits on random ids are "
+        "compared in float32, before the merge and after it is read back, and the largest difference is printed.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("adapter", help="run directory or checkpoint of `acorn finetune`, or any PEFT adapter's directory")
+    parser.add_argument("adapter", help="run or checkpoint of `acorn finetune`, or any PEFT adapter's directory")
     parser.add_argument("out", help="directory for the plain model; it must be empty or not exist")
     parser.add_argument("--dtype", default="float32", help="of the weights written: float32, bfloat16 or float16")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that the base brings")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     # Where the embeddings are trained apart from a tied head, PEFT leaves the two different.
     difference = write(merged, out, directory, flags, lambda model: float((logits(model, ids) - unmerged).abs().max()))
     print(f"largest difference of logits, unmerged and merged, on {ids.numel()} random ids: {difference:.2e}")
-    print(f"The model is in {out}. Next:\n  acorn generate {out} --prompt \"…\"")
+    print(f'The model is in {out}. Next:\n  acorn generate {out} --prompt "…"')
 
 
 def check(flags, directory: Path, out: Path) -> None:

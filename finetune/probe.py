@@ -21,23 +21,23 @@ def keeps_documents_apart(model: nn.Module, name: str) -> bool:
     ids[1, :TOKENS], ids[2, TOKENS:] = drawn[1, :TOKENS], drawn[2, TOKENS:]  # another first, another second document
     ids = ids.to(next(model.parameters()).device)
     positions = torch.arange(TOKENS, device=ids.device).repeat(2).expand(3, -1)
+    plain = _logits(model, ids)
     try:
-        logits, takes_positions = _logits(model, ids, positions), True
-    except TypeError:  # models with ALiBi have no positions to give
-        logits, takes_positions = _logits(model, ids, None), False
+        packed = _logits(model, ids, position_ids=positions)
+    except TypeError:  # models with ALiBi take no positions
+        packed = plain
     model.train(was_training)
-    if not _same(logits[0, :TOKENS], logits[2, :TOKENS]):
+    if not _same(plain[0, :TOKENS], plain[2, :TOKENS]):
         raise UserError(f"model {name!r}: is no causal language model: later tokens change its earlier predictions")
-    return takes_positions and _same(logits[0, TOKENS:], logits[1, TOKENS:])
+    return _same(packed[0, TOKENS:], packed[1, TOKENS:])
 
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _logits(model: nn.Module, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    extra = {} if positions is None else {"position_ids": positions}
-    return model(input_ids=ids, use_cache=False, **extra).logits
+def _logits(model: nn.Module, ids: torch.Tensor, **positions) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False, **positions).logits
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -172,7 +172,9 @@ def fingerprint_of(material) -> str:
 def refuse_other_data(run_dir: Path, material) -> None:
     """A run that goes on must go on with its own data."""
     if (run_dir / FACTS).is_file() and read_facts(run_dir)["data"] != fingerprint_of(material):
-        raise UserError(f"{run_dir}: the data has changed since the run began; put the old files back, or start another")
+        raise UserError(
+            f"{run_dir}: the data has changed since the run began; put the old files back, or start another"
+        )
 
 
 def read_facts(run_dir: Path) -> dict:
@@ -201,13 +203,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def make_room(trainer: FinetuneTrainer) -> None:
+    """Let go of the trained model, so that a GPU need not hold it and the best one together."""
+    if trainer.args.device.type != "cpu":
+        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = None
+        trainer.accelerator.free_memory()
+        gc.collect()
+
+
 def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared) -> None:
     """Load the best from the root as anyone would, sample from it, write the report and say what to type next."""
     args, run_dir, sample = trainer.args, Path(trainer.args.output_dir), prepared.sample
     memory = peak_memory(args.device)
-    trainer.model = trainer.model_wrapped = None  # room for the best, which is loaded afresh
-    trainer.accelerator.free_memory()
-    gc.collect()
+    make_room(trainer)
     trust = recipe.model_arguments().trust_remote_code
     load = load_causal_lm if trainer.adapter.adapter == "full" else load_adapter
     text = ""

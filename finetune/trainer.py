@@ -11,7 +11,7 @@ from training.arguments import GPTTrainingArguments
 from training.corpus import Corpus
 from training.dataset import IGNORED
 from training.errors import UserError
-from training.loading import record_base
+from training.loading import record_base, without_warnings
 from training.trainer import GPTTrainer
 
 from .adapters import build_loraplus, count_parameters
@@ -87,7 +87,7 @@ class FinetuneTrainer(GPTTrainer):
         labels = inputs.pop("shift_labels")
         outputs = model(**inputs, use_cache=False)
         logits = outputs.logits[:, -labels.shape[1] :]  # virtual tokens come first
-        smoothing = getattr(model.config, "label_smoothing", 0.0) if hasattr(model, "config") else 0.0
+        smoothing = getattr(self.model.config, "label_smoothing", 0.0)
         loss = causal_lm_loss(logits, None, labels, num_items_in_batch, smoothing)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.args.world_size  # DDP averages the gradients of processes
@@ -103,7 +103,8 @@ class FinetuneTrainer(GPTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """As in Trainer; an adapter is saved with what its base is known by, and without PEFT's own model card."""
-        super()._save(output_dir, state_dict)
+        with without_warnings():
+            super()._save(output_dir, state_dict)
         if self.args.should_save and self.adapter.adapter != "full":
             directory = Path(output_dir or self.args.output_dir)
             (directory / "README.md").unlink(missing_ok=True)

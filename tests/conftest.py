@@ -42,3 +42,28 @@ def tiny_model():
 def ids() -> torch.Tensor:
     """Random token ids, (3, 16), the same in every test."""
     return torch.randint(variants.TINY["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(42))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on loopback (tests/hub_server.py) that this process talks to; the tests' offline mode is lifted for it."""
+    from huggingface_hub import constants
+
+    from .hub_server import HubServer
+
+    server = HubServer()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def no_token(monkeypatch, tmp_path) -> None:
+    """Nobody is logged in to the Hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))

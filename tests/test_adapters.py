@@ -6,7 +6,15 @@ import pytest
 import torch
 from peft import PeftModel
 
-from finetune.adapters import ADAPTERS, attach, build_loraplus, count_parameters, find_targets, linear_layers, quantization
+from finetune.adapters import (
+    ADAPTERS,
+    attach,
+    build_loraplus,
+    count_parameters,
+    find_targets,
+    linear_layers,
+    quantization,
+)
 from finetune.arguments import AdapterArguments, FinetuneTrainingArguments
 from training.errors import UserError
 

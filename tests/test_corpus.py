@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from training import corpus as corpus_module
 from training import prepare as prepare_main
 from training.corpus import load_corpus, prepare
 from training.errors import UserError
+from training.recipe import load_recipe
 from training.sources import SOURCE_DEFAULTS
 from training.tokenizers import build_tokenizer
 
@@ -27,6 +29,7 @@ DEFAULTS = {
     "validation_seed": 2357,
     "data_dir": None,
     "shard_size": 100_000_000,
+    "num_proc": 1,
 }
 
 
@@ -151,8 +154,19 @@ def test_each_choice_has_its_own_directory():
 
 def test_data_dir_without_a_source_is_used_as_it_is():
     prepare(arguments(text_files=["text.txt"], data_dir="mine"))
-    corpus = prepare(arguments(data_dir="mine", tokenizer="char", validation_fraction=0.5))
+    corpus = prepare(arguments(data_dir="mine", validation_fraction=0.5))
     assert (corpus.directory, corpus.manifest["vocab_size"]) == (Path("mine"), 257)
+
+
+def test_data_dir_made_with_another_tokenizer_is_refused():
+    made = prepare(arguments(text_files=["text.txt"], tokenizer="char", data_dir="mine"))
+    made.tokenizer.save_pretrained("same")
+    build_tokenizer("char", lambda: iter(["ab"])).save_pretrained("other")
+    for tokenizer in ("char", "same", "byte"):  # byte stands there when nothing was named
+        assert prepare(arguments(data_dir="mine", tokenizer=tokenizer)).manifest == made.manifest
+    for tokenizer in ("bpe", "other"):
+        with pytest.raises(UserError, match=rf"tokenizer='{tokenizer}': data_dir='mine' is not its: .* 'char'; name"):
+            prepare(arguments(data_dir="mine", tokenizer=tokenizer))
 
 
 def test_another_corpus_is_never_overwritten():
@@ -170,7 +184,7 @@ def test_a_failure_leaves_nothing(monkeypatch, failure):
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr(corpus_module, "_sync", fail)  # the last step: all files are written
+    monkeypatch.setattr(corpus_module, "sync_below", fail)  # the last step: all files are written
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError if isinstance(failure, OSError) else failure) as raised:
         prepare(arguments(text_files=["text.txt"], data_dir="deep/down/mine"))
@@ -189,14 +203,13 @@ def test_a_disk_that_is_too_small_is_seen_before_writing(monkeypatch):
 
 def test_the_slower_of_two_processes_takes_what_the_faster_made(monkeypatch):
     options = {"text_files": ["text.txt"], "data_dir": "mine"}
-    write_corpus = corpus_module.write_corpus
+    sync_below = corpus_module.sync_below
 
-    def overtaken(*args):
-        write_corpus(*args)
-        monkeypatch.setattr(corpus_module, "write_corpus", write_corpus)
-        prepare(arguments(**options))
+    def overtaken(folder):  # by a process on a machine that does not see this one's lock
+        sync_below(folder)
+        shutil.copytree(folder, "mine")
 
-    monkeypatch.setattr(corpus_module, "write_corpus", overtaken)
+    monkeypatch.setattr(corpus_module, "sync_below", overtaken)
     prepare(arguments(**options))
     assert sorted(path.name for path in Path().iterdir()) == ["mine", "rows.jsonl", "text.txt"]
 
@@ -224,6 +237,48 @@ def test_damage_is_seen_when_loading():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest["splits"]["train"].update(tokens=7), "its train shards hold 180 tokens together"),
+        (lambda manifest: manifest.pop("dtype"), "lacks 'dtype'; prepare the text again"),
+        (lambda manifest: manifest["splits"].pop("validation"), "lacks 'validation'; prepare"),
+        (lambda manifest: manifest["splits"]["train"]["shards"].pop(), "its train shards hold 150 tokens together"),
+    ],
+)
+def test_a_manifest_that_disagrees_with_its_shards_is_refused(change, message):
+    directory = prepare(arguments(text_files=["text.txt"], data_dir="mine", shard_size=50)).directory
+    manifest = json.loads((directory / "manifest.json").read_text())
+    change(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="^" + re.escape(f"mine/manifest.json: {message}")):
+        load_corpus(directory)
+
+
+def test_main_compares_shards_with_their_hashes(capsys):
+    Path("mine.yaml").write_text("data:\n  text_files: [text.txt]\n  shard_size: 50\n")
+    argv = ["mine.yaml", "--data_dir", "made"]  # where the text of the recipe goes
+    prepare_main.main(argv)
+    prepare_main.main(argv)
+    assert "made is prepared already, and its 5 shards are whole: nothing to do." in capsys.readouterr().out
+    shard = Path("made/train-00001.bin")
+    raw = bytearray(shard.read_bytes())
+    raw[7] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=r"made/train-00001.bin: its bytes are not those that were written; prepare"):
+        prepare_main.main(argv)
+
+
+def test_prepared_tokens_replace_the_tokenizer_of_a_recipe():
+    prepare(arguments(text_files=["text.txt"], data_dir="mine", tokenizer="char"))
+    Path("other.yaml").write_text("data:\n  dataset: python-stdlib\n  tokenizer: bpe\n  tokenizer_vocab_size: 300\n")
+    recipe = load_recipe("pretrain", ["other.yaml", "--data_dir", "mine"])
+    assert prepare(recipe.data_arguments()).manifest["vocab_size"] == 11
+    recipe = load_recipe("pretrain", ["other.yaml", "--data_dir", "mine", "--tokenizer", "bpe"])
+    with pytest.raises(UserError, match="tokenizer='bpe': data_dir='mine' is not its"):
+        prepare(recipe.data_arguments())
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"validation_fraction": 0}, "validation_fraction=0: must lie between 0 and 1"),
@@ -233,7 +288,9 @@ def test_damage_is_seen_when_loading():
             "validation_fraction=0.999 (by position): no text is left for the train split",
         ),
         ({"validation_by": "lines"}, "validation_by='lines': must be one of position, documents"),
-        ({"shard_size": 0}, "shard_size=0: must be at least 1"),
+        ({"shard_size": 0}, "shard_size=0: must be at least 1 token"),
+        ({"num_proc": 0}, "num_proc=0: must be at least 1 process"),
+        ({"on_bad_file": "skp"}, "unknown on_bad_file 'skp': did you mean 'skip'?"),
         ({"text_files": None}, "no text: name a source"),
         ({"text_files": None, "data_files": ["blank.jsonl"]}, "data_files: the source holds no text at all"),
         (
@@ -280,4 +337,4 @@ def test_tiny_shakespeare_is_cut_as_nanogpt_cuts_it():
 def test_one_document_is_split_by_position(capsys):
     corpus = prepare(arguments(text_files=["text.txt"], validation_by="documents"))
     assert corpus.manifest["splits"]["validation"]["bytes"] == 20
-    assert "validation_by=position" in capsys.readouterr().out
+    assert "validation_by=position" in capsys.readouterr().err

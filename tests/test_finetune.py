@@ -114,7 +114,9 @@ def test_every_base_on_every_kind_of_data(folder, base: str, data: list[str]) ->
 
 def test_before_is_the_base_itself(folder) -> None:
     """Prompt tuning starts from other predictions than the base's; the figure before is the base's all the same."""
-    runs = [folder / f"text-{adapter}" for adapter in ("lora", "prompt", "full") if (folder / f"text-{adapter}").exists()]
+    runs = [
+        folder / f"text-{adapter}" for adapter in ("lora", "prompt", "full") if (folder / f"text-{adapter}").exists()
+    ]
     before = {json.dumps(facts(run)["perplexity_before"])[:6] for run in runs if run.name != "text-prompt"}
     assert len(before) == 1
     assert all(losses(run)[0] > losses(run)[max(losses(run))] for run in runs)
@@ -295,13 +297,21 @@ def others(folder: Path) -> None:
     """Directories that hold no causal LM, or not all of one."""
     if (folder / "bert").exists():
         return
-    sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {
+        "vocab_size": 257,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     save(BertLMHeadModel(BertConfig(**sizes, is_decoder=False)), folder / "bert")
     save(BertForMaskedLM(BertConfig(**sizes)), folder / "masked")
     config = json.loads((folder / "masked" / "config.json").read_text())
     (folder / "masked" / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
     torn = stock_model()
-    state = {key: value for key, value in torn.state_dict().items() if not key.startswith("transformer.h.0.attn.c_attn")}
+    state = {
+        key: value for key, value in torn.state_dict().items() if not key.startswith("transformer.h.0.attn.c_attn")
+    }
     torn.save_pretrained(folder / "torn", state_dict=state)
     build_tokenizer("byte").save_pretrained(folder / "torn")
 

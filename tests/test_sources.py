@@ -135,20 +135,36 @@ def test_a_dataset_of_text_files_keeps_line_breaks(tmp_path):
     assert texts(dataset=str(tmp_path)) == ["one\ntwo\n"]
 
 
-def test_a_dataset_that_was_a_script_is_read_from_the_hubs_conversion(monkeypatch):
+def test_a_dataset_that_was_a_script_is_read_from_the_hubs_conversion(tmp_path, monkeypatch):
     import datasets
 
+    file = str(tmp_path / "0000.parquet")
+    datasets.Dataset.from_list([{"text": "converted"}]).to_parquet(file)
     calls = []
 
-    def load_dataset(path, revision=None, **options):
+    def load_dataset_builder(path, name=None, revision=None):
         calls.append(revision)
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
-        return datasets.Dataset.from_list([{"text": "converted"}])
+        config, info = SimpleNamespace(data_files={"train": [file]}), SimpleNamespace(builder_name="parquet")
+        return SimpleNamespace(config=config, info=info)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     assert texts(dataset="someone/x") == ["converted"]
     assert calls == [None, "refs/convert/parquet"]
+
+
+def test_a_file_that_the_hub_does_not_give_is_named(monkeypatch):
+    import datasets
+
+    def load_dataset_builder(path, name=None):
+        address = "hf://datasets/someone/x@main/0000.parquet"
+        config, info = SimpleNamespace(data_files={"train": [address]}), SimpleNamespace(builder_name="parquet")
+        return SimpleNamespace(config=config, info=info)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    with pytest.raises(UserError, match=r"dataset='someone/x': hf://datasets/.*0000.parquet can not be downloaded \("):
+        texts(dataset="someone/x")
 
 
 def test_mixture_shares_and_repeats(tmp_path):

@@ -31,7 +31,9 @@ class DataArguments:
     dataset_config: str | None = _say("Configuration of the Hub data set.")
     dataset_split: str = _say("Split of the Hub data set.", "train")
     text_column: str = _say("The column that holds the text.", "text")
-    streaming: bool = _say("Read the Hub data set without downloading it whole.", False)
+    streaming: bool = _say(
+        "Prepare nothing: text becomes tokens as training goes (acorn prepare: copy nothing from the Hub).", False
+    )
     mixture: list[dict] = _say(
         "Several sources, each with the keys above and a weight (in a recipe file).", default_factory=list
     )
@@ -40,8 +42,11 @@ class DataArguments:
     validation_fraction: float = _say("Share of the text, or of the documents, that validates.", 0.1)
     validation_by: str = _say("position (the end of the text) or documents (a seeded choice).", "position")
     validation_seed: int = _say("Seed of the choice of documents.", 2357)
+    validation_characters: int | None = _say("With --streaming: so many, the first of the text, validate [200000].")
     data_dir: str | None = _say("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
     shard_size: int = _say("Tokens a shard file.", 100_000_000)
+    num_proc: int = _say("Processes that tokenise; 1 is this one, with the tokenizer's own threads.", 1)
+    on_bad_file: str = _say("A file that can not be read: stop, or skip (what could be read of it is kept).", "stop")
     sampling: str = _say("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
 
 

@@ -15,7 +15,71 @@ from .errors import UserError
 IGNORED = -100  # the label that cross entropy leaves out
 
 
-class TokenShards:
+class Tokens:
+    """A long read-only sequence of token ids; a subclass says its length and copies from it in `_fill`."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Return tokens[start : start + length] as int64 [length]; IndexError where that is not all inside."""
+        return self.windows(np.array([start]), length)[0]
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return one window a start, as int64 [len(starts), length]."""
+        rows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            self._fill(row, start)
+        return rows
+
+    def training_rows(self, context_length: int, seed: int, num_rows: int, sampling: str) -> "Rows":
+        """Return the rows to train on, in windows drawn as `sampling` says."""
+        return TrainingRows(self, context_length, seed, num_rows, sampling)
+
+    def _fill(self, row: np.ndarray, start: int) -> None:
+        """Copy the tokens from `start` on into `row`."""
+        raise NotImplementedError
+
+    def _check_inside(self, start: int, length: int) -> None:
+        if start < 0 or start + length > len(self):
+            raise IndexError(f"tokens {start} to {start + length} are not all among the {len(self)} there are")
+
+
+class TokenArray(Tokens):
+    """Token ids in memory."""
+
+    def __init__(self, ids: np.ndarray):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _fill(self, row: np.ndarray, start: int) -> None:
+        self._check_inside(start, len(row))
+        row[:] = self.ids[start : start + len(row)]
+
+
+class TokenSpans(Tokens):
+    """Some stretches of other tokens, starts[i] to ends[i] in order, as one sequence of its own."""
+
+    def __init__(self, tokens: Tokens, starts: np.ndarray, ends: np.ndarray):
+        self.tokens, self.starts = tokens, starts
+        self._ends = np.cumsum(ends - starts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _fill(self, row: np.ndarray, start: int) -> None:
+        self._check_inside(start, len(row))
+        span, filled = int(np.searchsorted(self._ends, start, side="right")), 0
+        while filled < len(row):
+            inside = start + filled - (int(self._ends[span - 1]) if span else 0)
+            length = min(len(row) - filled, int(self._ends[span]) - start - filled)
+            self.tokens._fill(row[filled : filled + length], int(self.starts[span]) + inside)
+            filled, span = filled + length, span + 1
+
+
+class TokenShards(Tokens):
     """One long read-only sequence of token ids over several files, memory-mapped when first read.
 
     `dtype` is the little-endian type on disk ("<u2" or "<u4"). Pickles by path: data loader workers map for themselves.
@@ -38,21 +102,9 @@ class TokenShards:
         # as plain arrays: slicing an np.memmap costs some microseconds more
         return [np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray) for path in self.paths]
 
-    def window(self, start: int, length: int) -> np.ndarray:
-        """Return tokens[start : start + length] as int64 [length]; IndexError where that is not all inside."""
-        return self.windows(np.array([start]), length)[0]
-
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return one window a start, as int64 [len(starts), length]."""
-        rows = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            self._fill(row, start)
-        return rows
-
     def _fill(self, row: np.ndarray, start: int) -> None:
         """Copy the tokens from `start` on into `row`, shard by shard."""
-        if start < 0 or start + len(row) > len(self):
-            raise IndexError(f"tokens {start} to {start + len(row)} are not all among the {len(self)} there are")
+        self._check_inside(start, len(row))
         shard, filled = int(np.searchsorted(self._ends, start, side="right")), 0
         while filled < len(row):
             begin = start + filled - (int(self._ends[shard - 1]) if shard else 0)
@@ -64,38 +116,69 @@ class TokenShards:
 class ShardWriter:
     """Writes tokens to `<split>-00000.bin` and on, `shard_size` tokens each, one file open at a time.
 
-    `finished` lists, for each closed file, its name, its tokens and its sha256.
+    `finished` lists, for each closed file, its name, its tokens and its sha256; `tokens` counts those in the open one.
+    Given both as a writer before left them, it goes on from there: later files are removed and the open one is cut to
+    so many tokens. Raises ValueError where the files there hold less than that.
     """
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_size: int):
+    def __init__(
+        self, directory: Path, split: str, dtype: np.dtype, shard_size: int, finished: list[dict] = (), tokens: int = 0
+    ):
         self.directory, self.split, self.dtype, self.shard_size = directory, split, np.dtype(dtype), shard_size
-        self.finished: list[dict] = []
+        self.finished, self.tokens = list(finished), tokens
         self._file = self._hash = None
-        self._tokens = 0
+        for number, shard in enumerate(self.finished):
+            self._check(self._path(number), shard["tokens"])
+        for stale in sorted(directory.glob(f"{split}-*.bin"))[len(self.finished) + bool(tokens) :]:
+            stale.unlink()
+        if tokens:
+            self._reopen()
 
     def write(self, tokens: np.ndarray) -> None:
         """Append tokens, going on to new files where one is full."""
         while len(tokens):
             if self._file is None:
-                self._open()
-            raw = tokens[: self.shard_size - self._tokens].astype(self.dtype).tobytes()
+                self._file, self._hash = self._path(len(self.finished)).open("wb"), hashlib.sha256()
+            raw = tokens[: self.shard_size - self.tokens].astype(self.dtype).tobytes()
             self._file.write(raw)
             self._hash.update(raw)
             written = len(raw) // self.dtype.itemsize
-            self._tokens, tokens = self._tokens + written, tokens[written:]
-            if self._tokens == self.shard_size:
+            self.tokens, tokens = self.tokens + written, tokens[written:]
+            if self.tokens == self.shard_size:
                 self.close()
 
-    def _open(self) -> None:
-        self._name = f"{self.split}-{len(self.finished):05d}.bin"
-        self._file, self._hash, self._tokens = (self.directory / self._name).open("wb"), hashlib.sha256(), 0
+    def flush(self) -> None:
+        """Have the open file, if one is, on the disk as far as it is written."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Finish the file that is open, if one is."""
         if self._file is not None:
+            self.flush()
             file, self._file = self._file, None
             file.close()
-            self.finished.append({"file": self._name, "tokens": self._tokens, "sha256": self._hash.hexdigest()})
+            name = self._path(len(self.finished)).name
+            self.finished.append({"file": name, "tokens": self.tokens, "sha256": self._hash.hexdigest()})
+            self.tokens = 0
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"{self.split}-{number:05d}.bin"
+
+    def _check(self, path: Path, tokens: int) -> None:
+        if not path.exists() or path.stat().st_size < tokens * self.dtype.itemsize:
+            raise ValueError(f"{path} does not hold the {tokens:,} tokens that were written to it")
+
+    def _reopen(self) -> None:
+        """Cut the open file to its tokens and hash them again."""
+        path = self._path(len(self.finished))
+        self._check(path, self.tokens)
+        self._file = path.open("r+b")
+        self._file.truncate(self.tokens * self.dtype.itemsize)
+        self._hash = hashlib.sha256()
+        while raw := self._file.read(1 << 20):
+            self._hash.update(raw)
 
 
 class Rows(Dataset):
@@ -105,7 +188,7 @@ class Rows(Dataset):
     shift_labels[i] is the token after input_ids[i], or -100 where there is none to predict.
     """
 
-    def __init__(self, tokens: TokenShards, context_length: int, num_rows: int):
+    def __init__(self, tokens: Tokens, context_length: int, num_rows: int):
         self.tokens, self.context_length, self.num_rows = tokens, context_length, num_rows
 
     def __len__(self) -> int:
@@ -141,7 +224,7 @@ class TrainingRows(Rows):
     Raises UserError when the text is shorter than one window, context_length + 1 tokens.
     """
 
-    def __init__(self, tokens: TokenShards, context_length: int, seed: int, num_rows: int, sampling: str = "random"):
+    def __init__(self, tokens: Tokens, context_length: int, seed: int, num_rows: int, sampling: str = "random"):
         if sampling not in SAMPLERS:
             raise UserError(f"sampling={sampling!r}: must be one of {', '.join(SAMPLERS)}")
         _check_context_length(context_length)
@@ -163,7 +246,7 @@ class EvaluationRows(Rows):
     The last row is filled up with the last token as inputs and -100 as labels. Raises UserError below 2 tokens.
     """
 
-    def __init__(self, tokens: TokenShards, context_length: int):
+    def __init__(self, tokens: Tokens, context_length: int):
         _check_context_length(context_length)
         if len(tokens) < 2:
             raise UserError(
@@ -232,6 +315,11 @@ def _feistel(places: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray
     for round_number in range(4):
         left, right = right, left ^ (_mix(keys ^ right, round_number) & mask)
     return left << shift | right
+
+
+def unit_points(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Return a number in [0, 1) for each uint64 number, which depends on it and the seed alone."""
+    return (_mix(numbers, seed) >> np.uint64(11)) / 2**53
 
 
 def _mix(numbers: np.ndarray, seed: int) -> np.ndarray:

@@ -4,13 +4,14 @@ import dataclasses
 import sys
 import textwrap
 
-from .arguments import DataArguments, GPTTrainingArguments, SampleArguments
+from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 
 TRAINING_FLAGS = """
 output_dir max_steps num_train_epochs tokens_per_step per_device_train_batch_size gradient_accumulation_steps optimizer
 learning_rate
 muon_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 torch_compile compile_scope
 activation_checkpointing eval_steps save_steps save_total_limit early_stopping_patience seed report_to
+push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push
 """
 MODEL_FLAGS = """
 preset n_layer n_head n_embd n_kv_head block_size dropout bias position_encoding norm hidden_act gated_mlp qk_norm
@@ -53,7 +54,7 @@ def wants_help(verb: str, argv: list[str] | None) -> bool:
         return False
     usage, example = USAGES[verb]
     parts = [f"usage: {usage}"]
-    for section in SECTIONS_OF.get(verb, ("data", "model", "training", "sample")):
+    for section in SECTIONS_OF.get(verb, ("data", "model", "training", "sample", "card")):
         parts.append(f"{section}:\n" + "\n".join(SECTION_HELP[section]()))
     if "training" in SECTIONS_OF.get(verb, ("training",)):
         parts.append("Every field of GPTConfig and of transformers.TrainingArguments is a flag and a recipe key too.")
@@ -84,4 +85,5 @@ SECTION_HELP = {
     "model": _model,
     "training": lambda: _fields(GPTTrainingArguments, TRAINING_FLAGS.split()),
     "sample": lambda: _fields(SampleArguments),
+    "card": lambda: _fields(CardArguments),
 }

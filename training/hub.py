@@ -2,13 +2,15 @@
 
 import fnmatch
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import TrainingArguments
 
 from .errors import UserError, one_line
@@ -50,6 +52,7 @@ STAYS = {
     "*.pkl": "pickle: loading one can run code",
     "*.ckpt": "pickle: loading one can run code",
     "trainer_state.json": "resume state",
+    "manifest.json": "resume state",
 }
 NO_PART = "no part of a model"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
@@ -79,6 +82,13 @@ class Upload:
     @property
     def size(self) -> int:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+class Pushed(NamedTuple):
+    """Where a push went: the repository's whole id and its address."""
+
+    repo_id: str
+    address: str
 
 
 # ---- what goes up
@@ -124,7 +134,7 @@ def refuse_no_model(directory: Path) -> None:
         raise UserError(f"{directory} holds no config.json, so it is no model; {mend}")
     settings = _read_json(directory / config)
     index = _read_json(directory / f"{stem}.safetensors.index.json").get("weight_map", {})
-    wanted = {file for file in index.values()} or {f"{stem}.safetensors"}
+    wanted = set(index.values()) or {f"{stem}.safetensors"}
     missing = sorted(wanted - names)
     if missing:
         pickled = [name for name in names if name.endswith(".bin") and stem.split("_")[-1] in name]
@@ -140,15 +150,15 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); copy the directory again") from error
 
 
 def finish_files(
-    going: list[Upload], repo_id: str, card: str, license: str | None = None, base_model: str | None = None
+    going: list[Upload], card: str, license: str | None = None, base_model: str | None = None
 ) -> list[Upload]:
-    """The files as they are sent: card of that repository, adapter with its base's id, recipe without local paths.
+    """The files as they are sent: card with whole metadata, adapter with its base's id, recipe without local paths.
 
     card: the text of README.md. license, base_model: what the card and the adapter shall say instead of what they do.
     """
@@ -156,15 +166,18 @@ def finish_files(
     adapter = files.get("adapter_config.json")
     if adapter:
         settings = _read_json(adapter.content)
-        base_model = base_model or settings.get("base_model_name_or_path")
+        known_as = str(settings.get("base_model_name_or_path"))
+        base_model = base_model or known_as
         if not is_hub_id(base_model):
             raise UserError(
-                f"base_model={str(base_model)!r}: the adapter's base is a directory of this machine, which nobody else "
+                f"base_model={base_model!r}: the adapter's base is a directory of this machine, which nobody else "
                 "has; push it too, and name its repository with --base_model"
             )
         text = json.dumps(settings | {"base_model_name_or_path": base_model}, indent=2)
         files[adapter.name] = Upload(adapter.name, text.encode(), adapter.why)
-    text = finish_card(card, repo_id, license, base_model, is_adapter=adapter is not None)
+        if not is_hub_id(known_as):
+            card = card.replace(known_as, base_model)  # a path says nothing to others
+    text = finish_card(card, license, base_model, is_adapter=adapter is not None)
     files["README.md"] = Upload("README.md", text.encode(), GOES_UP["README.md"])
     if "recipe.yaml" in files:
         content = _portable_recipe(files["recipe.yaml"].content)
@@ -180,10 +193,8 @@ def _portable_recipe(path: Path) -> bytes:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
 
 
-def finish_card(
-    text: str, repo_id: str, license: str | None = None, base_model: str | None = None, is_adapter: bool = False
-) -> str:
-    """The card with the repository's id where the model is loaded, and metadata that the Hub will take.
+def finish_card(text: str, license: str | None = None, base_model: str | None = None, is_adapter: bool = False) -> str:
+    """The card with metadata that the Hub will take.
 
     Raises UserError for metadata that cannot be read, or a licence that the Hub does not know.
     """
@@ -196,13 +207,17 @@ def finish_card(
         check_license(card.data.license)
     card.data.pipeline_tag = card.data.pipeline_tag or "text-generation"
     card.data.library_name = "peft" if is_adapter else card.data.library_name or "transformers"
+    if base_model and not is_hub_id(base_model):
+        raise UserError(f"base_model={base_model!r}: name a repository on the Hub, not a directory of this machine")
     if base_model:
         card.data.base_model = base_model
     elif isinstance(card.data.base_model, str) and not is_hub_id(card.data.base_model):
         card.data.base_model = None  # a path of this machine, which the Hub's validator refuses
     if is_adapter:
         card.data["base_model_relation"] = "adapter"
-    return card.content.replace(PLACE, repo_id)
+    # PEFT tags an adapter with the place of its base, which may be a path; the Hub finds the base out by itself.
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")] or None
+    return card.content
 
 
 # ---- sending it
@@ -222,12 +237,14 @@ def send(
     message: str,
     private: bool | None = None,
     revision: str | None = None,
-) -> str:
-    """Make the repository, and the branch, where they are not there yet, and commit all files at once; the address.
+) -> Pushed:
+    """Make the repository, and the branch, where they are not there yet, and commit all files at once.
 
     Weights there that are not among the files are removed in the same commit, so that no loader finds them instead.
     Raises one of HUB_ERRORS, for `in_words`, and UserError where `private` cannot be had.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # huggingface_hub draws some of them into files too
     api = HfApi(token=get_token())
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id).private:
@@ -237,16 +254,20 @@ def send(
         )
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    operations: list = [
-        CommitOperationAdd(file.name, str(file.content) if isinstance(file.content, Path) else file.content)
-        for file in files
-    ]
+    operations: list = [CommitOperationAdd(file.name, _sent(file, repo_id)) for file in files]
     names = {file.name for file in files}
     there = [name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name]
     stale = [name for name in there if name not in names and any(fnmatch.fnmatchcase(name, w) for w in WEIGHTS)]
     operations += [CommitOperationDelete(name) for name in stale]
     api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-    return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+    return Pushed(repo_id, f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
+
+
+def _sent(file: Upload, repo_id: str) -> str | bytes:
+    """What is sent of a file: the card names the repository where it says how to load the model."""
+    if isinstance(file.content, Path):
+        return str(file.content)
+    return file.content.replace(PLACE.encode(), repo_id.encode()) if file.name == "README.md" else file.content
 
 
 def in_words(error: BaseException, repo_id: str) -> str:
@@ -260,7 +281,7 @@ def in_words(error: BaseException, repo_id: str) -> str:
     if response is None and any(isinstance(e, HTTPError) for e in chain):
         cause = next(e for e in chain if isinstance(e, HTTPError))
         return f"{constants.ENDPOINT} cannot be reached ({one_line(cause)}): nothing is lost, push again later"
-    if response is None or isinstance(error, ValueError) and str(error).startswith("Invalid metadata"):
+    if response is None or (isinstance(error, ValueError) and str(error).startswith("Invalid metadata")):
         return " ".join(str(error).split())[:300] or type(error).__name__
     status = response.status_code
     return ANSWERS.get(status, ANSWERS[None]).format(repo_id=repo_id, status=status, said=_said(response))

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -93,17 +96,25 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
         base = load_causal_lm(base_name, dtype, trust_remote_code)
     except UserError as error:
         raise UserError(f"adapter {directory}: its base is gone or damaged: {error}") from error
-    record = Path(directory, BASE_RECORD)
-    if record.is_file() and (known := json.loads(record.read_text(encoding="utf-8"))["fingerprint"]):
-        if (found := fingerprint(base)) != known:
-            raise UserError(
-                f"adapter {directory}: {base_name} is not the base it was trained on "
-                f"(fingerprint {found[:8]}, not {known[:8]}); put the old base back"
-            )
+    known, found = recorded_fingerprint(Path(directory)), fingerprint(base)
+    if known not in (None, found):
+        raise UserError(
+            f"adapter {directory}: {base_name} is not the base it was trained on "
+            f"(fingerprint {found[:8]}, not {known[:8]}); put the old base back"
+        )
     try:
-        return PeftModel.from_pretrained(base, directory)
+        with without_warnings():
+            return PeftModel.from_pretrained(base, directory)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {directory}: does not fit {base_name}: {one_line(error)}") from error
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """PEFT warns of what transformers renamed, and of a base that the Hub does not answer for: nobody can mend that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def base_of(directory: Path) -> str:
@@ -123,6 +134,12 @@ def base_of(directory: Path) -> str:
 def record_base(directory: Path, name: str, known: str | None) -> None:
     """Write which base an adapter belongs to; `known` is the base's fingerprint, None where it could not be taken."""
     (directory / BASE_RECORD).write_text(json.dumps({"name": name, "fingerprint": known}) + "\n", encoding="utf-8")
+
+
+def recorded_fingerprint(directory: Path) -> str | None:
+    """What `record_base` wrote; None for adapters made elsewhere, or on a 4-bit base."""
+    record = directory / BASE_RECORD
+    return json.loads(record.read_text(encoding="utf-8"))["fingerprint"] if record.is_file() else None
 
 
 @torch.no_grad()

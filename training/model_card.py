@@ -54,7 +54,8 @@ class CardFacts:
     metadata. text: what the text is called. data: Markdown on the text, its licence and its size. metrics: measured on
     `evaluated_on`, by the names in METRICS; metrics_before: the same before finetuning. results, training: Markdown
     below the table of metrics and below the command. needs_remote_code: the directory, or an adapter's base, brings
-    its own code. limits: a Markdown sentence each, added to those that hold for every model of this kind.
+    its own code. tokenizer: where it is, if not in the directory. limits: a Markdown sentence each, added to those that
+    hold for every model of this kind.
     """
 
     name: str
@@ -68,6 +69,7 @@ class CardFacts:
     library_name: str = "transformers"
     tags: list[str] = field(default_factory=lambda: ["acorn", "gpt"])
     needs_remote_code: bool = False
+    tokenizer: str = ""
     prompt: str = "Once"
     data: str = ""
     evaluated_on: str = "the validation split"
@@ -166,6 +168,7 @@ def loading(facts: CardFacts) -> str:
         if facts.library_name == "peft"
         else "from transformers import AutoModelForCausalLM, AutoTokenizer"
     )
+    tokenizer = json.dumps(facts.tokenizer) if facts.tokenizer else "name"
     why = (
         "\n\n`trust_remote_code=True` because the modeling code travels with the weights: read it before you run it."
         if facts.needs_remote_code
@@ -175,7 +178,7 @@ def loading(facts: CardFacts) -> str:
 {imports}
 
 name = "{PLACE}"
-tokenizer = AutoTokenizer.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained({tokenizer}{trust})
 model = {kind}.from_pretrained(name{trust})
 inputs = tokenizer({json.dumps(facts.prompt or "Once")}, return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True, top_k=50)[0]))

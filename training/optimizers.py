@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Coefficients of the quintic Newton–Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -84,12 +85,12 @@ class Muon(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for indices in self._same_shape(updates).values():
-            stacked = orthogonalize(torch.stack([_wide(updates[i]) for i in indices]))
+            stacked = orthogonalize(torch.stack([_wide(_whole(updates[i])) for i in indices]))
             for i, update in zip(indices, stacked, strict=True):
                 rows, columns = parameters[i].shape
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
                 update = update.mT if rows > columns else update
-                parameters[i].add_(update.to(parameters[i].dtype), alpha=-step_size)
+                parameters[i].add_(_shared_out(update.to(parameters[i].dtype), parameters[i]), alpha=-step_size)
 
     @staticmethod
     def _same_shape(updates: list[torch.Tensor]) -> dict[tuple, list[int]]:
@@ -98,6 +99,18 @@ class Muon(torch.optim.Optimizer):
         for i, update in enumerate(updates):
             groups[(*sorted(update.shape), update.device)].append(i)
         return groups
+
+
+def _whole(matrix: torch.Tensor) -> torch.Tensor:
+    """All of a matrix that FSDP has shared out: singular values are those of the whole."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _shared_out(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's shard of `whole`, where the parameter is sharded; every process has computed the same."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _wide(matrix: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from .corpus import prepare, summary
 from .errors import quiet_libraries, run_main
 from .help import wants_help
 from .recipe import load_recipe
+from .streaming import is_streamed, refuse_stream_options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -12,9 +13,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     quiet_libraries()
     recipe = load_recipe("prepare", argv)
-    corpus = prepare(recipe.data_arguments(), name=recipe.name)
+    refuse_stream_options(recipe.data_arguments())
+    corpus = prepare(recipe.data_arguments(), name=recipe.name, check_shards=True)
     print(summary(corpus))
-    print(f"Type next: {recipe.command.replace('prepare', 'pretrain', 1)}")  # the same words find the same tokens
+    command = recipe.command.replace("prepare", "pretrain", 1)  # the same words find the same tokens
+    print(f"Type next: {command}" + (f" --data_dir {corpus.directory}" if is_streamed(recipe.data_arguments()) else ""))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """`acorn pretrain RECIPE [--flag value …]`: grow a GPT from a text."""
 
-from .corpus import prepare, summary
+from .corpus import summary
 from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
 from .processes import one_process_first
 from .recipe import load_recipe
-from .run import build_model, run
+from .run import build_model, open_corpus, run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> None:
             f"output_dir={recipe.output_dir} exists: continue it with `acorn resume {recipe.output_dir}`, "
             "or choose another --output_dir"
         )
-    corpus = one_process_first(args, lambda: prepare(recipe.data_arguments(), name=recipe.name), "prepare")
-    print(summary(corpus)) if args.process_index == 0 else None
+    corpus = one_process_first(args, lambda: open_corpus(recipe), "prepare")
+    print(corpus.summary() if corpus.directory is None else summary(corpus)) if args.process_index == 0 else None
     run(recipe, build_model(recipe, corpus, args), corpus, args)
 
 

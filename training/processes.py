@@ -8,14 +8,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import UserError, one_line
+from .errors import LostProcess, UserError, one_line
 
 T = TypeVar("T")
 CPU_CONFIG = "training/launch/cpu-2.yaml"
-
-
-class LostProcess(UserError):
-    """Another process of the run is gone or silent; each that is left says so."""
 
 
 def check_launch(use_cpu: bool = False, fsdp: bool = False) -> None:
@@ -95,4 +91,4 @@ def is_lost_process(error: BaseException) -> bool:
     """Whether a collective operation failed because another process is gone or silent (gloo's and NCCL's words)."""
     words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Connection refused")
     known = any(word in str(error) for word in words)
-    return isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and known)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and known)

@@ -7,16 +7,15 @@ from pathlib import Path
 from threading import Thread
 
 from tqdm.auto import tqdm
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
 from .errors import UserError
-from .hub import Upload, finish_files, in_words, refuse_no_model, repo_of, send, sort_files
+from .hub import Pushed, Upload, finish_files, in_words, refuse_no_model, repo_of, send, sort_files
 from .model_card import model_card
 from .report import facts_of
 
 ASIDE = ".pushing"  # in the run directory: what is on its way up, held fast while training writes on
-WRITTEN_ONCE = (".safetensors", ".pt", ".pth")  # large, and replaced by new files, never changed in place
+WRITTEN_ONCE = (".safetensors", ".pt", ".pth", ".bin")  # large, and replaced by new files, never changed in place
 
 
 class PushesToHub:
@@ -48,8 +47,8 @@ class PushesToHub:
         if self.args.push_to_hub and self.is_world_process_zero():
             self.pushes.wait()
 
-    def push_to_hub(self, commit_message: str = "End of training", revision: str | None = None) -> str | None:
-        """Push what the run directory holds now, and wait for it; the address, or None after saying why not.
+    def push_to_hub(self, commit_message: str = "End of training", revision: str | None = None) -> Pushed | None:
+        """Push what the run directory holds now, and wait for it; where it is, or None after saying why not.
 
         The caller writes the report and the card first. A failure is no error: the run is whole on this disk.
         """
@@ -58,15 +57,15 @@ class PushesToHub:
         self.pushes.wait()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=os.path.getmtime)
-        address = self.pushes.push(
+        pushed = self.pushes.push(
             lambda: self.files_to_push(checkpoints[-1] if checkpoints else None, is_end=True), commit_message, revision
         )
-        if address is None:
+        if pushed is None:
             print(f"The run is whole in {self.args.output_dir}. Push it later:\n"
                   f"  acorn push {self.args.output_dir} {self.pushes.repo_id}", file=sys.stderr)  # fmt: skip
         else:
-            print(f"The run is at {address}", flush=True)
-        return address
+            print(f"The run is at {pushed.address}", flush=True)
+        return pushed
 
     def files_to_push(self, checkpoint: Path | None, is_end: bool) -> list[Upload]:
         """The model at the root of the run (before the first evaluation: the checkpoint's), and what the strategy adds.
@@ -78,7 +77,7 @@ class PushesToHub:
         refuse_no_model(directory)
         written = directory / "README.md"
         card = written.read_text(encoding="utf-8") if is_end and written.is_file() else model_card(facts_of(directory))
-        files = finish_files(sort_files(directory)[0], self.pushes.repo_id, card)
+        files = finish_files(sort_files(directory)[0], card)
         if strategy == HubStrategy.CHECKPOINT and checkpoint is not None:
             files += _resume_state(checkpoint, "last-checkpoint")
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
@@ -92,13 +91,9 @@ def _has_model(directory: Path) -> bool:
 
 
 def _resume_state(checkpoint: Path, folder: str) -> list[Upload]:
-    """All of a checkpoint that resuming reads, its pickles too: the strategy asks for them."""
+    """All of a checkpoint, its pickles too: resuming reads them, and the strategy asks for it."""
     names = sorted(path.name for path in checkpoint.iterdir() if path.is_file())
-    return [
-        Upload(f"{folder}/{name}", checkpoint / name, "resume state")
-        for name in names
-        if name != TRAINING_ARGS_NAME and not name.startswith(".")
-    ]
+    return [Upload(f"{folder}/{name}", checkpoint / name, "resume state") for name in names]
 
 
 class BackgroundPushes:
@@ -116,6 +111,8 @@ class BackgroundPushes:
 
     def start(self, choose_files, message: str) -> None:
         """Hold the files that `choose_files()` names as they are now, and push them in a thread of their own."""
+        if self.count == 0:
+            shutil.rmtree(self.aside, ignore_errors=True)  # what a killed process left
         self.count += 1
         folder = self.aside / str(self.count)
         files = self._or_say(lambda: hold(choose_files(), folder), message)
@@ -136,8 +133,8 @@ class BackgroundPushes:
             self.latest.join()
         shutil.rmtree(self.aside, ignore_errors=True)
 
-    def push(self, choose_files, message: str, revision: str | None = None) -> str | None:
-        """Push now; the address, or None after saying why not."""
+    def push(self, choose_files, message: str, revision: str | None = None) -> Pushed | None:
+        """Push now; where it is, or None after saying why not."""
         return self._or_say(
             lambda: send(choose_files(), self.repo_id, message, self.private, revision or self.revision), message
         )

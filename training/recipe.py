@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed import DistError
 
 from modeling import PRESETS, GPTConfig
 
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
-from .errors import UserError, one_line, unknown
+from .errors import LostProcess, UserError, one_line, unknown
 from .files import write_whole
 from .processes import check_launch
 
@@ -76,13 +77,20 @@ class Recipe:
         except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
             raise UserError(f"model: {one_line(error)}") from error
 
-    def update(self, overrides: dict[str, dict]) -> None:
-        """Lay checked flags over the recipe; naming a source, or prepared tokens, replaces the recipe's."""
+    def update(self, overrides: dict[str, dict], data_dir_is_source: bool = True) -> None:
+        """Lay checked flags over the recipe; naming a source replaces the recipe's.
+
+        Prepared tokens are a source too, unless they are what is to be made.
+        """
         named = overrides.get("data", {})
-        if any(key in named for key in (*SOURCE_KEYS, "data_dir")):  # prepared tokens are a source too
+        names_source = any(key in named for key in SOURCE_KEYS)
+        if names_source or ("data_dir" in named and data_dir_is_source):
             for key in (*SOURCE_KEYS, "data_dir", "dataset_config", "dataset_split", "text_column", "streaming"):
                 self.data.pop(key, None)
             self.card.pop("language", None)  # it was that of the other text
+            if not names_source and Path(named["data_dir"] or "", "manifest.json").is_file():
+                for key in ("tokenizer", "tokenizer_vocab_size"):  # the tokens have their own
+                    self.data.pop(key, None)
         for section, values in overrides.items():
             ours, named = getattr(self, section), {_one_name(key) for key in values}
             for key in [key for key in ours if _one_name(key) in named]:
@@ -102,7 +110,7 @@ def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
         raise UserError(f"acorn {verb} needs a RECIPE: one of {', '.join(shipped_recipes())}, or a YAML file")
     name = argv.pop(0)
     recipe = load_recipe_file(name)
-    recipe.update(parse_flags(argv))
+    recipe.update(parse_flags(argv), data_dir_is_source=verb != "prepare")
     recipe.command = shlex.join(["acorn", verb, name, *argv])
     return recipe
 

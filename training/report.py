@@ -85,21 +85,32 @@ def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
 
 def facts_of_model(directory: Path) -> CardFacts:
     """What config.json and the weights say: enough for a card, with no figures and no claims."""
-    adapter = directory / "adapter_config.json"
-    config = read_json(adapter if adapter.is_file() else directory / "config.json")
-    parameters = count_parameters(directory)
-    name = directory.absolute().name
-    if adapter.is_file():
-        base, kind = config.get("base_model_name_or_path"), str(config.get("peft_type", "PEFT"))
-        about = f"An adapter ({kind}) of {parameters:,} parameters for `{base}`."
-        kinds = {"base_model_relation": "adapter", "library_name": "peft", "tags": ["acorn", kind.lower()]}
-        return CardFacts(name, about, base_model=base, **kinds)
-    about = f"A causal language model (`{config.get('model_type')}`) of {parameters:,} parameters."
-    facts = CardFacts(name, about, needs_remote_code=bool(config.get("auto_map")))
+    if (directory / "adapter_config.json").is_file():
+        return facts_of_adapter(directory)
+    config = read_json(directory / "config.json")
+    about = f"A causal language model (`{config.get('model_type')}`) of {count_parameters(directory):,} parameters."
+    facts = CardFacts(directory.absolute().name, about, needs_remote_code=bool(config.get("auto_map")))
     context = config.get("max_position_embeddings") or config.get("n_positions")
     facts.limits += [f"Its context is {context:,} tokens."] if context else []
     facts.tags = ["acorn", "gpt"] if config.get("model_type") == "gpt" else ["acorn"]
     return facts
+
+
+def facts_of_adapter(directory: Path) -> CardFacts:
+    """The same of an adapter: its kind and its base."""
+    config = read_json(directory / "adapter_config.json")
+    base, kind = str(config.get("base_model_name_or_path")), str(config.get("peft_type", "PEFT"))
+    base_config = Path(base, "config.json")
+    return CardFacts(
+        directory.absolute().name,
+        f"An adapter ({kind}) of {count_parameters(directory):,} parameters for `{base}`.",
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        tags=["acorn", kind.lower()],
+        needs_remote_code=base_config.is_file() and bool(read_json(base_config).get("auto_map")),
+        tokenizer="" if (directory / "tokenizer_config.json").is_file() else base,
+    )
 
 
 def count_parameters(directory: Path) -> int:

@@ -10,15 +10,19 @@ from transformers import set_seed
 
 from modeling import GPTForCausalLM
 
+from .agreement import first_decides
 from .callbacks import mend_metrics
 from .checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, stopped_early
 from .corpus import Corpus, load_corpus, prepare
+from .datatrove_tokens import holds_datatrove, load_datatrove
 from .errors import UserError
 from .lock import claimed
 from .processes import is_lost_process, lost
 from .recipe import Recipe
 from .report import next_steps, write_report
 from .sampling import encode_prompt, sample_text
+from .sources import named_sources
+from .streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .trainer import GPTTrainer
 
 
@@ -46,12 +50,23 @@ def meta_model(config) -> GPTForCausalLM:
     return model
 
 
+def open_corpus(recipe: Recipe) -> Corpus:
+    """The tokens that a recipe names: streamed, written by datatrove, or prepared (now, or before)."""
+    data = recipe.data_arguments()
+    if is_streamed(data):
+        return stream_corpus(data, recipe.training.get("dataloader_num_workers", 0))
+    refuse_stream_options(data)
+    if holds_datatrove(data.data_dir) and not named_sources(data):
+        return load_datatrove(data)
+    return prepare(data, name=recipe.name)
+
+
 def corpus_of_run(recipe: Recipe) -> Corpus:
-    """The prepared tokens that a run was grown from; they are prepared again if they are gone."""
+    """The tokens that a run was grown from; they are prepared again if they are gone."""
     directory = recipe.data.get("data_dir")
-    if directory and Path(directory).is_dir():
+    if directory and Path(directory).is_dir() and not holds_datatrove(directory):
         return load_corpus(directory)
-    return prepare(recipe.data_arguments(), name=recipe.name)
+    return open_corpus(recipe)
 
 
 def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint: str | None = None) -> None:
@@ -70,11 +85,14 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     if checkpoint is not None and stopped_early(Path(checkpoint), args.early_stopping_patience):
         args.max_steps = read_state(Path(checkpoint))["global_step"]  # nothing to train, but perhaps to report
     trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, data, sample)
+    if is_streamed(data):
+        trainer.add_callback(StreamPosition(trainer))
     with claimed(Path(args.output_dir), args):
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
+        first_decides(args, lambda: begin(recipe, trainer, checkpoint))
         if trainer.is_world_process_zero():
-            begin(recipe, trainer, checkpoint)
+            print(describe(recipe, trainer), flush=True)
         train(trainer, checkpoint)
         if trainer.is_world_process_zero():
             finish(recipe, trainer)
@@ -86,15 +104,15 @@ def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
     if checkpoint is not None:
         set_aside_later(Path(checkpoint))
     elif list_checkpoints(run_dir):  # another process grew a run here while this one prepared its corpus
-        raise UserError(f"output_dir={run_dir} exists: continue it with `acorn resume {run_dir}`")
+        raise UserError(f"output_dir={run_dir} exists: continue it with `{trainer.resume_command} {run_dir}`")
     mend_metrics(run_dir)
     (run_dir / "README.md").unlink(missing_ok=True)  # written last, it says that the run is finished
-    recipe.data["data_dir"] = str(trainer.corpus.directory.absolute())
+    if trainer.corpus.directory is not None:  # a stream has none
+        recipe.data["data_dir"] = str(trainer.corpus.directory.absolute())
     # Kept as tokens a step, so that a resume on more or fewer processes takes the same steps.
     recipe.training["tokens_per_step"] = args.tokens_per_step
     recipe.training.pop("gradient_accumulation_steps", None)
     recipe.save(run_dir / "recipe.yaml")
-    print(describe(recipe, trainer), flush=True)
 
 
 def train(trainer: GPTTrainer, checkpoint: str | None) -> None:

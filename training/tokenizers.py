@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .errors import UserError
+from .fast_bpe import fast_bpe
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_BPE_VOCAB_SIZE = 4096
@@ -227,6 +228,17 @@ def _unknown_character(character: str, offset: int, name: str) -> UserError:
 
 
 def _encode_others(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    """Encode by tiktoken what it is known to encode alike, and all else by `tokenizers`."""
+    fast = fast_bpe(tokenizer, BYTE_VOCABULARY, sum(map(len, texts)))
+    encoded = fast.encode(texts) if fast else [None] * len(texts)
+    left = [index for index, ids in enumerate(encoded) if ids is None]
+    by_itself = _encode_by_itself(tokenizer, [texts[index] for index in left], [names[index] for index in left])
+    for index, ids in zip(left, by_itself, strict=True):
+        encoded[index] = ids
+    return encoded
+
+
+def _encode_by_itself(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
     with _ordinary_text(tokenizer.backend_tokenizer) as backend:
         try:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)

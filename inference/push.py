@@ -1,0 +1,132 @@
+"""`acorn push RUN_OR_MODEL_DIR REPO_ID`: a model, or an adapter, with its code, tokenizer and card, to the Hub."""
+
+import argparse
+from pathlib import Path
+
+from huggingface_hub import ModelCard, get_token
+from safetensors import SafetensorError
+
+from training.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
+from training.hub import (
+    HUB_ERRORS,
+    NO_TOKEN,
+    Upload,
+    check_repo_id,
+    finish_files,
+    in_words,
+    refuse_no_model,
+    send,
+    sort_files,
+    total_size,
+)
+from training.model_card import NOT_CHOSEN, check_license, model_card
+from training.report import facts_of
+
+EPILOG = """examples:
+  acorn push runs/quickstart me/my-gpt --dry_run                what would go up, and why; needs no network
+  acorn push runs/quickstart me/my-gpt --license apache-2.0
+  acorn push runs/quickstart/checkpoint-170 me/my-gpt --revision step-170 --private
+  acorn push runs/my-adapter me/my-adapter --base_model openai-community/gpt2
+
+The token: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another Hub."""
+FORM = "[More Information Needed]"  # what PEFT leaves to be filled in, in a card that nobody has written yet
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb's flags; names are huggingface_hub's where it has one."""
+    parser = FlagParser(
+        prog="acorn push",
+        description="Upload a model or an adapter in one commit: weights, modeling code, tokenizer, generation config, "
+        "card, and what a run measured. Resume states, pickles and temporary files stay.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="RUN_OR_MODEL_DIR", type=Path, help="run, checkpoint, model or adapter")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="YOU/NAME, or NAME alone for the token's owner")
+    parser.add_argument("--dry_run", action="store_true", help="list what would go up and why, and send nothing")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to commit to, made where it is not there yet [main]")
+    parser.add_argument("--commit_message", help="[Upload NAME with Acorn]")
+    parser.add_argument("--license", help="licence of the weights, by its Hub name [the card's, or unknown]")
+    parser.add_argument("--base_model", help="Hub id of what was finetuned, where the directory knows a path only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Send the directory, or say what would be sent."""
+    flags = parse(argv)
+    quiet_libraries()
+    check_repo_id(flags.repo_id)
+    check_license(flags.license)
+    refuse_no_model(flags.directory)
+    going, staying = sort_files(flags.directory)
+    files = finish_files(going, card_of(flags.directory), flags.license, flags.base_model)
+    print(listing(flags, files, staying) if flags.dry_run else summary(flags, files))
+    if not flags.dry_run:
+        push(flags, files)
+
+
+def card_of(directory: Path) -> str:
+    """The directory's card, or one made from what the directory holds where nobody has written any yet."""
+    path = directory / "README.md"
+    try:
+        written = path.read_text(encoding="utf-8") if path.is_file() else FORM
+        return model_card(facts_of(directory)) if FORM in written else written
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory} is damaged: {one_line(error)}; copy it again") from error
+
+
+def push(flags: argparse.Namespace, files: list[Upload]) -> None:
+    """One commit; whatever keeps it back is one line."""
+    if get_token() is None:
+        raise UserError(NO_TOKEN)
+    message = flags.commit_message or f"Upload {flags.directory.absolute().name} with Acorn"
+    try:
+        pushed = send(files, flags.repo_id, message, flags.private or None, flags.revision)
+    except HUB_ERRORS as error:
+        raise UserError(f"push to {flags.repo_id}: {in_words(error, flags.repo_id)}") from error
+    print(pushed.address)
+    if not flags.revision:
+        trust = " --trust_remote_code" * any(file.name.endswith(".py") for file in files)
+        print(f"Next, here or anywhere:\n  acorn generate {pushed.repo_id}{trust}")
+
+
+def summary(flags: argparse.Namespace, files: list[Upload]) -> str:
+    """One line on what is about to be sent."""
+    return f"{flags.directory} → {flags.repo_id}: {len(files)} files, {amount(sum(file.size for file in files))}"
+
+
+def listing(flags: argparse.Namespace, files: list[Upload], staying: list[Upload]) -> str:
+    """Each file that would go up or stay, with its size and the reason."""
+    where = f"{flags.repo_id}, branch {flags.revision or 'main'}" + ", private if it is new" * flags.private
+    rows = [(file.name, amount(file.size), file.why) for file in files]
+    kept = [(file.name, amount(total_size(file.content)), file.why) for file in staying]
+    width = max(len(name) for name, *_ in rows + kept)
+    lines = [f"{flags.directory} → {where}", "", "goes up:"]
+    lines += [f"  {name:<{width}}  {size:>9}  {why}" for name, size, why in rows]
+    lines += ["", "stays:"] if kept else []
+    lines += [f"  {name:<{width}}  {size:>9}  {why}" for name, size, why in kept]
+    lines += ["", *card_lines(next(file.content.decode() for file in files if file.name == "README.md"))]
+    return "\n".join([*lines, "", f"{summary(flags, files)}. Nothing was sent: leave --dry_run out to send it."])
+
+
+def card_lines(card: str) -> list[str]:
+    """What the card's metadata says, for a last look, and what it does not say yet."""
+    metadata = ModelCard(card).data
+    lines = ["the card's metadata:", *(f"  {line}" for line in metadata.to_yaml().splitlines())]
+    if metadata.license == NOT_CHOSEN:
+        lines.append("Nobody may use weights without a licence: choose one with --license, such as apache-2.0.")
+    return lines
+
+
+def amount(size: int) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,126 @@
+"""One process first, in two real ones: the order, an error of the first, and a first that never comes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from training.errors import LostProcess, UserError
+from training.processes import is_lost_process, one_process_first
+
+from .tiny_runs import tiny_argv, write_text
+from .two_processes import ROOT, in_two
+
+
+def arguments_of(rank: int, ddp_timeout: int = 60) -> SimpleNamespace:
+    return SimpleNamespace(world_size=2, process_index=rank, local_process_index=rank, ddp_timeout=ddp_timeout)
+
+
+def check_order(rank: int, folder) -> None:
+    """The second process finds what the first one made, however slow that was."""
+
+    def work() -> str:
+        made = folder / "made"
+        if rank == 0:
+            time.sleep(0.5)
+            made.write_text("by the first", encoding="utf-8")
+        return made.read_text(encoding="utf-8")
+
+    assert one_process_first(arguments_of(rank), work, "prepare") == "by the first"
+
+
+def check_error(rank: int) -> None:
+    """The first one's refusal is every process's refusal."""
+
+    def work() -> None:
+        assert rank == 0, "the second process must not begin"
+        raise UserError("text_files='x': there is no such file")
+
+    with pytest.raises(UserError, match="there is no such file"):
+        one_process_first(arguments_of(rank), work, "prepare")
+
+
+def check_patience(rank: int, folder) -> None:
+    """Who waits in vain says so after ddp_timeout."""
+    gave_up = folder / "gave-up"
+
+    def work() -> None:
+        assert rank == 0
+        while not gave_up.exists():
+            time.sleep(0.05)
+
+    with pytest.raises((LostProcess, RuntimeError)) as caught:
+        try:
+            one_process_first(arguments_of(rank, ddp_timeout=2), work, "prepare")
+        finally:
+            gave_up.touch()
+    if rank == 1:
+        assert "ddp_timeout=2" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_others_find_the_work_done(tmp_path) -> None:
+    in_two(check_order, tmp_path, tmp_path)
+
+
+def test_an_error_of_the_first_is_everyones(tmp_path) -> None:
+    in_two(check_error, tmp_path)
+
+
+def test_waiting_has_a_limit(tmp_path) -> None:
+    in_two(check_patience, tmp_path, tmp_path)
+
+
+def test_alone_there_is_nobody_to_wait_for() -> None:
+    assert one_process_first(SimpleNamespace(world_size=1), lambda: "done", "prepare") == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:3"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_a_bug(error, is_lost) -> None:
+    assert is_lost_process(error) is is_lost
+
+
+def start_two(folder, *flags: str) -> list[subprocess.Popen]:
+    """Two processes of one tiny run without a launcher, which would end the second as soon as the first is gone."""
+    command = [sys.executable, "-m", "training.pretrain", *tiny_argv("--use_cpu", "true", *flags)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getpid() % 1000), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_in_training_ends_the_other_with_one_line(tmp_path, victim) -> None:
+    write_text(tmp_path)
+    processes = start_two(tmp_path, "--max_steps", "100000", "--eval_steps", "50", "--ddp_timeout", "60")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    processes[victim].send_signal(signal.SIGKILL)
+    _, errors = processes[1 - victim].communicate(timeout=120)
+    processes[victim].communicate()
+    assert processes[1 - victim].returncode == 2, errors
+    last = errors.strip().splitlines()[-1]
+    assert f"process {1 - victim} of 2: training, and one of them is gone" in last
+    assert "Traceback" not in errors

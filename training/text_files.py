@@ -1,0 +1,144 @@
+"""Text files, a document each: the standard library's, and those that a person names by path, folder, glob or URL."""
+
+import codecs
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import UserError, one_line
+from .reading import Part, Size, as_list, fingerprint_files, leave_out, match_files
+
+PART_BYTES = 4 << 20  # of a file that is read at once: one book of many gigabytes needs no more memory than a page
+
+Files = list[tuple[str, Path]]  # name, local path
+
+
+# --- the standard library of the running Python -----------------------------------------------------------------------
+
+
+def find_stdlib(data) -> Files:
+    """List the top-level modules of the standard library that hold anything."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [(path.name, path) for path in paths if path.stat().st_size]
+
+
+def read_stdlib(data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
+    """Yield the modules in the order of their names."""
+    return _read_files(find_stdlib(data), data, after, left_out)
+
+
+def fingerprint_stdlib(data) -> dict:
+    """Return the version and the files: a distributor may have patched a module."""
+    return {"python": platform.python_version()} | fingerprint_files(find_stdlib(data))
+
+
+def size_of_stdlib(data) -> Size:
+    """Return the number of modules and their bytes."""
+    return _size_of(find_stdlib(data))
+
+
+# --- text files: one file, one document -------------------------------------------------------------------------------
+
+
+def read_text_files(data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
+    """Yield the files after the one numbered `after[0]`, each in parts of about PART_BYTES."""
+    return _read_files(find_text_files(data.text_files), data, after, left_out)
+
+
+def fingerprint_text_files(data) -> dict:
+    """Return what the files hold."""
+    return fingerprint_files(find_text_files(data.text_files))
+
+
+def size_of_text_files(data) -> Size:
+    """Return the number of files and their bytes."""
+    return _size_of(find_text_files(data.text_files))
+
+
+def _size_of(files: Files) -> Size:
+    return Size(len(files), sum(path.stat().st_size for _, path in files))
+
+
+def _read_files(files: Files, data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
+    first = after[0] + 1 if after else 0
+    for index, (name, path) in enumerate(files[first:], start=first):
+        if data.on_bad_file == "skip":
+            try:
+                for _ in read_parts(path, name):  # all of it, before any of it is used
+                    pass
+            except UserError as error:
+                leave_out(data, left_out, name, error)
+                continue
+        for text, ends in read_parts(path, name):
+            yield Part([index], name, text, ends)
+
+
+def find_text_files(entries: list[str] | str) -> Files:
+    """Resolve files, folders, globs and URLs to (name, local path), each once: entries as given, each one sorted.
+
+    Of a folder come the text files at any depth: hidden, empty and binary ones (a NUL byte) are left out.
+    """
+    found: dict[str, Path] = {}
+    for entry in as_list(entries):
+        if entry.startswith(("http://", "https://")):
+            found[entry] = download(entry)
+        elif Path(entry).is_dir():
+            found |= {str(path): path for path in _text_files_below(Path(entry))}
+        else:
+            found |= {str(path): path for path in match_files("text_files", entry)}
+    return list(found.items())
+
+
+def _text_files_below(folder: Path) -> list[Path]:
+    """List the text files of a folder, sorted; whether one is text is seen from its first 8 kB, as git does."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    texts = [path for path in visible if not _looks_binary(path)]
+    if not texts:
+        raise UserError(f"text_files={str(folder)!r}: the folder holds no text file; name one that does")
+    return texts
+
+
+def _looks_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(8192)
+
+
+def download(url: str) -> Path:
+    """Download `url` once, into the cache of `datasets`, and return the local path."""
+    from datasets import DownloadManager
+
+    try:
+        return Path(DownloadManager().download(url))
+    except Exception as error:  # aiohttp, requests, fsspec and OSErrors: all mean that the file did not come
+        why = one_line(error)
+        raise UserError(f"text_files={url!r}: can not be downloaded ({why}); name a local file") from error
+
+
+def read_parts(path: Path, name: str) -> Iterator[tuple[str, bool]]:
+    """Yield (text, is it the last) of a UTF-8 file with its line breaks as they are; refuse an empty or binary one."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with path.open("rb") as file:
+            raw = file.read(PART_BYTES)
+            if not raw:
+                raise UserError(f"text_files={name!r}: the file is empty; name one with text in it")
+            while raw:
+                following = file.read(PART_BYTES)
+                yield _decode(decoder, raw, offset, name, final=not following), not following
+                offset, raw = offset + len(raw), following
+    except OSError as error:
+        raise UserError(f"text_files={name!r}: can not be read ({error.strerror}); check it") from error
+
+
+def _decode(decoder, raw: bytes, offset: int, name: str, final: bool) -> str:
+    """Decode the bytes at `offset` of a file, with what the decoder holds back of the bytes before them."""
+    if (found := raw.find(b"\0")) >= 0:
+        raise UserError(f"text_files={name!r}: is binary (a NUL byte at offset {offset + found}); name text files only")
+    held_back = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(raw, final)
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{error.object[error.start]:02X} at offset {offset - held_back + error.start}"
+        raise UserError(f"text_files={name!r}: is not UTF-8 ({where}); convert it, as with iconv -t UTF-8") from error
