@@ -264,7 +264,9 @@ def test_what_datatrove_writes_is_read(tokenizer) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"body": texts}), f"parquet/{shard}.parquet")
     common = words("--text_column body --tokenizer made --tasks 2 --workers 1")
     for kind, pattern in (("json", "*.jsonl"), ("parquet", "*.parquet")):
-        prepare_datatrove.main(["--data_folder", kind, "--glob_pattern", pattern, "--output_dir", f"of-{kind}", *common])
+        prepare_datatrove.main(
+            ["--data_folder", kind, "--glob_pattern", pattern, "--output_dir", f"of-{kind}", *common]
+        )
         corpus = load_datatrove(arguments(data_dir=f"of-{kind}", validation_by="documents", validation_fraction=0.2))
         assert len(corpus.files) == 2
         assert sorted(spelt(corpus, "train") + spelt(corpus, "validation")) == sorted(DOCUMENTS)

@@ -113,7 +113,9 @@ def test_metadata_that_the_hub_would_refuse(facts: dict, words: str) -> None:
         model_card(CardFacts("m", "A test.", **facts))
 
 
-def test_a_path_is_no_hub_id(tmp_path) -> None:
+def test_a_path_is_no_hub_id(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training").mkdir()
     assert is_hub_id("gpt2") and is_hub_id("me/gpt")
     assert not any(map(is_hub_id, [None, "", str(tmp_path), "a/b/c", "../x", "training"]))
 

@@ -1,4 +1,4 @@
-"""Packed documents do not see each other, every token that counts is predicted once, and rows follow from their index."""
+"""Packed documents do not see each other, every counted token is predicted once, rows follow from their index."""
 
 import numpy as np
 import pytest
@@ -158,9 +158,8 @@ def test_labels_are_the_next_tokens() -> None:
 def test_training_goes_round_in_a_new_order_each_time() -> None:
     rows = ExampleRows(some_examples(30), ROW, END, num_rows=60, seed=5)
     once = len(rows.bins)
-    passes = [
-        [tuple(row["input_ids"].tolist()) for row in rows.__getitems__(range(n * once, (n + 1) * once))] for n in (0, 1)
-    ]
+    both = [tuple(row["input_ids"].tolist()) for row in rows.__getitems__(range(2 * once))]
+    passes = both[:once], both[once:]
     assert sorted(passes[0]) == sorted(passes[1])
     assert passes[0] != passes[1]
     assert tuple(rows[once + 2]["input_ids"].tolist()) == passes[1][2], "a row follows from its index alone"

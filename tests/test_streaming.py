@@ -69,7 +69,9 @@ def test_rows_are_the_text_in_order_pass_after_pass(folder) -> None:
     tokens = expected_tokens(3)
     assert len(tokens) > 250 * CONTEXT > 2 * len(expected_tokens(1))
     for start in range(0, 250, 10):
-        np.testing.assert_array_equal(read_rows(rows, range(start, start + 10)), windows(tokens, range(start, start + 10)))
+        np.testing.assert_array_equal(
+            read_rows(rows, range(start, start + 10)), windows(tokens, range(start, start + 10))
+        )
 
 
 def test_a_row_depends_on_its_index_alone(folder) -> None:
@@ -99,10 +101,12 @@ def test_what_is_read_after_a_mark_is_read_from_there(folder, monkeypatch) -> No
     stream = stream_corpus(arguments()).tokens("train")
     stream.training_rows(CONTEXT, 1, 250, "random").__getitems__(range(140))
     mark = Mark(**json.loads(json.dumps(stream.mark_at(130 * CONTEXT)._asdict())))
-    assert 0 < mark.documents and 120 * CONTEXT < mark.token <= 130 * CONTEXT
+    assert mark.documents > 0 and 120 * CONTEXT < mark.token <= 130 * CONTEXT
     corpus, seen = stream_corpus(arguments()), []
     encode = streaming.encode_documents
-    monkeypatch.setattr(streaming, "encode_documents", lambda t, texts, names: seen.extend(names) or encode(t, texts, names))
+    monkeypatch.setattr(
+        streaming, "encode_documents", lambda t, texts, names: seen.extend(names) or encode(t, texts, names)
+    )
     corpus.stream.know(mark)
     rows = corpus.tokens("train").training_rows(CONTEXT, 1, 250, "random")
     np.testing.assert_array_equal(read_rows(rows, range(130, 134)), windows(expected_tokens(3), range(130, 134)))
@@ -155,7 +159,7 @@ def test_a_resumed_run_equals_the_unbroken_one(folder, capsys) -> None:
     """In the third pass over the text, with dropout and accumulation, from two checkpoints one after the other."""
     flags = words("--max_steps 24 --eval_steps 6 --dropout 0.1 --gradient_accumulation_steps 2 --save_total_limit 9")
     unbroken = grow("unbroken", *flags)
-    assert 24 * 2 * 4 * CONTEXT > 2 * len(expected_tokens(1))
+    assert 2 * len(expected_tokens(1)) < 24 * 2 * 4 * CONTEXT
     assert "streaming text_files: the first 132 tokens (3 documents) validate" in capsys.readouterr().out
     assert not Path("corpora").exists()
     for step in (6, 18):
@@ -181,7 +185,9 @@ def test_a_run_goes_on_by_its_mark_and_refuses_another_text(folder) -> None:
     assert f"document {saved['documents']} of the text is not the one that it was" in message
     for path in sorted(Path("docs").iterdir())[saved["documents"] :]:
         path.unlink()
-    assert "is not the one that it was" in refused(resume.main, "run", "--max_steps", "9", "--checkpoint", "checkpoint-4")
+    assert "is not the one that it was" in refused(
+        resume.main, "run", "--max_steps", "9", "--checkpoint", "checkpoint-4"
+    )
 
 
 def test_parquet_shards_go_on_without_reading_those_before(folder, monkeypatch) -> None:

@@ -146,7 +146,9 @@ def check_tokenizer(name: str, tokenizer, file: TokenFile) -> None:
     if made_by not in (name, f"{name}/tokenizer.json"):
         source = Path(made_by)
         is_known = source.is_file()
-        is_same = is_known and tokenizer_hash(PreTrainedTokenizerFast(tokenizer_file=made_by)) == tokenizer_hash(tokenizer)
+        is_same = is_known and tokenizer_hash(PreTrainedTokenizerFast(tokenizer_file=made_by)) == tokenizer_hash(
+            tokenizer
+        )
         if not is_same and (is_known or tokenizer_kind(tokenizer) != "other"):
             raise _other_tokenizer(name, file)
     starts = [0, *file.ends[:-1]]

@@ -54,8 +54,8 @@ class CardFacts:
     metadata. text: what the text is called. data: Markdown on the text, its licence and its size. metrics: measured on
     `evaluated_on`, by the names in METRICS; metrics_before: the same before finetuning. results, training: Markdown
     below the table of metrics and below the command. needs_remote_code: the directory, or an adapter's base, brings
-    its own code. tokenizer: where it is, if not in the directory. limits: a Markdown sentence each, added to those that
-    hold for every model of this kind.
+    its own code. tokenizer: where it is, if not in the directory. max_new_tokens: what the
+    example writes. limits: a Markdown sentence each, added to those that hold for every model of this kind.
     """
 
     name: str
@@ -70,6 +70,7 @@ class CardFacts:
     tags: list[str] = field(default_factory=lambda: ["acorn", "gpt"])
     needs_remote_code: bool = False
     tokenizer: str = ""
+    max_new_tokens: int = 100
     prompt: str = "Once"
     data: str = ""
     evaluated_on: str = "the validation split"
@@ -181,7 +182,7 @@ name = "{PLACE}"
 tokenizer = AutoTokenizer.from_pretrained({tokenizer}{trust})
 model = {kind}.from_pretrained(name{trust})
 inputs = tokenizer({json.dumps(facts.prompt or "Once")}, return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True, top_k=50)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={facts.max_new_tokens}, do_sample=True, top_k=50)[0]))
 ```
 
 With Acorn: `acorn generate {PLACE}`.{why}"""

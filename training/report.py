@@ -70,7 +70,7 @@ def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
     facts.about = f"A GPT of {count_parameters(directory):,} parameters, grown from scratch by Acorn."
     facts.license, facts.language = recipe.card_arguments().license, recipe.card_arguments().language
     facts.datasets, facts.text = datasets_of(recipe), ", ".join(sources)
-    facts.prompt = recipe.sample_arguments().prompt.strip() or "Once"
+    facts.prompt = recipe.sample_arguments().prompt or "\n"  # one that this vocabulary has
     facts.data = data_section(sources, manifest)
     facts.metrics = metrics_of(best) if best else {}
     facts.evaluated_on = "the whole validation split, in non-overlapping windows"
@@ -90,8 +90,9 @@ def facts_of_model(directory: Path) -> CardFacts:
     config = read_json(directory / "config.json")
     about = f"A causal language model (`{config.get('model_type')}`) of {count_parameters(directory):,} parameters."
     facts = CardFacts(directory.absolute().name, about, needs_remote_code=bool(config.get("auto_map")))
-    context = config.get("max_position_embeddings") or config.get("n_positions")
+    context = context_of(config)
     facts.limits += [f"Its context is {context:,} tokens."] if context else []
+    facts.max_new_tokens = fitting_length(context)
     facts.tags = ["acorn", "gpt"] if config.get("model_type") == "gpt" else ["acorn"]
     return facts
 
@@ -100,7 +101,7 @@ def facts_of_adapter(directory: Path) -> CardFacts:
     """The same of an adapter: its kind and its base."""
     config = read_json(directory / "adapter_config.json")
     base, kind = str(config.get("base_model_name_or_path")), str(config.get("peft_type", "PEFT"))
-    base_config = Path(base, "config.json")
+    base_config = read_json(Path(base, "config.json")) if Path(base, "config.json").is_file() else {}
     return CardFacts(
         directory.absolute().name,
         f"An adapter ({kind}) of {count_parameters(directory):,} parameters for `{base}`.",
@@ -108,9 +109,20 @@ def facts_of_adapter(directory: Path) -> CardFacts:
         base_model_relation="adapter",
         library_name="peft",
         tags=["acorn", kind.lower()],
-        needs_remote_code=base_config.is_file() and bool(read_json(base_config).get("auto_map")),
+        needs_remote_code=bool(base_config.get("auto_map")),
         tokenizer="" if (directory / "tokenizer_config.json").is_file() else base,
+        max_new_tokens=fitting_length(context_of(base_config)),
     )
+
+
+def context_of(config: dict) -> int | None:
+    """Tokens of context, where config.json says so."""
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def fitting_length(context: int | None) -> int:
+    """How much a card's example may write: with learned positions more than the context is an error."""
+    return min(100, context // 2) if context else 100
 
 
 def count_parameters(directory: Path) -> int:

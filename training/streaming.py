@@ -80,8 +80,12 @@ class StreamedCorpus:
     def summary(self) -> str:
         """Return one line that says what is read, and what validates."""
         held = self.manifest["splits"]["validation"]
-        rule = f"the first {held['tokens']:,} tokens ({held['documents']:,} documents) validate, the rest trains in order"
-        return f"streaming {named_sources(self.data)[0]}: {rule}; vocabulary {len(self.tokenizer):,}, nothing is prepared."
+        rule = (
+            f"the first {held['tokens']:,} tokens ({held['documents']:,} documents) validate, the rest trains in order"
+        )
+        return (
+            f"streaming {named_sources(self.data)[0]}: {rule}; vocabulary {len(self.tokenizer):,}, nothing is prepared."
+        )
 
 
 # --- what validates ---------------------------------------------------------------------------------------------------
@@ -130,7 +134,9 @@ def encode_parts(tokenizer, parts: list[Document]) -> np.ndarray:
     """Return the token ids of parts of documents one after the other, with the end-of-text token after each that ends."""
     encoded = encode_documents(tokenizer, [part.text for part in parts], [part.name for part in parts])
     end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
-    return np.concatenate([piece for ids, part in zip(encoded, parts, strict=True) for piece in (ids, end[: part.ends])])
+    return np.concatenate(
+        [piece for ids, part in zip(encoded, parts, strict=True) for piece in (ids, end[: part.ends])]
+    )
 
 
 # --- the endless tokens -----------------------------------------------------------------------------------------------
@@ -302,7 +308,9 @@ class StreamPosition(TrainerCallback, ExportableState):
         if saved is None:
             return
         if saved["tokenizer"] != self.tokenizer["hash"]:
-            raise UserError(f"tokenizer={self.tokenizer['name']!r}: is not what it was when the run began; bring it back")
+            raise UserError(
+                f"tokenizer={self.tokenizer['name']!r}: is not what it was when the run began; bring it back"
+            )
         self.stream.know(Mark(**saved["mark"]))
 
     def on_train_end(self, args, state, control, **kwargs):
