@@ -1,8 +1,8 @@
 """How far do LoRA, DoRA and full finetuning move a stock GPT-2 towards another text, and at what cost?
 
 Pretrains a GPT-2-shaped base (5.3 M parameters: learned positions, biases, gelu_new, a BPE of 2,048 entries) on a text
-and the standard library, converts it to stock GPT-2 format, finetunes that on another text with each adapter, merges the
-adapters, and prints one JSON line. A base that is there already is used again.
+and the standard library, converts it to stock GPT-2 format, finetunes that on another text with each adapter, merges
+the adapters, and prints one JSON line. A base that is there already is used again.
 
     python benchmarks/finetune.py --base_text wikitext2-valid.txt --text tinyshakespeare.txt --output_dir runs/finetune
 """
