@@ -71,15 +71,24 @@ def test_our_models_merge_too(folder, base: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("module", ["lm_head", "wte"])
-@pytest.mark.parametrize("how", ["--modules_to_save", "--target_modules"])
+@pytest.mark.parametrize("how", ["--modules_to_save"])
 def test_tied_embeddings(folder, how: str, module: str, tmp_path) -> None:
-    """Whichever of the two is trained, and whether whole or by LoRA, the merged model is the adapted one."""
+    """Whichever of the two is trained whole, the merged model is the adapted one."""
     run = tuned(folder, "lora", "gpt2", how, module)
     merge.main([str(run), str(tmp_path / "out")])
     expected = logits(load_model_and_tokenizer(str(run))[0])
     torch.testing.assert_close(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("module", ["lm_head", "wte"])
+def test_low_rank_changes_of_tied_embeddings_are_refused(folder, module: str, tmp_path) -> None:
+    """PEFT changes one of the two and a merged, tied model would change both: nothing is written then."""
+    run = tuned(folder, "lora", "gpt2", "--target_modules", module)
+    with pytest.raises(UserError, match="nothing is written"):
+        merge.main([str(run), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_precision_and_the_chat_template_are_kept(folder, tmp_path) -> None:

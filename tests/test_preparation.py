@@ -92,7 +92,7 @@ def test_an_error_in_a_process_is_the_persons_to_mend():
         Path(f"many/{number:02}.txt").write_text("abc " * 40 + ("é" if number == 20 else ""))
     with pytest.raises(
         UserError,
-        match=r"tokenizer='char': it does not know 'é' \(U\+00E9\) at offset 60 of many/20.txt \(from character 100 on\)",
+        match=r"tokenizer='char': it does not know 'é' \(U\+00E9\) at offset 60 of .*20.txt \(from character 100 on\)",
     ):
         prepared("x", text_files=["many"], tokenizer="abc", tokenizer_vocab_size=None, num_proc=2)
     assert not Path("x").exists() and multiprocessing.active_children() == []

@@ -71,6 +71,7 @@ def test_an_error_of_the_first_is_everyones(tmp_path) -> None:
     in_two(check_error, tmp_path)
 
 
+@pytest.mark.slow
 def test_waiting_has_a_limit(tmp_path) -> None:
     in_two(check_patience, tmp_path, tmp_path)
 

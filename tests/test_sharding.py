@@ -36,7 +36,7 @@ def shard(model: GPTForCausalLM, mesh) -> GPTForCausalLM:
 def train_both(rank: int, optimizer: str, overrides: dict) -> None:
     """Five steps sharded and whole; every loss, and at the end every weight, must agree."""
     torch.manual_seed(0)
-    whole = GPTForCausalLM(tiny_config(**overrides)).train()
+    whole = GPTForCausalLM(tiny_config(**overrides)).train().double()
     sharded = shard(copy.deepcopy(whole), init_device_mesh("cpu", (2,)))
     sizes = [p.to_local().numel() for p in sharded.parameters()]
     assert sum(sizes) <= 0.6 * whole.num_parameters(), "the weights are not shared out"

@@ -1,6 +1,8 @@
 """Tokenizers: exact round trips, the same after saving, fast paths equal to `tokenizers` itself, clear refusals."""
 
+import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ from transformers import AutoTokenizer
 
 from training import tokenizers, train_tokenizer
 from training.errors import UserError
+from training.fast_bpe import fast_bpe, kinds_agree, ranks_of
 from training.tokenizers import (
+    BYTE_VOCABULARY,
     END_OF_TEXT,
     build_tokenizer,
     encode_documents,
@@ -149,3 +153,153 @@ def test_main_trains_and_saves(tmp_path, capsys):
     assert "made: a bpe tokenizer, vocabulary 264." in capsys.readouterr().out
     with pytest.raises(UserError, match="made': is not empty; name another --output_dir"):
         train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "made")])
+
+
+# tiktoken, where its ids are provably the same
+
+
+WORDS = (
+    "the quick brown fox isn't here; we're 12 or 3456, they'll jump\n\n  over \t lazy dogs' 'heads' and I'd've said so "
+)
+
+
+def trained(size: int = 320):
+    """A BPE tokenizer with merges of letters, digits, spaces and line breaks."""
+    return build_tokenizer("bpe", lambda: iter([WORDS * 9, "    x\n\n\n1234 é è", "日本語 日本"]), size)
+
+
+def unicode_texts(seed: int) -> list[str]:
+    """Return texts where characters of all kinds and scripts meet contractions, spaces and line breaks."""
+    draw = random.Random(seed)
+    odd = [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "\u3000",
+        "\u2028",
+        "'s",
+        "'ll",
+        "'",
+        "\u0301",
+        "½",
+        "²",
+        "Ⅷ",
+        "٣",
+        "ß",
+    ]
+    scripts = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x700), (0x900, 0xE00), (0x2000, 0x2C00), (0x3040, 0xD7A0)]
+    scripts += [(0x10000, 0x10200), (0x1D400, 0x1D800), (0x1F300, 0x1FA00), (0xE000, 0xE010), (0x10FF00, 0x110000)]
+    parts = [*odd, *WORDS.split(" "), *("\n" * 3, " " * 5)]
+    texts = []
+    for _ in range(150):
+        pieces = [
+            draw.choice(parts) if draw.random() < 0.6 else chr(draw.randrange(*draw.choice(scripts))) for _ in range(60)
+        ]
+        texts.append("".join(pieces))
+    return [*texts, *fuzz(seed), "a" * 3000, " " * 3000, "\n" * 999, "日" * 500]
+
+
+@pytest.mark.parametrize("which", ["trained", "gpt2"])
+def test_the_fast_encoder_gives_the_ids_of_tokenizers(which: str):
+    pytest.importorskip("tiktoken")
+    if which == "gpt2" and not GPT2.exists():
+        pytest.skip("../shared is absent")
+    tokenizer, texts = load_tokenizer(str(GPT2)) if which == "gpt2" else trained(), unicode_texts(3)
+    fast = fast_bpe(tokenizer, BYTE_VOCABULARY)
+    for text, ids, slow in zip(
+        texts, fast.encode(texts), tokenizers._encode_by_itself(tokenizer, texts, texts), strict=True
+    ):
+        assert ids.dtype == slow.dtype == np.uint32
+        np.testing.assert_array_equal(ids, slow, err_msg=repr(text))
+    for text, ids in zip(texts, encode_documents(tokenizer, texts), strict=True):
+        np.testing.assert_array_equal(ids, tokenizers._encode_by_itself(tokenizer, [text], [""])[0])
+
+
+def test_it_is_built_when_there_is_enough_to_encode(monkeypatch):
+    pytest.importorskip("tiktoken")
+    monkeypatch.setattr("training.fast_bpe.WORTH_IT", 1000)
+    tokenizer = trained()
+    assert fast_bpe(tokenizer, BYTE_VOCABULARY, 600) is None
+    fast = fast_bpe(tokenizer, BYTE_VOCABULARY, 400)
+    assert fast is not None and fast_bpe(tokenizer, BYTE_VOCABULARY, 1) is fast
+    tokenizer.add_tokens(["<new>"])  # not a special one: text that spells it is that token
+    assert fast_bpe(tokenizer, BYTE_VOCABULARY, 1000) is None
+
+
+def test_without_tiktoken_the_ids_are_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = trained()
+    assert fast_bpe(tokenizer, BYTE_VOCABULARY) is None
+    ids = encode_documents(tokenizer, [WORDS])[0]
+    assert tokenizer.decode(ids.tolist()) == WORDS
+
+
+def test_characters_of_another_kind_are_left_to_tokenizers(monkeypatch):
+    """As where one library knows a newer Unicode than the other."""
+    pytest.importorskip("tiktoken")
+    tokenizer = trained()
+    monkeypatch.setattr("training.fast_bpe.kinds_agree", lambda points: points.start == 0)
+    fast = fast_bpe(tokenizer, BYTE_VOCABULARY)
+    assert [ids is None for ids in fast.encode(["plain é", "日本", "half \ud800 a pair"])] == [False, True, True]
+    assert encode_documents(tokenizer, ["日本 x"])[0].tolist() == tokenizer.backend_tokenizer.encode("日本 x").ids
+
+
+def altered(**changes) -> dict:
+    """The JSON of the trained tokenizer with parts of it changed."""
+    state = json.loads(trained().backend_tokenizer.to_str())
+    model = state["model"] | changes.pop("model", {})
+    return state | changes | {"model": model}
+
+
+def test_the_state_as_it_is_has_a_table():
+    assert len(ranks_of(altered(), BYTE_VOCABULARY)) == 319
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None},
+        {"model": {"dropout": 0.1}},
+        {"model": {"ignore_merges": True}},
+        {"model": {"unk_token": "a"}},
+        {"model": {"continuing_subword_prefix": "##"}},
+    ],
+    ids=str,
+)
+def test_what_could_differ_has_no_table(changes: dict):
+    assert ranks_of(altered(**changes), BYTE_VOCABULARY) is None
+
+
+def merging(merges: list[list[str]]) -> dict:
+    """The JSON of a byte-level BPE with just these merges, numbered in order."""
+    state, vocabulary = altered(), dict(BYTE_VOCABULARY)
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    return state | {"model": state["model"] | {"vocab": vocabulary, "merges": merges}}
+
+
+def test_a_token_that_is_not_itself_has_no_table():
+    """`tokenizers` never reaches "abc" here, for "ab" is merged first; tiktoken would join "ab" and "c" to it."""
+    assert ranks_of(merging([["a", "b"], ["ab", "c"]]), BYTE_VOCABULARY) is not None
+    assert ranks_of(merging([["a", "b"], ["b", "c"], ["a", "bc"]]), BYTE_VOCABULARY) is None
+
+
+def test_merges_out_of_order_have_no_table():
+    state = merging([["a", "b"], ["c", "d"]])
+    state["model"]["merges"] = state["model"]["merges"][::-1]
+    assert ranks_of(state, BYTE_VOCABULARY) is None
+    assert ranks_of(merging([["ab", "c"], ["a", "b"]]), BYTE_VOCABULARY) is None
+
+
+@pytest.mark.slow
+def test_all_of_unicode_is_of_one_kind_in_both():
+    """A report on the two versions at hand: nothing depends on it, for what differs is left to `tokenizers`."""
+    pytest.importorskip("tiktoken")
+    assert [start for start in range(0, 0x110000, 256) if not kinds_agree(range(start, start + 256))] == []

@@ -33,7 +33,7 @@ def launch(
     config = ROOT / "training" / "launch" / "cpu-2.yaml"
     launchers = {
         "accelerate": ["accelerate.commands.launch", "--config_file", str(config)],
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     }
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     line = [sys.executable, "-m", *launchers[launcher], *command]

@@ -169,6 +169,7 @@ def loading(facts: CardFacts) -> str:
         if facts.library_name == "peft"
         else "from transformers import AutoModelForCausalLM, AutoTokenizer"
     )
+    flag = " --trust_remote_code" * facts.needs_remote_code
     tokenizer = json.dumps(facts.tokenizer) if facts.tokenizer else "name"
     why = (
         "\n\n`trust_remote_code=True` because the modeling code travels with the weights: read it before you run it."
@@ -185,7 +186,7 @@ inputs = tokenizer({json.dumps(facts.prompt or "Once")}, return_tensors="pt", re
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={facts.max_new_tokens}, do_sample=True, top_k=50)[0]))
 ```
 
-With Acorn: `acorn generate {PLACE}`.{why}"""
+With Acorn: `acorn generate {PLACE}{flag}`.{why}"""
 
 
 def training(facts: CardFacts) -> str:

@@ -76,7 +76,9 @@ def _wait(args, what: str, wait: Callable[[], object]) -> None:
     try:
         wait()
     except RuntimeError as error:  # gloo's only kind, for a silent process as for a dead one
-        raise lost(args, f"{what}: waited for the other processes (at most ddp_timeout={args.ddp_timeout} s)") from error
+        raise lost(
+            args, f"{what}: waited for the other processes (at most ddp_timeout={args.ddp_timeout} s)"
+        ) from error
 
 
 def lost(args, what: str) -> LostProcess:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch.distributed import DistError
 
 from modeling import PRESETS, GPTConfig
 
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
-from .errors import LostProcess, UserError, one_line, unknown
+from .errors import UserError, one_line, unknown
 from .files import write_whole
 from .processes import check_launch
 

@@ -152,7 +152,7 @@ def sources_of(recipe: Recipe) -> list[str]:
     """Where the text came from: names of files, or ids of data sets."""
     parts = recipe.data.get("mixture") or [recipe.data]
     named = [part.get("text_files") or part.get("data_files") or [part.get("dataset")] for part in parts]
-    return [str(name) for names in named for name in names if name] or [str(recipe.data.get("data_dir"))]
+    return [str(name) for names in named for name in names if name] or [Path(str(recipe.data.get("data_dir"))).name]
 
 
 def datasets_of(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""A text that becomes tokens and rows while training goes: nothing is prepared, and each row is a function of its index.
+"""A text that becomes tokens and rows while training goes: nothing is prepared, and a row depends on its index alone.
 
 The documents of the source follow each other in one endless sequence of tokens, each closed by the end-of-text token;
 after the last document the first one comes again. The first `validation_characters` of the text validate and are left
@@ -131,7 +131,7 @@ def hold_out(data, tokenizer) -> HeldOut:
 
 
 def encode_parts(tokenizer, parts: list[Document]) -> np.ndarray:
-    """Return the token ids of parts of documents one after the other, with the end-of-text token after each that ends."""
+    """Return the token ids of parts of documents in a row, with the end-of-text token after each that ends."""
     encoded = encode_documents(tokenizer, [part.text for part in parts], [part.name for part in parts])
     end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
     return np.concatenate(

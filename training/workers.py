@@ -11,17 +11,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
 
 from .errors import UserError
+from .fast_bpe import fast_bpe
 from .splitting import Piece
-from .tokenizers import encode_documents
+from .tokenizers import BYTE_VOCABULARY, encode_documents
 
 BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once, by each of up to eight processes; by more, less each
 PROCESSES_AT_FULL_SIZE = 8
+THREADS = "TOKENIZERS_PARALLELISM"  # the environment variable that `tokenizers` reads
 IS_FORKED = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"  # macOS's is not safe
 
 Batch = list[Piece]
@@ -95,20 +98,32 @@ def _without_texts(batch: Batch) -> Batch:
 
 def _encode_by_processes(batches: Iterator[Batch], tokenizer, dtype, num_proc: int) -> Iterator[tuple[Batch, Encoded]]:
     waiting: deque = deque()
-    pool = _start_pool(tokenizer, dtype, num_proc)
-    try:
-        for batch in batches:
-            waiting.append((_without_texts(batch), pool.submit(_encode_here, *_texts_and_names(batch))))
-            if len(waiting) >= 2 * num_proc:
+    with _without_threads():
+        pool = _start_pool(tokenizer, dtype, num_proc)
+        try:
+            for batch in batches:
+                waiting.append((_without_texts(batch), pool.submit(_encode_here, *_texts_and_names(batch))))
+                if len(waiting) >= 2 * num_proc:
+                    yield _finished(*waiting.popleft())
+            while waiting:
                 yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
-    except BrokenProcessPool as error:
-        why = f"num_proc={num_proc}: one of the processes was ended from outside, as for want of memory"
-        raise UserError(f"{why}; the same command goes on from where it was, perhaps with fewer") from error
+        except BrokenProcessPool as error:
+            why = f"num_proc={num_proc}: one of the processes was ended from outside, as for want of memory"
+            raise UserError(f"{why}; the same command goes on from where it was, perhaps with fewer") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+            gc.unfreeze()
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    """Have `tokenizers` use no threads for a while: processes are started, and each of them is one."""
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = "false"
+    try:
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
-        gc.unfreeze()
+        os.environ.pop(THREADS) if before is None else os.environ.update({THREADS: before})
 
 
 def _finished(batch: Batch, future) -> tuple[Batch, Encoded]:
@@ -118,6 +133,7 @@ def _finished(batch: Batch, future) -> tuple[Batch, Encoded]:
 def _start_pool(tokenizer, dtype, num_proc: int) -> ProcessPoolExecutor:
     """Start the processes; where they can be forked they share the tokenizer's and the libraries' memory."""
     context = multiprocessing.get_context("fork" if IS_FORKED else "spawn")
+    fast_bpe(tokenizer, BYTE_VOCABULARY)  # built once, here
     gc.collect()
     gc.freeze()  # so that collecting garbage in a fork does not copy what it shares
     arguments = (tokenizer, dtype, os.getpid())
@@ -128,8 +144,7 @@ _worker: dict = {}  # what _begin_work sets in a worker process, and nobody in a
 
 
 def _begin_work(tokenizer, dtype, parent: int) -> None:
-    """Make this process a worker: one thread, Ctrl-C is the parent's affair, and it does not outlive its parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Make this process a worker: Ctrl-C is the parent's affair, and it does not outlive its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker.update(tokenizer=tokenizer, dtype=dtype)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
