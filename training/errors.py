@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class LostProcess(UserError):
-    """Another process of the run is gone or silent; each one that is left says so, for the first may be the lost one."""
+    """Another process of the run is gone or silent; each one left says so, as the first may be the lost one."""
 
 
 def unknown(what: str, value: object, known: Iterable[str], mend: str = "") -> UserError:

@@ -39,7 +39,7 @@ USAGES = {
         "acorn resume runs/quickstart --max_steps 1200",
     ),
     "estimate": (
-        "acorn estimate RECIPE [--gpu NAME] [--num_gpus N] [--sharding none|zero2|full] [--mfu SHARE] [--flag value …]\n\n"
+        "acorn estimate RECIPE [--gpu NAME] [--num_gpus N] [--sharding HOW] [--mfu SHARE] [--flag value …]\n\n"
         "Parameters, FLOPs, memory and time of a recipe, before it costs anything.",
         "acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8",
     ),
