@@ -29,7 +29,8 @@ from .tiny_runs import (
 )
 
 METRICS_KEYS = words(
-    "step tokens train_loss eval_loss bits_per_byte token_accuracy learning_rate grad_norm tokens_per_second mfu seconds"
+    "step tokens train_loss eval_loss bits_per_byte token_accuracy learning_rate grad_norm tokens_per_second "
+    "mfu seconds"
 )
 MODEL_FILES = words("model.safetensors config.json generation_config.json configuration_gpt.py modeling_gpt.py")
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]

@@ -10,6 +10,8 @@ import pytest
 
 import acorn
 
+from .two_processes import launch
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```bash\n(.*?)```", README, flags=re.DOTALL))
@@ -34,23 +36,34 @@ def commands(block: str) -> list[list[str]]:
 
 def shrunk(command: list[str]) -> list[str]:
     """The README's pretraining commands with a smaller model: the words are what is tested, not the training."""
-    return [*command, *TINY[:6], "--bf16", "false"] if command[1] == "pretrain" else command
+    shapes = {"pretrain": [*TINY[:6], "--bf16", "false"], "finetune": ["--bf16", "false"]}
+    return [*command, *shapes.get(command[1], [])]
+
+
+def launched(command: list[str], folder: Path) -> str:
+    """What `accelerate launch --config_file training/launch/cpu-2.yaml …` prints."""
+    assert command[:4] == ["accelerate", "launch", "--config_file", "training/launch/cpu-2.yaml"]
+    return launch(*command[4:], *TINY[:6], cwd=folder).stdout
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_commands_run(block, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     for command in commands(block):
-        assert command[0] == "acorn"
-        acorn.main(shrunk(command)[1:])
-        printed = capsys.readouterr().out
+        if command[0] == "accelerate":
+            printed = launched(command, workplace)
+        else:
+            assert command[0] == "acorn"
+            acorn.main(shrunk(command)[1:])
+            printed = capsys.readouterr().out
         assert printed.strip(), command
         if command[1] == "evaluate":
             assert json.loads(printed.strip().splitlines()[-1])["tokens"] > 0
 
 
 def test_every_job_has_tested_commands():
-    assert set(BLOCKS) == {"generate", "evaluate", "pretrain", "prepare", "estimate"}
+    jobs = "generate evaluate pretrain prepare estimate launch finetune convert push"
+    assert set(BLOCKS) == set(jobs.split())
 
 
 def test_pipeline_snippet(workplace, monkeypatch, capsys):
@@ -69,7 +82,7 @@ def test_config_snippet():
 
 def test_the_file_tree_names_every_file():
     tree = README.split("## The files")[1]
-    for folder in ("modeling", "training", "inference"):
+    for folder in ("modeling", "training", "finetune", "inference", "inference/formats", "training/launch"):
         for path in (ROOT / folder).glob("*.py"):
             if path.name != "__init__.py":
                 assert path.name in tree, f"{folder}/{path.name} is not in the README's tree"

@@ -127,7 +127,8 @@ def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: flo
     lines = {
         "parameters": f"{estimate.parameters:,}",
         "FLOPs a token": f"{estimate.flops_per_token:,.0f} (forward and backward)",
-        "tokens a step": f"{estimate.tokens_per_step:,} on {num_gpus} device(s), {estimate.accumulation} micro-batches each",
+        "tokens a step": f"{estimate.tokens_per_step:,} on {num_gpus} device(s), "
+        f"{estimate.accumulation} micro-batches each",
         "tokens in all": f"{tokens:,} in {estimate.steps:,} steps",
         **{f"memory, {name}": f"{size / 1e9:.2f} GB" for name, size in estimate.memory.items()},
         "memory in all": f"{total / 1e9:.2f} GB a device: {fit} {gpu} ({capacity / 1e9:.0f} GB)",
