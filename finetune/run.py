@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from training.agreement import first_decides
 from training.callbacks import read_metrics
 from training.checkpoints import refuse_finished
 from training.errors import UserError
@@ -18,7 +19,7 @@ from training.files import write_whole
 from training.hardware import context_of
 from training.loading import fingerprint, load_adapter, load_causal_lm, load_config
 from training.lock import claimed
-from training.processes import one_process_first
+from training.processes import leave, one_process_first
 from training.run import begin, train
 from training.sampling import encode_prompt, sample_text
 from training.tokenizers import load_tokenizer
@@ -126,14 +127,15 @@ def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
             refuse_other_data(run_dir, prepared.material)
+        first_decides(args, lambda: begin(recipe, trainer, checkpoint))
         if trainer.is_world_process_zero():
-            begin(recipe, trainer, checkpoint)
             print(introduce(recipe, trainer), flush=True)
             if checkpoint is None:
                 write_facts(run_dir, first_facts(recipe, trainer, prepared))
         train(trainer, checkpoint)
         if trainer.is_world_process_zero():
             finish(recipe, trainer, prepared)
+    leave()
 
 
 def introduce(recipe: FinetuneRecipe, trainer: FinetuneTrainer) -> str:

@@ -72,6 +72,12 @@ def _in_turn(args, work: Callable[[], T], what: str, is_first: bool, group) -> T
     return None
 
 
+def leave() -> None:
+    """End this process's part in the group: its threads, left to the interpreter's exit, now and then abort there."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _wait(args, what: str, wait: Callable[[], object]) -> None:
     try:
         wait()

@@ -17,7 +17,7 @@ from .corpus import Corpus, load_corpus, prepare
 from .datatrove_tokens import holds_datatrove, load_datatrove
 from .errors import UserError
 from .lock import claimed
-from .processes import is_lost_process, lost
+from .processes import is_lost_process, leave, lost
 from .recipe import Recipe
 from .report import next_steps, write_report
 from .sampling import encode_prompt, sample_text
@@ -96,6 +96,7 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
         train(trainer, checkpoint)
         if trainer.is_world_process_zero():
             finish(recipe, trainer)
+    leave()
 
 
 def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
