@@ -6,8 +6,9 @@ from torch import nn
 
 from modeling import GPTConfig, GPTForCausalLM
 from tests.variants import VARIANTS
+from training.costs import estimate_recipe, memory
 from training.errors import UserError
-from training.estimate import duration, estimate_recipe, main, memory
+from training.estimate import duration, main
 from training.hardware import GPUS, flops_per_token, matrix_parameters
 from training.recipe import load_recipe_file
 

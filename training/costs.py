@@ -1,0 +1,93 @@
+"""What a recipe costs, before it runs: parameters, FLOPs, steps, and the memory of each device."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from modeling import GPTConfig, GPTForCausalLM
+
+from .errors import UserError
+from .hardware import flops_per_token, matrix_parameters
+from .recipe import Recipe
+
+# What each way of sharding spreads over the devices.
+SHARDED = {"none": (), "zero2": ("gradients", "optimizer"), "full": ("weights", "gradients", "optimizer")}
+VOCABULARIES = {"byte": 257, "char": 66}  # a character vocabulary is known only after the text is read
+
+
+@dataclass
+class Estimate:
+    """Figures of one recipe; bytes are those of one device, seconds those of the whole run."""
+
+    parameters: int
+    flops_per_token: float
+    tokens_per_step: int
+    accumulation: int
+    steps: int
+    memory: dict[str, float]
+
+    def seconds(self, peak_flops: float, mfu: float, num_gpus: int) -> float:
+        return self.steps * self.tokens_per_step * self.flops_per_token / (peak_flops * mfu * num_gpus)
+
+
+def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none") -> Estimate:
+    """The figures of a recipe whose steps are spread over `num_gpus` devices; builds the model on the meta device.
+
+    sharding: none (each device holds everything), zero2 (gradients and optimizer state are shared out) or full.
+    """
+    data, args = recipe.data_arguments(), recipe.training_arguments()
+    vocab_size = data.tokenizer_vocab_size or VOCABULARIES.get(data.tokenizer)
+    config = recipe.model_config(**({"vocab_size": vocab_size} if vocab_size else {}))
+    with torch.device("meta"):
+        model = GPTForCausalLM(config)
+    if args.max_steps < 1:
+        raise UserError(f"max_steps={args.max_steps}: the number of steps depends on the text; give --max_steps")
+    rows = args.share_out(config.max_position_embeddings, num_gpus)
+    figures = memory(model, args, args.per_device_train_batch_size * config.max_position_embeddings)
+    return Estimate(
+        parameters=model.num_parameters(),
+        flops_per_token=flops_per_token(config),
+        tokens_per_step=rows * config.max_position_embeddings,
+        accumulation=args.gradient_accumulation_steps,
+        steps=args.max_steps,
+        memory={name: size / (num_gpus if name in SHARDED[sharding] else 1) for name, size in figures.items()},
+    )
+
+
+def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
+    """Bytes a device: float32 weights, gradients and optimizer state, and the activations of one micro-batch.
+
+    Half precision keeps a copy of the matrices while a micro-batch is worked on; Muon's step holds its updates in
+    float32, and of the largest stack of equal shapes a few bfloat16 copies, when the activations are gone.
+    """
+    parameters = model.num_parameters()
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    hidden = sum(p.numel() for p in matrices) if args.optimizer == "muon" else 0
+    is_half = args.bf16 or args.fp16
+    stacks = Counter()
+    for p in matrices if hidden else []:
+        stacks[tuple(sorted(p.shape))] += p.numel()
+    step = 4 * hidden + 10 * max(stacks.values(), default=0)
+    activations = micro_batch * activation_bytes(model.config, 2 if is_half else 4, args.gradient_checkpointing)
+    copies = 2 * matrix_parameters(model.config) if is_half else 0
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 4 * hidden + 8 * (parameters - hidden),
+        "activations": max(activations + copies, step),
+    }
+
+
+def activation_bytes(config: GPTConfig, itemsize: int, is_checkpointed: bool = False) -> float:
+    """Bytes a token that the forward pass keeps for the backward one, with fused attention.
+
+    A block keeps its two float32 residuals, two normed inputs, queries, keys, values and attended values, and the
+    MLP's hidden layer before and after the activation; the loss keeps logits and their gradient.
+    """
+    heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    mlp = (3 if config.gated_mlp else 2) * config.intermediate_size
+    block = 8 * config.hidden_size + itemsize * (2 * config.hidden_size + 2 * heads_size + 2 * kv_size + mlp)
+    kept = 4 * config.hidden_size if is_checkpointed else block
+    blocks = kept * config.num_hidden_layers + (block if is_checkpointed else 0)
+    return blocks + 2 * itemsize * config.vocab_size
