@@ -202,10 +202,10 @@ class GPTModel(GPTPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, past_key_values)
-
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
         position_embeddings = self.positions.angles(hidden_states, position_ids)
         shared_key_values = KVSharingDict()

@@ -97,17 +97,30 @@ def test_the_count_is_trainers_own(make_trainer) -> None:
 def test_a_loss_that_is_no_number_is_not_filtered_away(make_trainer, monkeypatch) -> None:
     trainer = make_trainer()
     assert trainer.args.logging_nan_inf_filter is False
-    loss = trainer_module.Trainer.training_step
+    loss = GPTTrainer._light_step
     spoil = torch.tensor(float("nan"))
     steps = iter([False, False, True])
     monkeypatch.setattr(
-        trainer_module.Trainer,
-        "training_step",
+        GPTTrainer,
+        "_light_step",
         lambda self, *args, **kwargs: spoil if next(steps) else loss(self, *args, **kwargs),
     )
     with pytest.raises(UserError, match="loss is nan at step 3"):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1, "bf16": True}])
+def test_a_light_step_is_trainers_step(make_trainer, changes) -> None:
+    trained = []
+    for is_light in (True, False):
+        torch.manual_seed(0)
+        trainer = make_trainer(**changes)
+        assert trainer._is_one_cpu
+        trainer._is_one_cpu = is_light
+        trainer.train()
+        trained.append(trainer.model.state_dict())
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
 
 
 def test_the_sampler_starts_where_the_run_is(make_trainer) -> None:
@@ -184,7 +197,7 @@ def test_signal_handlers_are_restored(make_trainer) -> None:
 def test_signal_handlers_are_restored_after_a_failure(make_trainer, monkeypatch) -> None:
     before = handlers()
     trainer = make_trainer()
-    monkeypatch.setattr(trainer_module.Trainer, "training_step", lambda *a, **k: torch.tensor(float("nan")))
+    monkeypatch.setattr(GPTTrainer, "_light_step", lambda *a, **k: torch.tensor(float("nan")))
     with pytest.raises(UserError):
         trainer.train()
     assert handlers() == before

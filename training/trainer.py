@@ -71,6 +71,8 @@ class GPTTrainer(PushesToHub, Trainer):
             eval_dataset=evaluation_rows,
             processing_class=corpus.tokenizer,
         )
+        self._is_one_cpu = args.world_size == 1 and args.device.type == "cpu"
+        self._all_parameters = list(model.parameters())
         self._choose_callbacks()
         if args.compile_blocks:
             for layer in self.blocks(model):
@@ -178,6 +180,28 @@ class GPTTrainer(PushesToHub, Trainer):
         """Counted labels of one step; training windows have no gaps, so nothing is counted or gathered."""
         micro_batches = len(batch_samples) * (self.args.world_size if self.args.average_tokens_across_devices else 1)
         return micro_batches * batch_samples[0]["shift_labels"].numel() if batch_samples else None
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """As in Trainer; on a CPU, where looking costs nothing, each loss is checked as it comes."""
+        step = self._light_step if self._is_one_cpu else super().training_step
+        loss = step(model, inputs, num_items_in_batch)
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            self._stop_on_nan(loss.item())
+        return loss
+
+    def _light_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """Trainer's step without its walk over the modules, which no device's work hides on a CPU."""
+        if not model.training:
+            model.train()
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model):
+        """As in Trainer; on one CPU nothing is sharded, and nothing looks for shards at every step."""
+        if not self._is_one_cpu:
+            return super()._clip_grad_norm(model)
+        return nn.utils.clip_grad_norm_(self._all_parameters, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that clipping measured; without clipping it is computed only where it will be shown."""
@@ -317,13 +341,6 @@ class GPTTrainer(PushesToHub, Trainer):
         if self.is_world_process_zero():
             print(f"{before} → {self.args.world_size} processes: the samples of each step stay, dropout (if any) "
                   "draws other masks than the unbroken run", file=sys.stderr)  # fmt: skip
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """As in Trainer; on a CPU, where looking costs nothing, each loss is checked as it comes."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if loss.device.type == "cpu" and not torch.isfinite(loss):
-            self._stop_on_nan(loss.item())
-        return loss
 
     def _stop_on_nan(self, loss: float) -> None:
         raise UserError(
