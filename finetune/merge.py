@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import shutil
-import uuid
 from pathlib import Path
 
 import torch
 
 from training.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
+from training.files import new_directory
 from training.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
 from training.model_card import CardFacts, write_card
 from training.tokenizers import load_tokenizer
@@ -93,25 +92,19 @@ def untie_if_changed(model) -> None:
 
 def write(model, out: Path, directory: Path, flags, compare) -> float:
     """Write the model beside `out`, read it back, compare, and give it its name; return the largest difference."""
-    aside = out.absolute().parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
     try:
-        aside.mkdir(parents=True)
-        model.save_pretrained(aside)
-        difference = compare(load_causal_lm(str(aside), "float32", flags.trust_remote_code))
-        if not difference <= LARGEST:
-            raise UserError(f"{directory}: merged logits differ by {difference:.2e}; nothing is written")
-        if flags.dtype != "float32":
-            model.to(DTYPES[flags.dtype]).save_pretrained(aside)
-        load_tokenizer(tokenizer_home(str(directory))).save_pretrained(aside)
-        write_card(aside, card(directory, out))
-        if out.is_dir():
-            out.rmdir()
-        aside.rename(out)
-        return difference
+        with new_directory(out) as aside:
+            model.save_pretrained(aside)
+            difference = compare(load_causal_lm(str(aside), "float32", flags.trust_remote_code))
+            if not difference <= LARGEST:
+                raise UserError(f"{directory}: merged logits differ by {difference:.2e}; nothing is written")
+            if flags.dtype != "float32":
+                model.to(DTYPES[flags.dtype]).save_pretrained(aside)
+            load_tokenizer(tokenizer_home(str(directory))).save_pretrained(aside)
+            write_card(aside, card(directory, out))
     except OSError as error:
         raise UserError(f"out={out}: cannot be written ({one_line(error)})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return difference
 
 
 def card(directory: Path, out: Path) -> CardFacts:
