@@ -38,6 +38,7 @@ RECIPE = {
     },
     "sample": {"max_new_tokens": 60},
 }
+FIGURES = "trained_parameters parameters perplexity_before perplexity_after seconds peak_memory_bytes"
 ADAPTERS = {
     "lora": ["--r", "16", "--lora_alpha", "32", "--learning_rate", "3e-3"],
     "dora": ["--r", "16", "--lora_alpha", "32", "--learning_rate", "3e-3"],
@@ -69,20 +70,14 @@ def main() -> None:
 def build_base(flags, base: Path) -> None:
     """Pretrain with Acorn, convert to stock GPT-2."""
     stdlib = str(Path(sysconfig.get_path("stdlib"), "*.py"))
-    data = RECIPE["data"] | {"text_files": [flags.base_text, stdlib]}
+    data = RECIPE["data"] | {
+        "text_files": [str(Path(flags.base_text).absolute()), stdlib],
+        "data_dir": str(flags.output_dir / "corpus"),
+    }
     recipe = flags.output_dir / "base.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"data": data}), encoding="utf-8")
     grown = flags.output_dir / "base-acorn"
-    acorn(
-        "pretrain",
-        recipe,
-        "--output_dir",
-        grown,
-        "--max_steps",
-        flags.base_steps,
-        "--data_dir",
-        flags.output_dir / "corpus",
-    )
+    acorn("pretrain", recipe, "--output_dir", grown, "--max_steps", flags.base_steps)
     acorn("convert", grown, base, "--to", "gpt2")
 
 
@@ -95,15 +90,7 @@ def finetune(name: str, flags, base: Path) -> dict:
         *("--data_dir", flags.output_dir / "corpus-text", "--prompt", "ROMEO:\n", "--max_new_tokens", 60),
     )
     facts = json.loads((run / "finetune.json").read_text(encoding="utf-8"))
-    names = (
-        "trained_parameters",
-        "parameters",
-        "perplexity_before",
-        "perplexity_after",
-        "seconds",
-        "peak_memory_bytes",
-    )
-    result = {key: facts[key] for key in names}
+    result = {key: facts[key] for key in FIGURES.split()}
     if name != "full":
         printed = acorn("merge", run, flags.output_dir / f"{name}-merged")
         result["largest_logit_difference_of_merged"] = float(re.search(r"random ids: (\S+)", printed)[1])

@@ -20,6 +20,8 @@ from ..errors import FlagParser, UserError, run_main, unknown
 from ..sources import PYTHON_STDLIB, SOURCE_DEFAULTS, documents
 from ..tokenizers import load_tokenizer
 
+TOKENIZER_FILE = "tokenizer.json"
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags."""
@@ -52,19 +54,30 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise UserError('datatrove is not installed: pip install "acorn-gpt[datatrove]"') from error
     tokenizer = load_tokenizer(flags.tokenizer)
-    file = Path(flags.tokenizer, "tokenizer.json")
+    known_as = readable_by_datatrove(flags, tokenizer)
     steps = [
         reader(flags),
         DocumentTokenizer(
             output_folder=flags.output_dir,
-            tokenizer_name_or_path=str(file.absolute()) if file.is_file() else flags.tokenizer,
+            tokenizer_name_or_path=known_as if known_as == flags.tokenizer else f"{known_as}/{TOKENIZER_FILE}",
             eos_token=tokenizer.eos_token,
             seed=flags.seed,
         ),
     ]
     EXECUTORS[flags.executor](flags, steps).run()
-    command = f"acorn pretrain RECIPE --data_dir {flags.output_dir} --tokenizer {flags.tokenizer}"
+    command = f"acorn pretrain RECIPE --data_dir {flags.output_dir} --tokenizer {known_as}"
     print(f"Type next{'' if flags.executor == 'local' else ', when the tasks are done'}: {command}")
+
+
+def readable_by_datatrove(flags: argparse.Namespace, tokenizer) -> str:
+    """The Hub id, or the directory whose TOKENIZER_FILE datatrove reads; older forms get one beside the tokens."""
+    directory = Path(flags.tokenizer)
+    if not directory.is_dir():
+        return flags.tokenizer
+    if not (directory / TOKENIZER_FILE).is_file():
+        directory = Path(flags.output_dir, "tokenizer")
+        tokenizer.save_pretrained(directory)
+    return str(directory.absolute())
 
 
 def reader(flags: argparse.Namespace) -> Callable:
