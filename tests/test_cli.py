@@ -11,7 +11,7 @@ import pytest
 
 import acorn
 from training import errors, list_recipes
-from training.errors import UserError, run_main, unknown
+from training.errors import UserError, is_disk_full, run_main, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(list_recipes.RECIPES.glob("*.yaml"))
@@ -122,6 +122,20 @@ def test_a_user_error_is_one_line(capsys) -> None:
 def test_ctrl_c_is_one_line(capsys) -> None:
     assert exit_of(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "acorn: stopped by Ctrl-C.\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "I/O error: No space left on device (os error 28)",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+        "basic_ios::clear: iostream error",
+        "[enforce fail at inline_container.cc:672] . unexpected pos 71360 vs 71252",
+    ],
+)
+def test_a_full_disk_is_known_by_its_words(words: str) -> None:
+    assert is_disk_full(RuntimeError(words))
+    assert not is_disk_full(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_full_disk_names_the_file(capsys) -> None:

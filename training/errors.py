@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-# Full disks, as the operating system, safetensors (both the first) and torch.save (the second) tell them.
-DISK_FULL = ("No space left on device", "file write failed")
+# Full disks, as the operating system and safetensors tell them (the first), and torch.save, by where in a file it was.
+DISK_FULL = ("No space left on device", "file write failed", "iostream error", "unexpected pos")
 
 
 class FlagParser(argparse.ArgumentParser):
