@@ -58,7 +58,6 @@ class FinetuneTrainingArguments(GPTTrainingArguments):
     weight_decay: float = _say("Decay of trained matrices.", 0.0)
     adam_beta2: float = _say("AdamW's second beta.", 0.999)
     eval_steps: float | None = _say("Steps (or, below one, the share of steps) between evaluations.", 0.1)
-    log_level_replica: str = _say("What other processes than the first say.", "error")
     eval_on_start: bool = _say("Evaluate before the first step: the `before` of the report.", True)
 
 

@@ -116,6 +116,7 @@ class GPTTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = _say("What the best checkpoint is best at.", "loss")
     greater_is_better: bool | None = _say("Whether more of it is better.", False)
     logging_nan_inf_filter: bool = _say("transformers' replacement of NaN losses; Acorn stops instead.", False)
+    log_level_replica: str = _say("What other processes than the first say.", "error")
     remove_unused_columns: bool = _say("Rows have only what the model takes.", False)
     ignore_data_skip: bool = _say("The data position is computed, not replayed.", True)
     ddp_find_unused_parameters: bool | None = _say("Every parameter is used.", False)
