@@ -236,6 +236,8 @@ class Experiment:
             attempt.kill()
             killed.append(aim)
             self.half_written += sum(damage(path) is not None for path in list_checkpoints(self.workspace / name))
+            if (self.workspace / name / "README.md").exists():  # written last: all that was left to do was to end
+                return killed
         self.finish(name)
         return killed
 

@@ -51,9 +51,8 @@ def kills(monkeypatch, capsys, *argv: str) -> dict:
     monkeypatch.setattr(sys, "argv", ["kill_resume.py", *argv])
     with pytest.raises(SystemExit) as left:
         kill_resume.main()
-    line = json.loads(capsys.readouterr().out)
-    assert left.value.code == 0, line
-    return line
+    assert left.value.code == 0, left.value.code  # of a run that should have ended well: what it said
+    return json.loads(capsys.readouterr().out)
 
 
 def test_killed_and_resumed_is_as_left_alone(monkeypatch, capsys) -> None:

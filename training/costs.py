@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling import GPTConfig, GPTForCausalLM
+from modeling.loss import CHUNK_ELEMENTS
 
 from .errors import UserError
 from .hardware import flops_per_token, matrix_parameters
@@ -56,10 +57,11 @@ def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none") -
 
 
 def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
-    """Bytes a device: float32 weights, gradients and optimizer state, and the activations of one micro-batch.
+    """Bytes a device: float32 weights, gradients and optimizer state, and what a step needs beside them at its peak.
 
     Half precision keeps a copy of the matrices while a micro-batch is worked on; Muon's step holds its updates in
-    float32, and of the largest stack of equal shapes a few bfloat16 copies, when the activations are gone.
+    float32, and of the largest stack of equal shapes a few bfloat16 copies, when the activations are gone. Without
+    accumulation the gradients come while the activations go.
     """
     parameters = model.num_parameters()
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
@@ -69,25 +71,40 @@ def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
     for p in matrices if hidden else []:
         stacks[tuple(sorted(p.shape))] += p.numel()
     step = 4 * hidden + 10 * max(stacks.values(), default=0)
-    activations = micro_batch * activation_bytes(model.config, 2 if is_half else 4, args.gradient_checkpointing)
     copies = 2 * matrix_parameters(model.config) if is_half else 0
+    worked_on = copies + micro_batch * activation_bytes(model.config, is_half, args.gradient_checkpointing)
+    worked_on += loss_bytes(micro_batch * model.config.vocab_size, 2 if is_half else 4)
+    gradients = 4 * parameters
     return {
         "weights": 4 * parameters,
-        "gradients": 4 * parameters,
+        "gradients": gradients,
         "optimizer": 4 * hidden + 8 * (parameters - hidden),
-        "activations": max(activations + copies, step),
+        "activations": max(worked_on - (gradients if args.gradient_accumulation_steps == 1 else 0), step),
     }
 
 
-def activation_bytes(config: GPTConfig, itemsize: int, is_checkpointed: bool = False) -> float:
-    """Bytes a token that the forward pass keeps for the backward one, with fused attention.
+def activation_bytes(config: GPTConfig, is_half: bool, is_checkpointed: bool = False) -> float:
+    """Bytes a token that the blocks keep for the backward pass, with fused attention.
 
-    A block keeps its two float32 residuals, two normed inputs, queries, keys, values and attended values, and the
-    MLP's hidden layer before and after the activation; the loss keeps logits and their gradient.
+    A block keeps its two float32 residuals, the inputs of its matrices (in half precision one copy for each matrix),
+    queries, keys, values, attended values, the MLP's hidden layer before and after the activation, and what the norms
+    of queries and keys read.
     """
+    itemsize = 2 if is_half else 4
     heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    inputs = (4 + config.gated_mlp) if is_half else 2
     mlp = (3 if config.gated_mlp else 2) * config.intermediate_size
-    block = 8 * config.hidden_size + itemsize * (2 * config.hidden_size + 2 * heads_size + 2 * kv_size + mlp)
+    block = 8 * config.hidden_size + itemsize * (inputs * config.hidden_size + 2 * heads_size + 2 * kv_size + mlp)
+    block += 4 * (heads_size + kv_size) if config.qk_norm else 0
     kept = 4 * config.hidden_size if is_checkpointed else block
-    blocks = kept * config.num_hidden_layers + (block if is_checkpointed else 0)
-    return blocks + 2 * itemsize * config.vocab_size
+    return kept * config.num_hidden_layers + (block if is_checkpointed else 0)
+
+
+def loss_bytes(logits: int, itemsize: int) -> float:
+    """Bytes of the loss at its peak: logits, their gradients, and the float32 work on one chunk of them.
+
+    Where there are several chunks, their gradients are joined at the end, and are there twice for a moment.
+    """
+    if logits <= CHUNK_ELEMENTS:
+        return logits * (itemsize + 12)
+    return max(3 * itemsize * logits, 2 * itemsize * logits + 12 * CHUNK_ELEMENTS)
