@@ -96,12 +96,6 @@ def _bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def sync_below(folder: Path) -> None:
-    """Have the system write every file and folder to the disk, so that a power cut after a rename loses nothing."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
 def put_in_place(folder: Path, directory: Path) -> bool:
     """Give a finished folder its name, and say whether that was free."""
     try:

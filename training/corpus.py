@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .building import CORPUS, building_folder, built_aside, put_in_place, sync_below
+from .building import CORPUS, building_folder, built_aside, put_in_place
 from .dataset import TokenShards
 from .errors import UserError, unknown
-from .files import write_whole
+from .files import sync_below, write_whole
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
 from .reading import BAD_FILE_POLICIES, sha256
 from .sources import documents, fingerprint_sources, licence_of, named_sources

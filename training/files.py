@@ -37,6 +37,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_below(folder: Path) -> None:
+    """Have the system write every file and folder to the disk, so that a power cut after a rename loses nothing."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
     """Yield a folder beside `directory`, which takes that name when all went well and is gone when not.
@@ -51,8 +57,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     try:
         building.mkdir(parents=True)
         yield building
-        for path in (*building.rglob("*"), building):
-            sync(path)
+        sync_below(building)
         building.rename(whole)  # an empty directory of that name gives way
         missing = []
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
