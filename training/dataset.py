@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,12 @@ from .errors import UserError
 IGNORED = -100  # the label that cross entropy leaves out
 
 
-class Tokens:
+class Tokens(ABC):
     """A long read-only sequence of token ids; a subclass says its length and copies from it in `_fill`."""
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Count the tokens."""
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Return tokens[start : start + length] as int64 [length]; IndexError where that is not all inside."""
@@ -36,9 +38,9 @@ class Tokens:
         """Return the rows to train on, in windows drawn as `sampling` says."""
         return TrainingRows(self, context_length, seed, num_rows, sampling)
 
+    @abstractmethod
     def _fill(self, row: np.ndarray, start: int) -> None:
         """Copy the tokens from `start` on into `row`."""
-        raise NotImplementedError
 
     def _check_inside(self, start: int, length: int) -> None:
         if start < 0 or start + length > len(self):
