@@ -165,6 +165,7 @@ class GPTTrainer(PushesToHub, Trainer):
 
     def train(self, *args, **kwargs):
         """As in Trainer; the signals are Python's again however it ends."""
+        self.model.train()  # all of it: an adapter on a base in eval mode says that it is in training already
         try:
             return super().train(*args, **kwargs)
         finally:
