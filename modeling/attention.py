@@ -2,14 +2,9 @@
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-try:
-    from transformers.cache_utils import KVSharingDict
-except ImportError:  # transformers 5.17; like the real one it is no dict, which wrappers would copy
-    from collections import UserDict as KVSharingDict
-
+from .compat import CACHE_NAME, KVSharingDict
 from .dropout import dropout as random_dropout
 from .positions import POSITIONS
 
@@ -70,12 +65,15 @@ class SoftmaxAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         shared_key_values: KVSharingDict | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states: (batch, tokens, hidden_size). Returns the same shape, and the weights under eager."""
+        """hidden_states: (batch, tokens, hidden_size). Returns the same shape, and the weights under eager.
+
+        The cache comes by its name in the installed transformers, as their gradient checkpointing looks for it there.
+        """
+        cache = kwargs.pop(CACHE_NAME, None)
         batch_and_tokens = hidden_states.shape[:-1]
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         if self.kv_source is None:
@@ -83,8 +81,8 @@ class SoftmaxAttention(nn.Module):
             value = self._split_heads(self.v_proj(hidden_states))
             query, key = self.rotate(query, key, position_embeddings)
             key, value = key.to(value.dtype), value  # a norm under autocast gives float32
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
             if self.kv_sharing_mode == "store":
                 shared_key_values[self.layer_idx] = (key, value)
         else:

@@ -54,7 +54,7 @@ class GPTConfig(PreTrainedConfig):
     """
 
     model_type = "gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",

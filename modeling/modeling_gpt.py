@@ -15,7 +15,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import KVSharingDict, SoftmaxAttention
+from .attention import SoftmaxAttention
+from .compat import CACHE_NAME, KVSharingDict, given_cache, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .dropout import Dropout
 from .loss import causal_lm_loss
@@ -100,7 +101,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     config_class = GPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "shared_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "shared_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -113,6 +114,7 @@ class GPTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: GPTConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        warn_beyond_range()
         # Only the block that is there: Accelerate's FSDP refuses a name that no module has.
         self._no_split_modules = [BLOCKS[config.norm_order].__name__]
 
@@ -189,23 +191,26 @@ class GPTModel(GPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """input_ids: (batch, tokens), or inputs_embeds: (batch, tokens, hidden_size). Returns the last hidden states.
 
-        attention_mask: (batch, keys) of ones and zeros, or ready masks by layer type. Raises ValueError for both or
+        attention_mask: (batch, keys) of ones and zeros, or ready masks by layer type. cache, or past_key_values: what
+        the layers keep of earlier tokens. Raises ValueError for both or
         neither kind of input, and for learned positions past the context.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = given_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
-            position_ids = self._next_positions(inputs_embeds, past_key_values)
+            position_ids = self._next_positions(inputs_embeds, cache)
         hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
         position_embeddings = self.positions.angles(hidden_states, position_ids)
         shared_key_values = KVSharingDict()
@@ -214,19 +219,19 @@ class GPTModel(GPTPreTrainedModel):
                 hidden_states,
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 shared_key_values=shared_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
-    def _next_positions(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
+    def _next_positions(self, inputs_embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Positions (1, tokens) that follow what the cache has seen."""
-        tokens, seen = inputs_embeds.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        tokens, seen = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
         limit = self.config.max_position_embeddings
         if self.config.position_encoding == "learned" and isinstance(seen, int) and seen + tokens > limit:
             raise ValueError(
@@ -235,18 +240,12 @@ class GPTModel(GPTPreTrainedModel):
             )
         return (torch.arange(tokens, device=inputs_embeds.device) + seen).unsqueeze(0)
 
-    def _masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+    def _masks(self, inputs_embeds, attention_mask, cache, position_ids) -> dict:
         """One mask a layer type; masks that come ready (from generate) pass through."""
         if isinstance(attention_mask, dict):
             return attention_mask
-        return {
-            layer_type: MASKS[layer_type](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
+        return {  # by position, as the fourth argument has two names
+            layer_type: MASKS[layer_type](self.config, inputs_embeds, attention_mask, cache, position_ids)
             for layer_type in dict.fromkeys(self.config.layer_types)
         }
 
@@ -279,6 +278,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, tokens, vocabulary) and, with labels, the loss in nats a token.
@@ -287,13 +287,14 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         logits are not returned: keeping them would keep their memory. logits_to_keep: compute only the last so many.
         """
         has_labels = labels is not None or shift_labels is not None
-        if has_labels and past_key_values is None and use_cache is None:
+        cache = given_cache(cache, past_key_values)
+        if has_labels and cache is None and use_cache is None:
             use_cache = False  # a cache would also undo the separation of packed documents by position_ids
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -310,9 +311,9 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if has_labels and self.training else logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
