@@ -8,6 +8,7 @@ from pathlib import Path
 from training.agreement import first_decides
 from training.checkpoints import find_checkpoint
 from training.errors import UserError, quiet_libraries, run_main
+from training.files import refuse_used
 from training.lock import claimed
 from training.recipe import load_run_recipe, parse_flags
 
@@ -16,6 +17,7 @@ from .conversations import preview
 from .data import Examples
 from .help import help_text
 from .run import prepare_data, run
+from .trainer import FinetuneTrainer
 
 # What a run that has begun may not change: the state of a checkpoint belongs to it.
 FIXED_TRAINING = ("optimizer", "seed", "output_dir")
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if own.preview:
         show(recipe, args)
         return
-    refuse_used(recipe.output_dir)
+    first_decides(args, lambda: refuse_used(recipe.output_dir, FinetuneTrainer.resume_command))
     run(recipe, args, prepare_data(recipe, args))
 
 
@@ -52,18 +54,6 @@ def split_own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         return parser.parse_known_args(argv)
     except SystemExit as error:  # --resume without a value
         raise UserError("--resume and --checkpoint need a value: acorn finetune --resume RUN_DIR") from error
-
-
-def refuse_used(output_dir: Path) -> None:
-    """Refuse a directory that holds another run."""
-    if output_dir.is_file():
-        raise UserError(f"output_dir={output_dir}: is a file; choose another --output_dir")
-    kept = {"recipe.yaml", "finetune.json", "metrics.jsonl"}  # all that a run has before its first checkpoint
-    if output_dir.exists() and {path.name for path in output_dir.iterdir() if path.name[0] != "."} - kept:
-        raise UserError(
-            f"output_dir={output_dir} exists: continue it with `acorn finetune --resume {output_dir}`, "
-            "or choose another --output_dir"
-        )
 
 
 def go_on(run_dir: Path, wanted: str, flags: list[str], argv: list[str]) -> None:

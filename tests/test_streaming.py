@@ -183,6 +183,9 @@ def test_a_run_goes_on_by_its_mark_and_refuses_another_text(folder) -> None:
     changed = Path(f"docs/{saved['documents']:03d}.txt")
     changed.write_text("something else")
     message = refused(resume.main, "run", "--checkpoint", "checkpoint-4", "--max_steps", "9")
+    assert "the text changed since the run began" in message
+    (run / "inputs.json").unlink()  # of an Acorn that recorded none
+    message = refused(resume.main, "run", "--checkpoint", "checkpoint-4", "--max_steps", "9")
     assert f"document {saved['documents']} of the text is not the one that it was" in message
     for path in sorted(Path("docs").iterdir())[saved["documents"] :]:
         path.unlink()

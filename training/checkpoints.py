@@ -16,7 +16,7 @@ STATE, MANIFEST = "trainer_state.json", "manifest.json"
 # What a killed process leaves: folders that grow, that gave way to a new one of their name, that are on their way out.
 SAVING, REPLACED, REMOVING = ".saving-", ".replaced-", ".removing-"
 # The files of a run that write_whole makes, under another name first.
-WRITTEN_WHOLE = ("recipe.yaml", "metrics.jsonl", "loss.png", "sample.txt", "README.md")
+WRITTEN_WHOLE = ("recipe.yaml", "inputs.json", "metrics.jsonl", "loss.png", "sample.txt", "README.md")
 
 
 def step_of(checkpoint: Path) -> int:

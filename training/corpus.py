@@ -16,6 +16,7 @@ from .building import CORPUS, building_folder, built_aside, put_in_place
 from .dataset import TokenShards
 from .errors import UserError, unknown
 from .files import sync_below, write_whole
+from .inputs import digest, text_digest
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
 from .reading import BAD_FILE_POLICIES, sha256
 from .sources import documents, fingerprint_sources, licence_of, named_sources
@@ -41,6 +42,16 @@ class Corpus:
     def tokens(self, split: str) -> TokenShards:
         """Return the tokens of "train" or "validation", memory-mapped."""
         return TokenShards([path for path, _ in self.shards(split)], np.dtype(self.manifest["dtype"]).str)
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """What is fingerprinted of it in a run directory (see inputs.py)."""
+        tokens = {f"the {split} tokens": [shard["sha256"] for _, shard in self.shards(split)] for split in SPLITS}
+        return {
+            "the text": text_digest(self.manifest["sources"]),
+            "the validation split": digest(self.manifest["validation"]),
+            "the tokenizer": self.manifest["tokenizer"]["hash"],
+        } | {what: digest(hashes) for what, hashes in tokens.items()}
 
     def shards(self, *splits: str) -> list[tuple[Path, dict]]:
         """Return the path of each shard of the splits, and what the manifest says of it."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from .corpus import MANIFEST
 from .dataset import Tokens, TokenShards, TokenSpans, unit_points
 from .errors import UserError
+from .inputs import digest
 from .splitting import SPLITS, check_split_options
 from .tokenizers import build_tokenizer, encode_documents, tokenizer_hash, tokenizer_kind
 
@@ -53,6 +54,16 @@ class DatatroveCorpus:
         """Return the tokens of "train" or "validation", memory-mapped, document after document."""
         shards = TokenShards([file.path for file in self.files], DTYPES[self.files[0].token_size])
         return TokenSpans(shards, *spans(self.validates == (split == "validation"), self.ends))
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """What is fingerprinted of it in a run directory (see inputs.py): lengths of documents, ends of files."""
+        parts = [part for file in self.files for part in (file.ends.tobytes(), both_ends(file.path))]
+        return {
+            "the tokens": digest(*parts),
+            "the validation split": digest(self.validates.tobytes()),
+            "the tokenizer": tokenizer_hash(self.tokenizer),
+        }
 
     @cached_property
     def manifest(self) -> dict:
@@ -132,6 +143,14 @@ def read_metadata(path: Path) -> tuple[str, int, int]:
     if facts[1] not in DTYPES:
         raise UserError(f"{path}: tokens of {facts[1]} bytes are not known, only of {' and '.join(map(str, DTYPES))}")
     return facts
+
+
+def both_ends(path: Path, size: int = 1 << 20) -> bytes:
+    """The first and the last so many bytes of a file that is too long to be hashed whole."""
+    with path.open("rb") as file:
+        begin = file.read(size)
+        file.seek(max(0, path.stat().st_size - size))
+        return begin + file.read()
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------

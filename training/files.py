@@ -28,6 +28,39 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
+def refuse_used(directory: Path, resume_command: str) -> None:
+    """Refuse, before anything long, an output directory that holds anything to lose, or that cannot be written.
+
+    Hidden files do not count: a run that was killed at once leaves its lock and half-written ones.
+    """
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"output_dir={directory}: is a file; choose another --output_dir")
+        if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
+            raise UserError(
+                f"output_dir={directory} exists: continue it with `{resume_command} {directory}`, "
+                "or choose another --output_dir"
+            )
+        _try_writing(directory)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"output_dir={directory}: {why}; choose another --output_dir") from error
+
+
+def _try_writing(directory: Path) -> None:
+    """Make the directory and a file in it, and take both away again."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # not there, or another process has put something in it
+                folder.rmdir()
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a directory's list of names, is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,11 +1,14 @@
 """`acorn pretrain RECIPE [--flag value …]`: grow a GPT from a text."""
 
+from .agreement import first_decides
 from .corpus import summary
-from .errors import UserError, quiet_libraries, run_main
+from .errors import quiet_libraries, run_main
+from .files import refuse_used
 from .help import wants_help
 from .processes import one_process_first
 from .recipe import load_recipe
 from .run import build_model, open_corpus, run
+from .trainer import GPTTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,15 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = load_recipe("pretrain", argv)
     recipe.model_config()  # a wrong architecture is refused before any text is read
     args = recipe.training_arguments()
-    if recipe.output_dir.is_file():
-        raise UserError(f"output_dir={recipe.output_dir}: is a file; choose another --output_dir")
-    # A run that was killed at once leaves its recipe, its lock and half-written files: nothing to lose.
-    names = {path.name for path in recipe.output_dir.iterdir()} if recipe.output_dir.exists() else set()
-    if {name for name in names if not name.startswith(".")} - {"recipe.yaml"}:
-        raise UserError(
-            f"output_dir={recipe.output_dir} exists: continue it with `acorn resume {recipe.output_dir}`, "
-            "or choose another --output_dir"
-        )
+    first_decides(args, lambda: refuse_used(recipe.output_dir, GPTTrainer.resume_command))
     corpus = one_process_first(args, lambda: open_corpus(recipe), "prepare")
     print(corpus.summary() if corpus.directory is None else summary(corpus)) if args.process_index == 0 else None
     run(recipe, build_model(recipe, corpus, args), corpus, args)

@@ -16,6 +16,7 @@ from .checkpoints import list_checkpoints, read_state, refuse_finished, set_asid
 from .corpus import Corpus, load_corpus, prepare
 from .datatrove_tokens import holds_datatrove, load_datatrove
 from .errors import UserError
+from .inputs import inputs_named_by, record_inputs, refuse_other_inputs
 from .lock import claimed
 from .processes import is_lost_process, leave, lost
 from .recipe import Recipe
@@ -62,11 +63,16 @@ def open_corpus(recipe: Recipe) -> Corpus:
 
 
 def corpus_of_run(recipe: Recipe) -> Corpus:
-    """The tokens that a run was grown from; they are prepared again if they are gone."""
-    directory = recipe.data.get("data_dir")
+    """The tokens that a run was grown from; they are prepared again if they are gone, from the same text only."""
+    directory, data = recipe.data.get("data_dir"), recipe.data_arguments()
     if directory and Path(directory).is_dir() and not holds_datatrove(directory):
-        return load_corpus(directory)
-    return open_corpus(recipe)
+        corpus = load_corpus(directory)
+    else:
+        if not is_streamed(data) and named_sources(data):
+            refuse_other_inputs(recipe.output_dir, inputs_named_by(data))  # before anything is prepared
+        corpus = open_corpus(recipe)
+    refuse_other_inputs(recipe.output_dir, corpus.inputs)
+    return corpus
 
 
 def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint: str | None = None) -> None:
@@ -114,6 +120,8 @@ def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
     recipe.training["tokens_per_step"] = args.tokens_per_step
     recipe.training.pop("gradient_accumulation_steps", None)
     recipe.save(run_dir / "recipe.yaml")
+    if checkpoint is None and (inputs := getattr(trainer.corpus, "inputs", None)) is not None:
+        record_inputs(run_dir, inputs)
 
 
 def train(trainer: GPTTrainer, checkpoint: str | None) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from transformers.trainer_callback import ExportableState
 
 from .dataset import Rows, TokenArray, Tokens
 from .errors import UserError
-from .sources import Bookmark, Document, licence_of, named_sources, numbered_parts
+from .inputs import digest, text_digest
+from .sources import Bookmark, Document, fingerprint_sources, licence_of, named_sources, numbered_parts
 from .tokenizers import build_tokenizer, encode_documents, tokenizer_hash
 
 BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once: what a resumed run encodes again, at most
@@ -76,6 +78,15 @@ class StreamedCorpus:
     def tokens(self, split: str) -> Tokens:
         """Return the endless tokens of "train", or those of "validation", which are held in memory."""
         return self.stream if split == "train" else TokenArray(self.held.ids)
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """What is fingerprinted of it in a run directory (see inputs.py); reads every local file once."""
+        return {
+            "the text": text_digest(fingerprint_sources(self.data)),
+            "the tokenizer": self.manifest["tokenizer"]["hash"],
+            "the validation tokens": digest(self.held.ids.tobytes()),
+        }
 
     def summary(self) -> str:
         """Return one line that says what is read, and what validates."""

@@ -1,0 +1,89 @@
+"""A run that goes on goes on with the inputs that it began with, or not at all."""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from training import pretrain, resume
+from training.inputs import text_digest
+
+from .tiny_runs import TEXT, contents, grow, refused, same_weights, tiny_argv, write_text
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A text, its tokens and a finished run with checkpoints at 4 and 8; tests copy it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    grow(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(home, tmp_path, monkeypatch) -> Path:
+    """The same, with its tokens gone; the current directory."""
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    recipe = Path("run/recipe.yaml")
+    recipe.write_text(recipe.read_text().replace(str(home), str(tmp_path / "home")))
+    shutil.rmtree("corpora")
+    return tmp_path / "home"
+
+
+def test_the_same_text_prepared_again_goes_on(copy, home) -> None:
+    with contextlib.chdir(copy):
+        resume.main(["run", "--checkpoint", "checkpoint-4"])
+    assert same_weights(copy / "run" / "checkpoint-8", home / "run" / "checkpoint-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [(TEXT[::-1], "the text"), (TEXT + "é", "the text"), (None, "text.txt")],
+    ids=["another text", "another alphabet", "no text"],
+)
+def test_another_text_is_refused_and_nothing_is_written(copy, text: str | None, named: str) -> None:
+    write_text(copy, text) if text else (copy / "text.txt").unlink()
+    before = contents(copy)
+    assert named in refused(resume.main, "run", "--max_steps", "9")
+    assert contents(copy) == before
+
+
+def test_other_tokens_in_the_place_of_its_own_are_refused(copy) -> None:
+    write_text(copy, TEXT[::-1])
+    pretrain.main(tiny_argv("--max_steps", "1", "--data_dir", "other", name="other-run"))
+    recipe = copy / "run" / "recipe.yaml"
+    recipe.write_text(re.sub("data_dir: .*", f"data_dir: {copy / 'other'}", recipe.read_text()))
+    assert "the text, the train tokens" in refused(resume.main, "run", "--max_steps", "9")
+
+
+def test_another_rule_of_splitting_is_refused(copy) -> None:
+    recipe = copy / "run" / "recipe.yaml"
+    text = recipe.read_text()
+    assert "validation_fraction: 0.1" in text
+    recipe.write_text(text.replace("validation_fraction: 0.1", "validation_fraction: 0.5"))
+    assert "the validation split" in refused(resume.main, "run", "--max_steps", "9")
+    assert not Path("corpora").exists()
+
+
+def test_a_damaged_record_is_refused(copy) -> None:
+    (copy / "run" / "inputs.json").write_text('{"the text": "ab')
+    assert "inputs.json is damaged" in refused(resume.main, "run", "--max_steps", "9")
+
+
+def test_a_text_is_known_by_what_it_holds_and_not_by_where_it_lies() -> None:
+    def known(path: str, digest: str) -> str | None:
+        return text_digest({"kind": "text_files", "files": [{"path": path, "sha256": digest}]})
+
+    assert known("a/x.txt", "1") == known("b/x.txt", "1") != known("a/x.txt", "2")
+    assert text_digest({"kind": "dataset", "revision": None}) is None
+
+
+def test_a_directory_that_holds_another_runs_recipe_is_not_overwritten(copy) -> None:
+    young = copy / "young"
+    young.mkdir()
+    shutil.copy(copy / "run" / "recipe.yaml", young)
+    before = contents(copy)
+    assert "acorn resume young" in refused(pretrain.main, *tiny_argv(name="young"))
+    assert contents(copy) == before
