@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from .chunked_logits import chunked_logits
 from .dataset import IGNORED, EvaluationRows, collate_rows
 from .metrics import language_metrics
 
@@ -32,7 +33,8 @@ def evaluate_rows(
     with torch.compiler.set_stance("force_eager"):
         for start in range(rank * batch_size, len(rows), world_size * batch_size):
             batch = collate_rows(rows.__getitems__(range(start, min(start + batch_size, len(rows)))))
-            sums.append(_batch_sums(model, {key: value.to(device) for key, value in batch.items()}, autocast))
+            batch = {key: value.to(device) for key, value in batch.items()}
+            sums.append(_batch_sums(model, batch, autocast, batch_size))
             if on_batch is not None:
                 on_batch()
     model.train(was_training)
@@ -44,12 +46,18 @@ def evaluate_rows(
     return language_metrics(nats, right, tokens, num_bytes)
 
 
-def _batch_sums(model: nn.Module, batch: dict[str, torch.Tensor], autocast) -> torch.Tensor:
+def _batch_sums(model: nn.Module, batch: dict[str, torch.Tensor], autocast, full_batch: int) -> torch.Tensor:
     """Summed nats, right predictions and counted tokens of one batch: (3,)."""
     labels, inputs = batch["shift_labels"], {key: value for key, value in batch.items() if key != "shift_labels"}
-    with autocast():
-        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # virtual tokens come first
-    labels, logits = labels.flatten(), logits.flatten(0, 1)
+    sums, start = torch.zeros(3, device=labels.device), 0
+    with autocast():  # one for all chunks: it keeps the weights that it has rounded until it ends
+        for logits in chunked_logits(model, inputs, labels.shape[1], full_batch):
+            sums += _chunk_sums(logits, labels.flatten()[start : start + len(logits)])
+            start += len(logits)
+    return sums
+
+
+def _chunk_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     nats = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     right = (logits.argmax(-1) == labels).sum()
     return torch.stack((nats, right.float(), (labels != IGNORED).sum().float()))
