@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 
 from training.errors import UserError, one_line
-from training.tokenizers import encode_documents
+from training.tokenizers import begin_ids, encode_documents, encode_prompt, encode_spelled
 
 from .chat_files import Conversation, Pair
 
@@ -39,7 +39,8 @@ def with_template(tokenizer):
     """The tokenizer, with the plain template where it has none of its own."""
     if not tokenizer.chat_template:
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        begin = tokenizer.decode(begin_ids(tokenizer))
+        tokenizer.chat_template = f"{{{{- {begin!r} }}}}{PLAIN_TEMPLATE}" if begin else PLAIN_TEMPLATE
     return tokenizer
 
 
@@ -78,10 +79,7 @@ def encode_messages(tokenizer, messages: list[dict], where: str) -> Example:
     """One conversation through the chat template, as `apply_chat_template` tokenizes it."""
     text = render(tokenizer, messages, where)
     spans = answer_spans(tokenizer, messages, text, where)
-    try:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    except Exception as error:  # the only class that `tokenizers` raises
-        raise UserError(f"{where}: the tokenizer cannot encode it ({one_line(error)})") from error
+    encoded = encode_spelled(tokenizer, text, where, return_offsets_mapping=True)
     starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
     counts = np.zeros(len(starts), dtype=bool)
     for first, end in spans:
@@ -120,9 +118,10 @@ def exchanges(messages: list[dict]) -> list[list[dict]]:
 def encode_pair(tokenizer, pair: Pair, limit: int) -> list[Example]:
     """Prompt, completion and the end-of-text token; the loss is on the last two. What is too long is cut.
 
-    The two are tokenized apart, as the prompt will be when the model is asked.
+    The two are tokenized apart, the prompt as it will be when the model is asked.
     """
-    prompt, completion = encode_documents(tokenizer, [pair.prompt, pair.completion], [pair.where] * 2)
+    prompt = encode_prompt(tokenizer, pair.prompt, pair.where)
+    completion = encode_documents(tokenizer, [pair.completion], [pair.where])[0]
     ids = np.concatenate((prompt, completion, [tokenizer.eos_token_id])).astype(np.int64)
     counts = np.arange(len(ids)) >= len(prompt)
     return [piece for piece in cut(Example(ids, counts, pair.where), limit) if piece.counts[1:].any()]

@@ -12,6 +12,7 @@ from training.corpus import Corpus, load_corpus, prepare
 from training.errors import UserError
 from training.sources import unit_hash
 from training.splitting import check_split_options
+from training.tokenizers import Rendered
 
 from .chat_files import Conversation, Pair, find_format, read_conversations, read_pairs
 from .conversations import Example, encode_conversation, encode_pair, render, with_template
@@ -112,12 +113,9 @@ def ask(tokenizer, document: Conversation | Pair) -> tuple[str, str]:
     return question, as_prompt(tokenizer, question)
 
 
-def as_prompt(tokenizer, question: str) -> str:
+def as_prompt(tokenizer, question: str) -> Rendered:
     """A user's message rendered up to where the answer begins."""
-    text = render(tokenizer, [{"role": "user", "content": question}], "prompt", add_generation_prompt=True)
-    if tokenizer.bos_token and text.startswith(tokenizer.bos_token) and tokenizer("")["input_ids"]:
-        return text.removeprefix(tokenizer.bos_token)  # the tokenizer puts it there again
-    return text
+    return Rendered(render(tokenizer, [{"role": "user", "content": question}], "prompt", add_generation_prompt=True))
 
 
 def describe(material: Corpus | Examples) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from training.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
 from training.files import new_directory
+from training.hardware import context_of, text_config
 from training.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
 from training.model_card import CardFacts, write_card
 from training.tokenizers import load_tokenizer
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.is_prompt_learning:
         kind = str(config.peft_type).split(".")[-1].lower()
         raise UserError(f"{directory}: {kind} adds virtual tokens and changes no weights, so there is nothing to merge")
-    ids = torch.randint(adapted.config.vocab_size, (2, min(TOKENS, context(adapted))), generator=seeded())
+    ids = torch.randint(
+        text_config(adapted.config).vocab_size, (2, min(TOKENS, context_of(adapted.config))), generator=seeded()
+    )
     unmerged = logits(adapted, ids)
     merged = adapted.merge_and_unload(safe_merge=True)
     untie_if_changed(merged)
@@ -69,10 +72,6 @@ def check(flags, directory: Path, out: Path) -> None:
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(1337)
-
-
-def context(model) -> int:
-    return getattr(model.config, "max_position_embeddings", TOKENS) or TOKENS
 
 
 @torch.no_grad()

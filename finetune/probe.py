@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from training.errors import UserError
+from training.hardware import text_config
 
 TOKENS = 8  # in each of two documents
 
@@ -16,7 +17,9 @@ def keeps_documents_apart(model: nn.Module, name: str) -> bool:
     """
     was_training = model.training
     model.eval()
-    drawn = torch.randint(5, max(6, min(model.config.vocab_size, 1000)), (3, 2 * TOKENS), generator=_generator())
+    drawn = torch.randint(
+        5, max(6, min(text_config(model.config).vocab_size, 1000)), (3, 2 * TOKENS), generator=_generator()
+    )
     ids = drawn[:1].repeat(3, 1)
     ids[1, :TOKENS], ids[2, TOKENS:] = drawn[1, :TOKENS], drawn[2, TOKENS:]  # another first, another second document
     ids = ids.to(next(model.parameters()).device)

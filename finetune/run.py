@@ -17,12 +17,11 @@ from training.checkpoints import refuse_finished
 from training.errors import UserError
 from training.files import write_whole
 from training.hardware import context_of
-from training.loading import fingerprint, load_adapter, load_causal_lm, load_config
+from training.loading import fingerprint, load_adapter, load_causal_lm, load_config, load_model_tokenizer
 from training.lock import claimed
 from training.processes import leave, one_process_first
 from training.run import begin, train
-from training.sampling import encode_prompt, sample_text
-from training.tokenizers import load_tokenizer
+from training.sampling import prompt_tensor, sample_text
 
 from .adapters import attach, count_parameters, quantization, virtual_tokens
 from .arguments import FinetuneRecipe
@@ -51,9 +50,7 @@ def prepare_data(recipe: FinetuneRecipe, args, is_resumed: bool = False) -> Prep
     model, data, adapter = recipe.model_arguments(), recipe.data_arguments(), recipe.adapter_arguments()
     quantization(adapter.adapter)  # refuses what this machine cannot do
     config = load_config(model.model_name_or_path, model.trust_remote_code)
-    tokenizer = load_tokenizer(data.tokenizer or model.model_name_or_path)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"tokenizer: {len(tokenizer)} entries do not fit the model's vocab_size={config.vocab_size}")
+    tokenizer = load_model_tokenizer(data.tokenizer or model.model_name_or_path, config)
     context = context_of(config) - virtual_tokens(adapter)
     block_size = data.block_size or min(context, DEFAULT_BLOCK)
     if not 2 <= block_size <= context:
@@ -64,7 +61,7 @@ def prepare_data(recipe: FinetuneRecipe, args, is_resumed: bool = False) -> Prep
     question, prompt = choose_prompt(recipe.sample_arguments().prompt, material)
     sample = dataclasses.replace(recipe.sample_arguments(), prompt=prompt)
     if sample.max_new_tokens:
-        encode_prompt(material.tokenizer, prompt, context)
+        prompt_tensor(material.tokenizer, prompt, context)
     return Prepared(material.tokenizer, material, block_size, question, sample)
 
 

@@ -11,7 +11,7 @@ from training.arguments import GPTTrainingArguments
 from training.corpus import Corpus
 from training.dataset import IGNORED
 from training.errors import UserError
-from training.loading import record_base, without_warnings
+from training.loading import OUR_TYPES, record_base, without_warnings
 from training.trainer import GPTTrainer
 
 from .adapters import build_loraplus, count_parameters
@@ -113,7 +113,7 @@ class FinetuneTrainer(GPTTrainer):
 
 def refuse_optimizer(args, adapter, model) -> None:
     """Muon is for the matrices of whole Acorn models alone."""
-    if args.optimizer == "muon" and (adapter.adapter != "full" or getattr(model.config, "model_type", "") != "gpt"):
+    if args.optimizer == "muon" and (adapter.adapter != "full" or model.config.model_type not in OUR_TYPES):
         raise UserError("optimizer='muon': only for adapter=full on an Acorn model; use adamw")
     if args.optimizer != "adamw" and adapter.adapter == "loraplus":
         raise UserError(f"optimizer={args.optimizer!r}: loraplus has groups for adamw; leave it out")

@@ -16,12 +16,12 @@ from training.corpus import Corpus
 from training.dataset import EvaluationRows
 from training.errors import FlagParser, UserError, quiet_libraries, run_main
 from training.evaluation import evaluate_rows
+from training.loading import load_model_and_tokenizer
 from training.recipe import load_run_recipe
 from training.run import corpus_of_run
+from training.sampling import context_left
 from training.sources import documents
-from training.tokenizers import encode_documents, tokenizer_hash
-
-from .loading import load_model_and_tokenizer
+from training.tokenizers import encode_documents, read_alike
 
 EPILOG = """examples:
   acorn evaluate runs/quickstart                          the validation split it was trained beside
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"per_device_eval_batch_size={flags.per_device_eval_batch_size}: must be at least 1")
     quiet_libraries()
     model, tokenizer = load_model_and_tokenizer(flags.model, trust_remote_code=flags.trust_remote_code)
-    limit = model.config.max_position_embeddings
+    limit = context_left(model)
     context_length = flags.block_size or limit
     if not 1 <= context_length <= limit:
         raise UserError(f"block_size={context_length}: must be between 1 and the model's context, {limit}")
@@ -82,7 +82,7 @@ def validation_tokens(directory: Path, tokenizer):
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{directory} is no run directory, it has no validation split: give --text_files or --dataset")
     corpus: Corpus = corpus_of_run(load_run_recipe(run_dir))
-    if tokenizer_hash(tokenizer) != corpus.manifest["tokenizer"]["hash"]:
+    if not read_alike(tokenizer, corpus.tokenizer):
         raise UserError(
             f"{directory}: its tokenizer is not the one that {corpus.directory} was made with; "
             "evaluate on text instead (--text_files)"

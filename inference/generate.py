@@ -8,9 +8,15 @@ import torch
 from transformers import set_seed
 
 from training.errors import FlagParser, UserError, quiet_libraries, run_main
-from training.sampling import TextPrinter, continue_ids, encode_prompt, sampling_arguments
-
-from .loading import load_model_and_tokenizer
+from training.loading import load_model_and_tokenizer
+from training.sampling import (
+    TextPrinter,
+    context_left,
+    continuations,
+    continue_ids,
+    prompt_tensor,
+    sampling_arguments,
+)
 
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     prompt = read_prompt(flags.prompt)
     model, tokenizer = load_model_and_tokenizer(flags.model, flags.dtype, flags.trust_remote_code)
-    ids = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings).to(model.device)
+    ids = prompt_tensor(tokenizer, prompt, context_left(model)).to(model.device)
     set_seed(flags.seed)
     write = write_batch if flags.no_stream else write_streamed
     write(model, tokenizer, prompt, ids, flags, generation)
@@ -74,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 def write_streamed(model, tokenizer, prompt: str, ids: torch.Tensor, flags, generation: dict) -> None:
     """Samples one after the other, each as it grows."""
     for number in range(flags.num_samples):
-        printer = TextPrinter(tokenizer, lambda text: print(text, end="", flush=True))
+        printer = TextPrinter(tokenizer, ids[0].tolist(), lambda text: print(text, end="", flush=True))
         print(separator(number) + prompt, end="", flush=True)
         continue_ids(model, ids, flags.max_new_tokens, streamer=printer, **generation)
         printer.finish()
@@ -84,7 +90,7 @@ def write_streamed(model, tokenizer, prompt: str, ids: torch.Tensor, flags, gene
 def write_batch(model, tokenizer, prompt: str, ids: torch.Tensor, flags, generation: dict) -> None:
     """All samples in one batch, which is quicker than one after the other."""
     grown = continue_ids(model, ids.repeat(flags.num_samples, 1), flags.max_new_tokens, **generation)
-    for number, sample in enumerate(tokenizer.batch_decode(grown[:, ids.shape[1] :], skip_special_tokens=True)):
+    for number, sample in enumerate(continuations(model, tokenizer, grown, ids.shape[1])):
         print(separator(number) + prompt + sample)
 
 

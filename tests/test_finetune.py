@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Bert
 
 from finetune import finetune
 from finetune.adapters import ADAPTERS
-from inference.loading import load_model_and_tokenizer
 from training import resume
 from training.callbacks import read_metrics
 from training.errors import UserError
+from training.loading import load_model_and_tokenizer
 from training.recipe import load_recipe_file, shipped_recipes
 from training.tokenizers import build_tokenizer
 

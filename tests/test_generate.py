@@ -11,7 +11,8 @@ from inference import evaluate, generate
 from training.dataset import EvaluationRows
 from training.evaluation import evaluate_rows
 from training.metrics import METRICS, language_metrics
-from training.sampling import continue_ids, encode_prompt
+from training.sampling import continue_ids
+from training.tokenizers import encode_prompt
 
 from .tiny_runs import BATCH, CONTEXT, grow, metrics, refused, write_text
 
@@ -93,7 +94,7 @@ def test_an_empty_prompt_starts_a_document(run, write) -> None:
     text = write("--temperature", "0", prompt="")
     tokenizer = AutoTokenizer.from_pretrained(run)
     assert text
-    assert encode_prompt(tokenizer, "", CONTEXT).tolist() == [[tokenizer.eos_token_id]]
+    assert encode_prompt(tokenizer, "") == [tokenizer.eos_token_id]
     assert text == transformers_text(run, tokenizer.eos_token, do_sample=False).removeprefix(tokenizer.eos_token)
 
 
@@ -149,6 +150,20 @@ def test_each_sample_ends_at_its_end_of_text(tiny_model, ids) -> None:
         end = sample.index(eos) if eos in sample else len(sample)
         assert sample[:end] == unended[:end]
         assert set(sample[end:]) <= {eos}
+
+
+@pytest.mark.parametrize("flag", [[], ["--no_stream"]], ids=["streamed", "batched"])
+def test_it_stops_at_any_of_several_ends(run, write, tmp_path, flag: list[str]) -> None:
+    """Llama 3, Qwen and Gemma name a list."""
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    free = write("--temperature", "0", length=40)
+    model = AutoModelForCausalLM.from_pretrained(run, trust_remote_code=True)
+    last = free.removeprefix(PROMPT)[-1]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer(last)["input_ids"][0]]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ended = PROMPT + free.removeprefix(PROMPT).split(last)[0] + last
+    assert write("--temperature", "0", *flag, where=str(tmp_path), length=40) == ended
 
 
 @pytest.mark.parametrize(

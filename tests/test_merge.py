@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import finetune, merge
 from inference import generate
-from inference.loading import load_model_and_tokenizer
 from training.errors import UserError
+from training.loading import load_model_and_tokenizer
 
 from .chat_fixture import chat_text
 from .tiny_bases import BASES, TINY, save

@@ -56,7 +56,22 @@ def matrix_parameters(config: GPTConfig) -> int:
     return attention + keys_and_values + mlp + config.vocab_size * config.hidden_size
 
 
+# What configurations call the context length, the commonest first.
+CONTEXT_NAMES = (
+    "max_position_embeddings n_positions n_ctx max_seq_len seq_length seq_len max_seq_length max_sequence_length "
+    "context_length max_context_length model_max_length block_size"
+).split()
+
+
 def context_of(config) -> int:
-    """How many tokens a model was made to read; 2048 where its configuration does not say."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    return next((length for name in names if isinstance(length := getattr(config, name, None), int)), 2048)
+    """How many tokens a model was made to read; 2048 where its configuration does not say.
+
+    A model of more than text keeps the configuration of its text apart.
+    """
+    lengths = (getattr(text_config(config), name, None) for name in CONTEXT_NAMES)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), 2048)
+
+
+def text_config(config):
+    """The part of a configuration that is about text: all of it, for most models."""
+    return config.get_text_config(decoder=True)

@@ -14,8 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modeling import GPTConfig, GPTForCausalLM
 
 from .errors import UserError, one_line, unknown
+from .hardware import text_config
+from .tokenizers import add_nothing, load_tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUR_TYPES = (GPTConfig.model_type,)
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_RECORD = "base_model.json"  # beside an adapter: which base it was trained on, and how to know it again
 
@@ -52,9 +55,33 @@ def load_config(name: str, trust_remote_code: bool = False):
     except (OSError, ValueError, KeyError) as error:
         why = one_line(error)
         raise UserError(f"model {name!r}: is no model directory here, and the Hub gives none: {why}") from error
-    if not isinstance(getattr(config, "vocab_size", None), int):
+    if not isinstance(getattr(text_config(config), "vocab_size", None), int):
         raise UserError(f"model {name!r}: is no causal language model: its {type(config).__name__} has no vocabulary")
     return config
+
+
+def load_model_tokenizer(name: str, config, needs_end_of_text: bool = True):
+    """The tokenizer of a model with this configuration; entries that the model does not have are refused.
+
+    One of an Acorn model adds nothing to a text, as pretraining does not.
+    """
+    tokenizer = load_tokenizer(name, needs_end_of_text)
+    size = text_config(config).vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"tokenizer {name!r}: its {len(tokenizer)} entries do not fit the model's vocab_size={size}: "
+            "they do not belong together"
+        )
+    return add_nothing(tokenizer) if config.model_type in OUR_TYPES else tokenizer
+
+
+def load_model_and_tokenizer(name: str, dtype: str = "auto", trust_remote_code: bool = False):
+    """(model in eval mode on the best device, tokenizer); an adapter's directory gives its base with it on top."""
+    load = load_adapter if is_adapter(name) else load_causal_lm
+    model = load(str(name), dtype, trust_remote_code)
+    tokenizer = load_model_tokenizer(tokenizer_home(str(name)), model.config, needs_end_of_text=False)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
 
 
 def refuse_torn(name: str, report: dict) -> None:
@@ -74,7 +101,7 @@ def own_model_type(directory: Path) -> bool:
             f"model {directory}: {holds or 'there is'} no config.json in it; name a run directory or a checkpoint"
         )
     try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt"
+        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") in OUR_TYPES
     except ValueError as error:
         raise UserError(f"model {directory}: config.json is damaged ({error}); copy the directory again") from error
 

@@ -10,6 +10,8 @@ from .callbacks import read_metrics
 from .checkpoints import step_of
 from .errors import UserError
 from .files import replace_whole, write_whole
+from .hardware import CONTEXT_NAMES
+from .loading import OUR_TYPES
 from .model_card import CardFacts, write_card
 from .recipe import Recipe, load_run_recipe
 from .sources import PYTHON_STDLIB
@@ -93,7 +95,7 @@ def facts_of_model(directory: Path) -> CardFacts:
     context = context_of(config)
     facts.limits += [f"Its context is {context:,} tokens."] if context else []
     facts.max_new_tokens = fitting_length(context)
-    facts.tags = ["acorn", "gpt"] if config.get("model_type") == "gpt" else ["acorn"]
+    facts.tags = ["acorn", "gpt"] if config.get("model_type") in OUR_TYPES else ["acorn"]
     return facts
 
 
@@ -117,7 +119,8 @@ def facts_of_adapter(directory: Path) -> CardFacts:
 
 def context_of(config: dict) -> int | None:
     """Tokens of context, where config.json says so."""
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    text = config.get("text_config") or config
+    return next((text[name] for name in CONTEXT_NAMES if text.get(name)), None)
 
 
 def fitting_length(context: int | None) -> int:

@@ -21,9 +21,10 @@ from .lock import claimed
 from .processes import is_lost_process, leave, lost
 from .recipe import Recipe
 from .report import next_steps, write_report
-from .sampling import encode_prompt, sample_text
+from .sampling import prompt_tensor, sample_text
 from .sources import named_sources
 from .streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
+from .tokenizers import add_nothing
 from .trainer import GPTTrainer
 
 
@@ -81,10 +82,11 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     A run that a signal stopped ends the process with the shell's usual code, after saying how to resume.
     """
     data, sample = recipe.data_arguments(), recipe.sample_arguments()
+    add_nothing(corpus.tokenizer)  # what travels with the model reads a text as training does
     recipe.card_arguments()  # a licence that nobody knows is refused now, not after all of training
     if sample.max_new_tokens:
         # A prompt that cannot be read is refused now, not after all of training.
-        encode_prompt(corpus.tokenizer, sample.prompt, model.config.max_position_embeddings)
+        prompt_tensor(corpus.tokenizer, sample.prompt, model.config.max_position_embeddings)
     if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
         # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
         model.set_attn_implementation("eager")

@@ -3,49 +3,63 @@
 from collections.abc import Callable
 
 import torch
-from transformers import TextStreamer
+from transformers.generation import BaseStreamer
 
 from .errors import UserError
 from .hardware import context_of
-from .tokenizers import encode_documents, tokenizer_kind
+from .tokenizers import decode_continuation, encode_prompt
 
 
-class TextPrinter(TextStreamer):
-    """Hands finished pieces of text to `write`, over several generate() calls; `finish` flushes the rest."""
+class TextPrinter(BaseStreamer):
+    """Hands the text after `prompt_ids` to `write` as it comes, over several generate() calls; `finish` ends it.
 
-    def __init__(self, tokenizer, write: Callable[[str], object]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
+    Tokens are decoded together with those before them, which give them their spaces, and held back while a character
+    is half there.
+    """
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.write(text)
+    KEPT = 8  # tokens before the new ones that are decoded with them
+
+    def __init__(self, tokenizer, prompt_ids: list[int], write: Callable[[str], object]):
+        self.tokenizer, self.ids, self.write = tokenizer, list(prompt_ids), write
+        self.written = len(self.ids)
+        self.is_prompt_next = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.is_prompt_next:  # generate() begins with what it was given
+            self.is_prompt_next = False
+            return
+        self.ids += value.flatten().tolist()
+        text = self._new_text()
+        if not text.endswith("\ufffd"):
+            self._write(text)
 
     def end(self) -> None:
-        # generate() ends here, but the text may go on in the next window.
-        self.next_tokens_are_prompt = True
+        self.is_prompt_next = True  # generate() ends here, but the text may go on in the next window
 
     def finish(self) -> None:
-        super().end()
+        self._write(self._new_text())
+
+    def _new_text(self) -> str:
+        first = max(0, self.written - self.KEPT)
+        return decode_continuation(self.tokenizer, self.ids[first:], self.written - first)
+
+    def _write(self, text: str) -> None:
+        self.written = len(self.ids)
+        self.write(text)
 
 
-def encode_prompt(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
-    """Ids (1, tokens) of a prompt; an empty one starts a document. Refuses what the model cannot read whole."""
-    if tokenizer_kind(tokenizer) == "char":
-        ids = encode_documents(tokenizer, [prompt], ["the prompt"])[0].tolist()
-    else:
-        ids = tokenizer(prompt)["input_ids"] if prompt else []
-    ids = ids or [first_id(tokenizer)]
+def prompt_tensor(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
+    """Ids (1, tokens) of a prompt; refuses what the model cannot read whole."""
+    ids = encode_prompt(tokenizer, prompt)
     if len(ids) > context_length:
         raise UserError(f"prompt: {len(ids)} tokens do not fit the model's context of {context_length}; shorten it")
     return torch.tensor([ids])
 
 
-def first_id(tokenizer) -> int:
-    """What starts a document: the end-of-text token, else a line break (as in nanoGPT), else entry 0."""
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    vocabulary = tokenizer.get_vocab()
-    return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
+def stops_of(model) -> list[int]:
+    """The tokens at which the model's text ends; models name none, one or several."""
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
 @torch.no_grad()
@@ -53,11 +67,13 @@ def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=N
     """`input_ids`, (samples, tokens), with up to `max_new_tokens` more.
 
     Where the context is full the model goes on from its last half, as a person would reread; generation: transformers'
-    generate() arguments. A sample ends at the end-of-text token and is filled with it.
+    generate() arguments. A sample ends at a token of `stops_of` and is filled with the first of them.
     """
-    context, eos = context_left(model), model.generation_config.eos_token_id
+    context, stops = context_left(model), stops_of(model)
+    fill = stops[0] if stops else None
     ids, target = input_ids, input_ids.shape[1] + max_new_tokens
-    while ids.shape[1] < target:
+    has_ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+    while ids.shape[1] < target and not has_ended.all():
         window = ids if ids.shape[1] < context else ids[:, -max(1, context // 2) :]
         new_tokens = min(max(1, context - window.shape[1]), target - ids.shape[1])
         grown = model.generate(
@@ -65,17 +81,24 @@ def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=N
             attention_mask=torch.ones_like(window),
             max_new_tokens=new_tokens,
             streamer=streamer,
-            pad_token_id=eos,
+            pad_token_id=fill,
             **generation,
         )
         new = grown[:, window.shape[1] :]
-        if eos is not None:
-            ended = (ids[:, input_ids.shape[1] :] == eos).any(dim=1, keepdim=True)
-            new = torch.where(ended, eos, new)
+        if stops:
+            new = torch.where(has_ended, fill, new)
+            has_ended |= torch.isin(new, torch.tensor(stops, device=new.device)).any(dim=1, keepdim=True)
         ids = torch.cat((ids, new), dim=1)
-        if eos is not None and (ids[:, input_ids.shape[1] :] == eos).any(dim=1).all():
-            break
     return ids
+
+
+def continuations(model, tokenizer, ids: torch.Tensor, start: int) -> list[str]:
+    """The text of each row of ids, (samples, tokens), from `start` to where it ends."""
+    texts, stops = [], set(stops_of(model))
+    for row in ids.tolist():
+        end = next((place for place in range(start, len(row)) if row[place] in stops), len(row))
+        texts.append(decode_continuation(tokenizer, row[: end + 1], start))
+    return texts
 
 
 def context_left(model) -> int:
@@ -101,13 +124,13 @@ def sampling_arguments(temperature: float, top_k: int | None, top_p: float | Non
 
 def sample_text(model, tokenizer, sample, seed: int) -> str:
     """Prompt and continuation as `sample` (SampleArguments) says, leaving the random state as it was."""
-    ids = encode_prompt(tokenizer, sample.prompt, context_left(model)).to(model.device)
+    ids = prompt_tensor(tokenizer, sample.prompt, context_left(model)).to(model.device)
     generation = sampling_arguments(sample.temperature, sample.top_k, sample.top_p)
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
-        grown = continue_ids(model, ids, sample.max_new_tokens, **generation)[0]
+        grown = continue_ids(model, ids, sample.max_new_tokens, **generation)
     model.train(was_training)
-    return sample.prompt + tokenizer.decode(grown[ids.shape[1] :], skip_special_tokens=True)
+    return sample.prompt + continuations(model, tokenizer, grown, ids.shape[1])[0]

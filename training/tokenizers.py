@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .fast_bpe import fast_bpe
 
 END_OF_TEXT = "<|endoftext|>"
@@ -59,10 +59,90 @@ def encode_documents(tokenizer, texts: list[str], names: list[str] | None = None
     return ENCODERS[tokenizer_kind(tokenizer)](tokenizer, texts, names)
 
 
+class Rendered(str):
+    """Text that a chat template made: all its special tokens are spelled out, one that begins a text among them."""
+
+
+def encode_prompt(tokenizer, text: str, name: str = "the prompt") -> list[int]:
+    """Ids of a text that is to be continued, the same that training makes of a document's beginning.
+
+    Unlike in a document, special tokens that the text spells out are read as such. Nothing is put at the end; what a
+    tokenizer puts at the beginning is put there, unless the text is Rendered. An empty one starts a document.
+    """
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    if isinstance(text, Rendered) or any(token.special and token.content in text for token in added):
+        ids = encode_spelled(tokenizer, text, name)["input_ids"]
+    else:
+        ids = encode_documents(tokenizer, [text], [name])[0].tolist()
+    begin = [] if isinstance(text, Rendered) else begin_ids(tokenizer)
+    ids = ids if ids[: len(begin)] == begin else begin + ids
+    return ids or [first_id(tokenizer)]
+
+
+def encode_spelled(tokenizer, text: str, name: str, **options) -> dict:
+    """What the tokenizer makes of a text whose special tokens are spelled out; it adds none of its own."""
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    except Exception as error:  # the only class that `tokenizers` raises
+        raise UserError(f"{name}: the tokenizer cannot encode it ({one_line(error)})") from error
+
+
+def decode_continuation(tokenizer, ids: list[int], start: int) -> str:
+    """The text of `ids[start:]` after that of `ids[:start]`.
+
+    Decoded as a whole and then cut: what is decoded alone loses its first space, or the half of a character.
+    """
+    before, whole = (_decode(tokenizer, part) for part in (ids[:start], ids))
+    same = 0
+    while same < min(len(before), len(whole)) and before[same] == whole[same]:
+        same += 1
+    return whole[same:]
+
+
+def _decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def first_id(tokenizer) -> int:
+    """What starts a document: the end-of-text token, else a line break (as in nanoGPT), else entry 0."""
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
+
+
+def begin_ids(tokenizer) -> list[int]:
+    """The special tokens that the tokenizer by itself puts before every text."""
+    mask, ids = _added_around(tokenizer)
+    return ids[: mask.index(0)] if 0 in mask else []
+
+
+def add_nothing(tokenizer):
+    """Let the tokenizer put nothing around a text, as pretraining puts nothing there; saved, it stays so."""
+    if 1 in _added_around(tokenizer)[0]:
+        tokenizer.backend_tokenizer.post_processor = None
+    return tokenizer
+
+
+def _added_around(tokenizer) -> tuple[list[int], list[int]]:
+    """(1 for each special token that the tokenizer adds and 0 for others, ids) of an arbitrary short text."""
+    special = set(tokenizer.all_special_tokens)
+    text = next((entry for entry in characters_of(tokenizer) if entry not in special), "")
+    if tokenizer.backend_tokenizer.post_processor is None or not text:
+        return [], []
+    encoded = tokenizer.backend_tokenizer.encode(text)
+    return encoded.special_tokens_mask, encoded.ids
+
+
 def tokenizer_hash(tokenizer) -> str:
     """Return the sha256 (hex) of what the tokenizer does, whatever order its file happens to be written in."""
     state = json.dumps(_state(tokenizer.backend_tokenizer), sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()
+
+
+def read_alike(first, second) -> bool:
+    """Whether two tokenizers make the same ids of every document, whatever each puts around it."""
+    return _encoding_part(first.backend_tokenizer) == _encoding_part(second.backend_tokenizer)
 
 
 def tokenizer_kind(tokenizer) -> str:
