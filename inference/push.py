@@ -10,17 +10,15 @@ from training.errors import FlagParser, UserError, one_line, quiet_libraries, ru
 from training.hub import (
     HUB_ERRORS,
     NO_TOKEN,
-    Upload,
     check_repo_id,
     finish_files,
     in_words,
-    refuse_no_model,
     send,
-    sort_files,
     total_size,
 )
 from training.model_card import NOT_CHOSEN, check_license, model_card
 from training.report import facts_of
+from training.uploads import Upload, is_own_file, refuse_no_model, sort_files
 
 EPILOG = """examples:
   acorn push runs/quickstart me/my-gpt --dry_run                what would go up, and why; needs no network
@@ -60,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     check_license(flags.license)
     refuse_no_model(flags.directory)
     going, staying = sort_files(flags.directory)
-    files = finish_files(going, card_of(flags.directory), flags.license, flags.base_model)
+    files = finish_files(flags.directory, going, card_of(flags.directory), flags.license, flags.base_model)
     print(listing(flags, files, staying) if flags.dry_run else summary(flags, files))
     if not flags.dry_run:
         push(flags, files)
@@ -70,7 +68,7 @@ def card_of(directory: Path) -> str:
     """The directory's card, or one made from what the directory holds where nobody has written any yet."""
     path = directory / "README.md"
     try:
-        written = path.read_text(encoding="utf-8") if path.is_file() else FORM
+        written = path.read_text(encoding="utf-8") if is_own_file(path, directory) else FORM
         return model_card(facts_of(directory)) if FORM in written else written
     except (SafetensorError, UnicodeDecodeError) as error:
         raise UserError(f"{directory} is damaged: {one_line(error)}; copy it again") from error

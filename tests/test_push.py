@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from inference import push
 from modeling import GPTForCausalLM
-from training.hub import send, sort_files
+from training.hub import finish_files, send
+from training.uploads import resume_state, sort_files
 
 from .hub_server import card_errors
 from .test_hub_copy import run_without_acorn, tiny_tokenizer
-from .tiny_runs import checkpoints, contents, grow, refused
+from .tiny_runs import checkpoints, contents, grow, refused, write_text
 from .variants import random_model, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,56 @@ def test_the_card_and_the_recipe_are_made_for_everyone(run, hub) -> None:
     assert "data_dir" in (run / "recipe.yaml").read_text()
     assert "data_dir" not in yaml.safe_load(arrived["recipe.yaml"])["data"]
     assert contents(run) == before
+
+
+def test_what_merely_lies_there_stays(model_dir, hub, capsys) -> None:
+    """Secrets under names that look like a model's, and links that lead out of the directory."""
+    secret = model_dir.parent / "secret"
+    secret.write_text("S3CRET")
+    (model_dir / "chat_templates").mkdir()
+    names = "config.py settings.py tokenizer_secret.json LICENSE_KEY.txt chat_templates/.env sample_of_me.txt id.png"
+    names += " private.model vocab.env extra.safetensors model.gguf"
+    for name in names.split():
+        (model_dir / name).write_text("S3CRET")
+    for name in ("LICENSE", "sample.txt", "vocab.txt", "metrics.jsonl"):
+        (model_dir / name).symlink_to(secret)
+    (model_dir / "additional_chat_templates").symlink_to(model_dir.parent)
+    os.mkfifo(model_dir / "loss.png")
+    (model_dir / "inside").write_text("mine")
+    (model_dir / "NOTICE").symlink_to("inside")
+    push.main([str(model_dir), "me/gpt"])
+    arrived = hub.repos["me/gpt"].files()
+    assert not any(b"S3CRET" in content for content in arrived.values())
+    assert arrived["NOTICE"] == b"mine"
+    assert {"modeling_gpt.py", "configuration_gpt.py", "attention.py", "tokenizer.json"} <= set(arrived)
+    assert not {"config.py", "loss.png", "inside"} & set(arrived)
+    push.main([str(model_dir), "me/gpt", "--dry_run"])
+    assert capsys.readouterr().out.count("a link that leads outside") == 5
+
+
+def test_weights_that_are_a_link_elsewhere_are_refused(model_dir, hub) -> None:
+    shard = next(model_dir.glob("*-00001-of-*"))
+    shard.rename(model_dir.parent / "away")
+    shard.symlink_to(model_dir.parent / "away")
+    assert "a link that leads outside" in refused(push.main, str(model_dir), "me/gpt")
+
+
+def test_paths_of_this_machine_stay(tmp_path, hub) -> None:
+    """In recipe, command, card, settings and the state of a checkpoint; a prompt that looks like a path is none."""
+    shutil.copy(write_text(tmp_path), tmp_path / "my text.txt")
+    flags = ["--text_files", str(tmp_path / "my text.txt"), "--prompt", "/* fox", "--tokenizer", "byte"]
+    run = grow(tmp_path, *flags, "--output_dir", str(tmp_path / "run"))
+    card = (run / "README.md").read_text()
+    push.main([str(run), "me/gpt"])
+    files = sort_files(run)[0]
+    going = finish_files(run, files, card) + resume_state(run / "checkpoint-8", "last-checkpoint")
+    sent = {file.name: file.content if isinstance(file.content, bytes) else file.content.read_bytes() for file in going}
+    assert str(tmp_path) in card and str(tmp_path) in (run / "checkpoint-8" / "trainer_state.json").read_text()
+    assert [name for name, content in sent.items() if str(tmp_path).encode() in content] == []
+    recipe = yaml.safe_load(sent["recipe.yaml"])
+    assert recipe["data"]["text_files"] == ["my text.txt"] and recipe["training"]["output_dir"] == "run"
+    assert recipe["sample"]["prompt"] == "/* fox" and "--prompt '/* fox'" in recipe["command"]
+    assert "--text_files 'my text.txt'" in sent["README.md"].decode()
 
 
 def test_a_name_alone_goes_to_the_tokens_owner(model_dir, hub, capsys) -> None:

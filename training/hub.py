@@ -1,9 +1,8 @@
-"""The way to the Hub: which files of a directory go up and why, one commit that holds them all, failures in words."""
+"""The way to the Hub: files as they are sent, one commit that holds them all, failures in words."""
 
 import fnmatch
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,46 +14,17 @@ from transformers import TrainingArguments
 
 from .errors import UserError, one_line
 from .model_card import NOT_CHOSEN, PLACE, check_license, is_hub_id
+from .uploads import (
+    GOES_UP,
+    Upload,
+    paths_in_recipe,
+    portable_recipe,
+    read_json,
+    replace_paths,
+    without_machine,
+    without_paths,
+)
 
-# The first pattern that fits a name decides. What fits none stays: the Hub gets a model, not a folder.
-GOES_UP = {
-    "README.md": "model card",
-    "LICENSE*": "licence",
-    "adapter_config.json": "what the adapter is, and its base",
-    "config.json": "architecture",
-    "generation_config.json": "how generate() samples",
-    "*.safetensors": "weights",
-    "*.safetensors.index.json": "which file holds which weight",
-    "*.gguf": "weights for llama.cpp",
-    "*.py": "modeling code, for trust_remote_code",
-    "tokenizer*.json": "tokenizer",
-    "special_tokens_map.json": "tokenizer",
-    "added_tokens.json": "tokenizer",
-    "vocab.*": "tokenizer",
-    "merges.txt": "tokenizer",
-    "*.model": "tokenizer",
-    "chat_template*": "chat template",
-    "recipe.yaml": "recipe, without paths of this machine",
-    "metrics.jsonl": "a line an evaluation",
-    "*.png": "picture",
-    "sample*.txt": "sample",
-}
-STAYS = {
-    ".*": "hidden or temporary",
-    "*.tmp": "temporary",
-    "*.lock": "lock",
-    "checkpoint-*": "resume state; `acorn push` takes one by its name",
-    "abandoned-checkpoint-*": "resume state of a course the run left",
-    "training_args.bin": "pickle: loading one can run code",
-    "*.bin": "pickle: loading one can run code",
-    "*.pt": "pickle: loading one can run code",
-    "*.pth": "pickle: loading one can run code",
-    "*.pkl": "pickle: loading one can run code",
-    "*.ckpt": "pickle: loading one can run code",
-    "trainer_state.json": "resume state",
-    "manifest.json": "resume state",
-}
-NO_PART = "no part of a model"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 NO_TOKEN = (
@@ -71,19 +41,6 @@ ANSWERS = {
 }
 
 
-@dataclass
-class Upload:
-    """A file and its place in the repository; `content` is a path, or bytes that are sent instead of a file's own."""
-
-    name: str
-    content: Path | bytes
-    why: str
-
-    @property
-    def size(self) -> int:
-        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
-
-
 class Pushed(NamedTuple):
     """Where a push went: the repository's whole id and its address."""
 
@@ -94,78 +51,24 @@ class Pushed(NamedTuple):
 # ---- what goes up
 
 
-def sort_files(directory: Path) -> tuple[list[Upload], list[Upload]]:
-    """(what goes up, what stays) of a model directory, each with the reason; a folder that stays is one entry."""
-    going, staying = [], []
-    for path in sorted(directory.iterdir()):
-        stays = _first_fit(path.name, STAYS)
-        goes = None if stays else _first_fit(path.name, GOES_UP)
-        if path.is_dir() and goes:  # chat templates may fill a folder
-            inside = sorted(file for file in path.iterdir() if file.is_file())
-            going += [Upload(f"{path.name}/{file.name}", file, goes) for file in inside]
-        elif goes:
-            going.append(Upload(path.name, path, goes))
-        else:
-            staying.append(Upload(path.name + "/" * path.is_dir(), path, stays or NO_PART))
-    return going, staying
-
-
-def _first_fit(name: str, patterns: dict[str, str]) -> str | None:
-    return next((why for pattern, why in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
-
-
 def total_size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 
 
-def refuse_no_model(directory: Path) -> None:
-    """Refuse, in one line, a directory that nothing could load."""
-    if not directory.is_dir():
-        raise UserError(f"{directory} is no directory: name a run, a checkpoint, a model or an adapter directory")
-    names = {path.name for path in directory.iterdir()}
-    kind, config, stem = "a model", "config.json", "model"
-    if "adapter_config.json" in names:
-        kind, config, stem = "an adapter", "adapter_config.json", "adapter_model"
-    if config not in names:
-        holds = sorted(name for name in names if name.startswith("checkpoint-"))
-        mend = f"push one of its checkpoints, such as {directory / holds[-1]}" if holds else "name a model directory"
-        raise UserError(f"{directory} holds no config.json, so it is no model; {mend}")
-    settings = _read_json(directory / config)
-    index = _read_json(directory / f"{stem}.safetensors.index.json").get("weight_map", {})
-    wanted = set(index.values()) or {f"{stem}.safetensors"}
-    missing = sorted(wanted - names)
-    if missing:
-        pickled = [name for name in names if name.endswith(".bin") and stem.split("_")[-1] in name]
-        why = f"; its weights are a pickle ({pickled[0]}), `acorn convert` writes safetensors" if pickled else ""
-        raise UserError(f"{directory} is not whole as {kind}: {missing[0]} is not there{why}")
-    for reference in (settings.get("auto_map") or {}).values():
-        code = str(reference[0] if isinstance(reference, list) else reference).split("--")[-1].split(".")[0] + ".py"
-        if "--" not in str(reference) and code not in names:
-            raise UserError(f"{directory}/{config} names the code {code}, which is not there: it would load nowhere")
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}); copy the directory again") from error
-
-
 def finish_files(
-    going: list[Upload], card: str, license: str | None = None, base_model: str | None = None
+    directory: Path, going: list[Upload], card: str, license: str | None = None, base_model: str | None = None
 ) -> list[Upload]:
-    """The files as they are sent: card with whole metadata, adapter with its base's id, recipe without local paths.
+    """The files as they are sent: card with whole metadata, adapter with its base's id, nothing with local paths.
 
     card: the text of README.md. license, base_model: what the card and the adapter shall say instead of what they do.
     """
-    files = {upload.name: upload for upload in going}
-    adapter = files.get("adapter_config.json")
+    files = {upload.name: without_machine(upload) for upload in going}
+    paths = paths_in_recipe(directory)
+    adapter = next((upload for upload in going if upload.name == "adapter_config.json"), None)
     if adapter:
-        settings = _read_json(adapter.content)
+        settings = read_json(adapter.content)
         known_as = str(settings.get("base_model_name_or_path"))
         base_model = base_model or known_as
         if not is_hub_id(base_model):
@@ -173,24 +76,15 @@ def finish_files(
                 f"base_model={base_model!r}: the adapter's base is a directory of this machine, which nobody else "
                 "has; push it too, and name its repository with --base_model"
             )
-        text = json.dumps(settings | {"base_model_name_or_path": base_model}, indent=2)
+        text = json.dumps(without_paths(settings) | {"base_model_name_or_path": base_model}, indent=2)
         files[adapter.name] = Upload(adapter.name, text.encode(), adapter.why)
         if not is_hub_id(known_as):
             card = card.replace(known_as, base_model)  # a path says nothing to others
-    text = finish_card(card, license, base_model, is_adapter=adapter is not None)
+    text = finish_card(replace_paths(card, paths), license, base_model, is_adapter=adapter is not None)
     files["README.md"] = Upload("README.md", text.encode(), GOES_UP["README.md"])
     if "recipe.yaml" in files:
-        content = _portable_recipe(files["recipe.yaml"].content)
-        files["recipe.yaml"] = Upload("recipe.yaml", content, GOES_UP["recipe.yaml"])
+        files["recipe.yaml"] = Upload("recipe.yaml", portable_recipe(directory), GOES_UP["recipe.yaml"])
     return [files[name] for name in sorted(files)]
-
-
-def _portable_recipe(path: Path) -> bytes:
-    """The recipe without the place of the prepared tokens, which is of this machine."""
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if isinstance(recipe.get("data"), dict):
-        recipe["data"].pop("data_dir", None)
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
 
 
 def finish_card(text: str, license: str | None = None, base_model: str | None = None, is_adapter: bool = False) -> str:

@@ -9,10 +9,12 @@ from threading import Thread
 from tqdm.auto import tqdm
 from transformers.trainer_utils import HubStrategy
 
+from .checkpoints import list_checkpoints
 from .errors import UserError
-from .hub import Pushed, Upload, finish_files, in_words, refuse_no_model, repo_of, send, sort_files
+from .hub import Pushed, finish_files, in_words, repo_of, send
 from .model_card import model_card
 from .report import facts_of
+from .uploads import Upload, is_own_file, refuse_no_model, resume_state, sort_files
 
 ASIDE = ".pushing"  # in the run directory: what is on its way up, held fast while training writes on
 WRITTEN_ONCE = (".safetensors", ".pt", ".pth", ".bin")  # large, and replaced by new files, never changed in place
@@ -56,7 +58,7 @@ class PushesToHub:
             return None
         self.pushes.wait()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=os.path.getmtime)
+        checkpoints = list_checkpoints(Path(self.args.output_dir))
         pushed = self.pushes.push(
             lambda: self.files_to_push(checkpoints[-1] if checkpoints else None, is_end=True), commit_message, revision
         )
@@ -76,24 +78,22 @@ class PushesToHub:
         directory = root if checkpoint is None or _has_model(root) else checkpoint
         refuse_no_model(directory)
         written = directory / "README.md"
-        card = written.read_text(encoding="utf-8") if is_end and written.is_file() else model_card(facts_of(directory))
-        files = finish_files(sort_files(directory)[0], card)
+        card = (
+            written.read_text(encoding="utf-8")
+            if is_end and is_own_file(written, directory)
+            else model_card(facts_of(directory))
+        )
+        files = finish_files(directory, sort_files(directory)[0], card)
         if strategy == HubStrategy.CHECKPOINT and checkpoint is not None:
-            files += _resume_state(checkpoint, "last-checkpoint")
+            files += resume_state(checkpoint, "last-checkpoint")
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
-            for folder in root.glob("checkpoint-*") if is_end else [checkpoint]:
-                files += _resume_state(folder, folder.name)
+            for folder in list_checkpoints(root) if is_end else [checkpoint]:
+                files += resume_state(folder, folder.name)
         return files
 
 
 def _has_model(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
-def _resume_state(checkpoint: Path, folder: str) -> list[Upload]:
-    """All of a checkpoint, its pickles too: resuming reads them, and the strategy asks for it."""
-    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file())
-    return [Upload(f"{folder}/{name}", checkpoint / name, "resume state") for name in names]
 
 
 class BackgroundPushes:

@@ -15,6 +15,7 @@ from .loading import OUR_TYPES
 from .model_card import CardFacts, write_card
 from .recipe import Recipe, load_run_recipe
 from .sources import PYTHON_STDLIB
+from .uploads import is_own_file, weight_files
 
 
 def write_report(run_dir: Path, recipe: Recipe, sample: str) -> None:
@@ -80,7 +81,7 @@ def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
     facts.command = recipe.command
     facts.training = "All arguments are in `recipe.yaml`." if recipe.command else ""
     facts.limits.append(f"It was trained on {', '.join(f'`{source}`' for source in sources)} and knows nothing else.")
-    if (run_dir / "sample.txt").is_file() and directory == run_dir:
+    if is_own_file(run_dir / "sample.txt", run_dir) and directory == run_dir:
         facts.sample = (run_dir / "sample.txt").read_text(encoding="utf-8")
     return facts
 
@@ -131,7 +132,8 @@ def fitting_length(context: int | None) -> int:
 def count_parameters(directory: Path) -> int:
     """Numbers in the directory's safetensors files, tied ones counted once; the headers alone are read."""
     total = 0
-    for path in directory.glob("*.safetensors"):
+    names = weight_files(directory, "model") + weight_files(directory, "adapter_model")
+    for path in [directory / name for name in names if name.endswith(".safetensors") and (directory / name).is_file()]:
         with safe_open(path, framework="numpy") as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return total
