@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from training.errors import run_main, unknown
 
@@ -14,7 +15,7 @@ VERBS = {
     "tokenizer": ("training.train_tokenizer", "train a byte, character or BPE tokenizer on a text"),
     "prepare": ("training.prepare", "turn a text into shards of tokens"),
     "pretrain": ("training.pretrain", "grow a GPT from a recipe"),
-    "resume": ("training.resume", "go on with a run that was stopped"),
+    "resume": ("training.resume", "go on with a run, of either kind, that was stopped"),
     "finetune": ("finetune.finetune", "teach a pretrained model a text or a chat, by adapters or whole"),
     "merge": ("finetune.merge", "fold an adapter into its base: a plain model"),
     "evaluate": ("inference.evaluate", "measure loss, perplexity and bits per byte"),
@@ -22,6 +23,9 @@ VERBS = {
     "convert": ("inference.convert", "turn stock GPT-2 and nanoGPT checkpoints into Acorn's, and back"),
     "push": ("inference.push", "upload a model, or an adapter, to the Hub"),
 }
+
+# a section that only the recipes of one kind of run have: the module whose main() goes on with such a run
+RESUMED_BY = {"adapter": "finetune.resume"}
 
 # the first verb of a stage: the heading the help puts above it
 HEADINGS = {
@@ -46,9 +50,17 @@ def call_verb(argv: list[str]) -> None:
     elif verb in ("-V", "--version"):
         print(f"acorn {__version__}")
     elif verb in VERBS:
-        import_module(VERBS[verb][0]).main(rest)
+        import_module(module_of(verb, rest)).main(rest)
     else:
         raise unknown("verb", verb, VERBS, mend="`acorn --help` lists them.")
+
+
+def module_of(verb: str, rest: list[str]) -> str:
+    """The module that does a verb; which one goes on with a run is told by the sections of its recipe."""
+    recipe = Path(rest[0], "recipe.yaml") if verb == "resume" and rest else Path()
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+    keys = {line.split(":")[0] for line in text.splitlines()}  # what begins a line is a section's name
+    return next((module for section, module in RESUMED_BY.items() if section in keys), VERBS[verb][0])
 
 
 def help_text() -> str:

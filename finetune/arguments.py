@@ -1,7 +1,6 @@
 """What a finetuning recipe and its flags fill: the sections of training's recipes, and one for the adapter."""
 
 import dataclasses
-import shlex
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from training.arguments import DataArguments, GPTTrainingArguments, SampleArguments, _say
 from training.errors import UserError, unknown
 from training.recipe import SECTIONS, Recipe, load_recipe_file, parse_flags, shipped_recipes
+from training.shell import shell
 
 from .adapters import ADAPTERS
 
@@ -136,7 +136,7 @@ def load_finetune_recipe(argv: list[str]) -> FinetuneRecipe:
         adapter = flags.get("adapter", {}).get("adapter", AdapterArguments.adapter)
         recipe = FinetuneRecipe(name=f"{Path(name).name}-{adapter}", model={"model_name_or_path": name})
     recipe.update(flags)
-    recipe.command = shlex.join(["acorn", "finetune", *argv])
+    recipe.command = shell("acorn", "finetune", *argv)
     fit_adapter(recipe, flags.get("adapter", {}))
     return recipe
 

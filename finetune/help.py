@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   acorn finetune gpt2 --text_files my.txt
   acorn finetune gpt2-lora-chat --text_files chat.txt --preview      one example, token by token
   acorn finetune runs/quickstart --data_files pairs.jsonl --adapter dora --r 8
-  acorn finetune --resume runs/gpt2-lora --max_steps 500
+  acorn resume runs/gpt2-lora --max_steps 500                      go on with a run
   accelerate launch -m finetune.finetune gpt2-full-text"""
 
 
@@ -42,8 +42,7 @@ def help_text() -> str:
     }
     parts = [
         "usage: acorn finetune RECIPE-OR-MODEL [--flag value …]\n"
-        "       acorn finetune RECIPE-OR-MODEL … --preview\n"
-        "       acorn finetune --resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--flag value …]\n\n"
+        "       acorn finetune RECIPE-OR-MODEL … --preview\n\n"
         "Teach a pretrained model a text, pairs or a chat. MODEL is any causal LM: a Hub id, a model directory or an\n"
         f"Acorn run; RECIPE is one of {recipes}, or a YAML file.\n"
         "A text file whose first line begins `User:` or `System:` is read as conversations.",

@@ -11,6 +11,7 @@ from training.files import new_directory
 from training.hardware import context_of, text_config
 from training.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
 from training.model_card import CardFacts, write_card
+from training.shell import shell
 from training.tokenizers import load_tokenizer
 
 EPILOG = """examples:
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     # Where the embeddings are trained apart from a tied head, PEFT leaves the two different.
     difference = write(merged, out, directory, flags, lambda model: float((logits(model, ids) - unmerged).abs().max()))
     print(f"largest difference of logits, unmerged and merged, on {ids.numel()} random ids: {difference:.2e}")
-    print(f'The model is in {out}. Next:\n  acorn generate {out} --prompt "…"')
+    print(f"The model is in {out}. Next:\n  {shell('acorn', 'generate', out)} --prompt …")
 
 
 def check(flags, directory: Path, out: Path) -> None:

@@ -1,6 +1,5 @@
 """What a finetuning run leaves to read: loss.png, the samples side by side, and the model card."""
 
-import json
 import shutil
 import textwrap
 from pathlib import Path
@@ -10,6 +9,7 @@ from training.files import write_whole
 from training.loading import load_config
 from training.model_card import CardFacts, write_card
 from training.report import data_section, draw_losses, metrics_of, sources_of
+from training.shell import shell
 
 from .data import Examples
 
@@ -82,12 +82,12 @@ def summary(run_dir: Path, facts: dict, prompt: str) -> str:
         + ("; it did not get better: lower --learning_rate, or give more text" if worse else ""),
         f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters trained; {cost(facts)}",
         f"The {'model' if facts['adapter'] == 'full' else 'adapter'} is in {run_dir} (the best at the root). Next:",
-        f"  acorn generate {run_dir} --prompt {json.dumps(prompt, ensure_ascii=False)}",
-        f"  acorn finetune --resume {run_dir} --max_steps …",
+        f"  {shell('acorn', 'generate', run_dir, prompt=prompt)}",
+        f"  {shell('acorn', 'resume', run_dir)} --max_steps …",
     ]
     if facts["adapter"] not in ("full", "prompt", "prefix"):
-        lines.append(f"  acorn merge {run_dir} {run_dir}-merged")
-    return "\n".join([*lines, f"  acorn push {run_dir} YOU/NAME --dry_run"])
+        lines.append(f"  {shell('acorn', 'merge', run_dir, Path(f'{run_dir}-merged'))}")
+    return "\n".join([*lines, f"  {shell('acorn', 'push', run_dir, 'YOU/NAME', '--dry_run')}"])
 
 
 def side_by_side(before: str, after: str, width: int | None = None) -> str:

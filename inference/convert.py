@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from training.errors import FlagParser, UserError, quiet_libraries, run_main
 from training.files import new_directory
+from training.shell import shell
 
 from .formats import FORMATS
 from .formats.base import Format, Source, open_source
@@ -146,7 +147,7 @@ def next_steps(flags) -> list[str]:
     """What a person can type now."""
     if flags.to == "nanogpt":
         return [f"{flags.dst} is written."]
-    return [f"{flags.dst} is written. Next:", f'  acorn generate {flags.dst} --prompt "…"']
+    return [f"{flags.dst} is written. Next:", f"  {shell('acorn', 'generate', flags.dst)} --prompt …"]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from training.hub import (
 )
 from training.model_card import NOT_CHOSEN, check_license, model_card
 from training.report import facts_of
+from training.shell import shell
 from training.uploads import Upload, is_own_file, refuse_no_model, sort_files
 
 EPILOG = """examples:
@@ -85,8 +86,8 @@ def push(flags: argparse.Namespace, files: list[Upload]) -> None:
         raise UserError(f"push to {flags.repo_id}: {in_words(error, flags.repo_id)}") from error
     print(pushed.address)
     if not flags.revision:
-        trust = " --trust_remote_code" * any(file.name.endswith(".py") for file in files)
-        print(f"Next, here or anywhere:\n  acorn generate {pushed.repo_id}{trust}")
+        trust = ["--trust_remote_code"] * any(file.name.endswith(".py") for file in files)
+        print(f"Next, here or anywhere:\n  {shell('acorn', 'generate', pushed.repo_id, *trust)}")
 
 
 def summary(flags: argparse.Namespace, files: list[Upload]) -> str:

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertLMHeadModel
 
-from finetune import finetune
+import acorn
+from finetune import finetune, resume
 from finetune.adapters import ADAPTERS
-from training import resume
+from finetune.arguments import FinetuneRecipe
+from training import resume as pretraining_resume
 from training.callbacks import read_metrics
 from training.errors import UserError
 from training.loading import load_model_and_tokenizer
@@ -54,7 +56,7 @@ def tune(folder: Path, base: str, *flags: str, name: str) -> Path:
 
 def go_on(run: Path, *flags: str) -> None:
     with contextlib.chdir(run.parent):
-        finetune.main(["--resume", run.name, *flags])
+        resume.main([run.name, *flags])
 
 
 def facts(run: Path) -> dict:
@@ -225,9 +227,9 @@ def test_help_names_every_adapter_and_flag(capsys) -> None:
 # recipes
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in finetune.FinetuneRecipe.directory.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in FinetuneRecipe.directory.glob("*.yaml")))
 def test_shipped_recipes_are_whole(name: str) -> None:
-    recipe = load_recipe_file(name, finetune.FinetuneRecipe)
+    recipe = load_recipe_file(name, FinetuneRecipe)
     assert recipe.model_arguments().model_name_or_path.startswith("gpt2")
     assert recipe.adapter_arguments().adapter == {"full": "full", "lora": "lora", "xl": "qlora"}[name.split("-")[1]]
     assert recipe.data_arguments().block_size
@@ -238,7 +240,7 @@ def test_shipped_recipes_are_whole(name: str) -> None:
 
 def test_the_full_recipe_is_nanogpts() -> None:
     """config/finetune_shakespeare.py and the defaults of train.py that it leaves."""
-    recipe = load_recipe_file("gpt2-full-text", finetune.FinetuneRecipe)
+    recipe = load_recipe_file("gpt2-full-text", FinetuneRecipe)
     args = recipe.training_arguments()
     assert (args.learning_rate, args.max_steps, args.eval_steps) == (3e-5, 20, 5)
     assert (args.tokens_per_step, args.per_device_train_batch_size) == (32 * 1024, 1)
@@ -248,7 +250,7 @@ def test_the_full_recipe_is_nanogpts() -> None:
 
 def test_the_four_recipes() -> None:
     names = ["gpt2-full-text", "gpt2-lora-chat", "gpt2-lora-text", "gpt2-xl-qlora"]
-    assert shipped_recipes(finetune.FinetuneRecipe) == names
+    assert shipped_recipes(FinetuneRecipe) == names
 
 
 # what is refused
@@ -274,16 +276,12 @@ def test_the_four_recipes() -> None:
         (["gpt2", *TEXT, "--optimizer", "muon"], "only for adapter=full on an Acorn model"),
         (["gpt2", *TEXT, "--tokenizer_vocab_size", "300"], "keeps the model's tokenizer"),
         (["gpt2", *TEXT, "--max_new_tokens", "-1"], "max_new_tokens"),
-        (["gpt2", *CHAT, "--output_dir", "tuned"], "acorn finetune --resume tuned"),
+        (["gpt2", *CHAT, "--output_dir", "tuned"], "acorn resume tuned"),
         (["gpt2", *TEXT, "--prompt", "x" * 70], "do not fit the model's context"),
         (["bert", *TEXT], "no causal language model"),
         (["masked", *TEXT], "no causal language model"),
         (["torn", *TEXT], "lacks transformer.h.0"),
-        (["--resume"], "need a value"),
-        (["--resume", "nowhere"], "does not exist"),
-        (["--resume", "tuned", "--r", "4"], "--r cannot change"),
-        (["--resume", "tuned", "--seed", "4"], "--seed cannot change"),
-        (["--resume", "tuned"], "larger --max_steps"),
+        (["--resume", "tuned"], "`acorn resume RUN_DIR`"),
     ],
 )
 def test_mistakes_are_one_line(folder, tuned, monkeypatch, argv: list[str], words: str) -> None:
@@ -315,8 +313,40 @@ def others(folder: Path) -> None:
     build_tokenizer("byte").save_pretrained(folder / "torn")
 
 
-def test_the_other_verbs_say_whose_it_is(tuned) -> None:
-    assert "acorn finetune --resume" in refused(resume.main, str(tuned))
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "needs a RUN_DIR"),
+        (["nowhere"], "does not exist"),
+        (["tuned", "--r", "4"], "--r cannot change"),
+        (["tuned", "--seed", "4"], "--seed cannot change"),
+        (["tuned", "--text_files", "x"], "--text_files cannot change"),
+        (["tuned", "--checkpoint"], "needs a value"),
+        (["tuned", "--checkpoint", "checkpoint-4"], "unknown checkpoint"),
+        (["tuned"], "larger --max_steps"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_in_one_line(folder, tuned, monkeypatch, argv: list[str], words: str) -> None:
+    monkeypatch.chdir(folder)
+    before = contents(tuned)
+    assert words in refused(resume.main, *argv)
+    assert contents(tuned) == before
+
+
+def test_one_verb_goes_on_with_every_kind_of_run(folder, tuned, monkeypatch, capsys) -> None:
+    assert acorn.module_of("resume", [str(tuned)]) == "finetune.resume"
+    assert acorn.module_of("resume", [str(folder / "gpt2")]) == acorn.module_of("resume", []) == "training.resume"
+    assert acorn.module_of("finetune", [str(tuned)]) == "finetune.finetune"
+    shutil.copytree(tuned, folder / "by-the-door")
+    monkeypatch.chdir(folder)
+    acorn.main(["resume", "by-the-door", "--max_steps", "9"])
+    assert "acorn resume by-the-door --max_steps …" in capsys.readouterr().out
+    recipe = load_recipe_file(str(folder / "by-the-door" / "recipe.yaml"), FinetuneRecipe)
+    assert recipe.command.endswith(" && acorn resume by-the-door --max_steps 9")
+
+
+def test_pretrainings_verb_says_whose_it_is(tuned) -> None:
+    assert "acorn resume RUN_DIR" in refused(pretraining_resume.main, str(tuned))
 
 
 def test_other_data_is_refused(folder, tuned) -> None:
@@ -326,7 +356,7 @@ def test_other_data_is_refused(folder, tuned) -> None:
     try:
         (folder / "chat.txt").write_text(kept.replace("oak", "elm"), encoding="utf-8")
         with contextlib.chdir(folder), pytest.raises(UserError, match="the data has changed"):
-            finetune.main(["--resume", run.name, "--max_steps", "9"])
+            resume.main([run.name, "--max_steps", "9"])
     finally:
         (folder / "chat.txt").write_text(kept, encoding="utf-8")
 

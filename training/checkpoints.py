@@ -11,6 +11,7 @@ from pathlib import Path
 from .agreement import together
 from .errors import UserError, unknown
 from .files import sync, write_whole
+from .shell import shell
 
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
 # What a killed process leaves: folders that grow, that gave way to a new one of their name, that are on their way out.
@@ -185,7 +186,7 @@ def find_checkpoint(run_dir: Path, wanted: str) -> Path | None:
     if wanted == "last":
         return newest_whole(found) if found else None
     if not found:
-        raise UserError(f"{run_dir} has no checkpoint yet: `acorn resume {run_dir}` starts it again")
+        raise UserError(f"{run_dir} has no checkpoint yet: `{shell('acorn', 'resume', run_dir)}` starts it again")
     if wanted == "best":
         best = read_state(newest_whole(found))["best_model_checkpoint"]
         wanted = Path(best).name if best else found[-1].name
@@ -206,8 +207,8 @@ def newest_whole(found: list[Path]) -> Path:
         damages.append(f"{path.name}: {what}")
         print(f"{path} is passed over: {what}", file=sys.stderr)
     raise UserError(
-        f"{found[0].parent}: no checkpoint is whole ({'; '.join(damages)}); start the run again with `acorn pretrain` "
-        "and another --output_dir"
+        f"{found[0].parent}: no checkpoint is whole ({'; '.join(damages)}); start the run again "
+        "with another --output_dir"
     )
 
 

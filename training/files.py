@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
+from .shell import shell
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -28,7 +29,7 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
-def refuse_used(directory: Path, resume_command: str) -> None:
+def refuse_used(directory: Path) -> None:
     """Refuse, before anything long, an output directory that holds anything to lose, or that cannot be written.
 
     Hidden files do not count: a run that was killed at once leaves its lock and half-written ones.
@@ -38,7 +39,7 @@ def refuse_used(directory: Path, resume_command: str) -> None:
             raise UserError(f"output_dir={directory}: is a file; choose another --output_dir")
         if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise UserError(
-                f"output_dir={directory} exists: continue it with `{resume_command} {directory}`, "
+                f"output_dir={directory} exists: continue it with `{shell('acorn', 'resume', directory)}`, "
                 "or choose another --output_dir"
             )
         _try_writing(directory)

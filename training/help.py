@@ -35,7 +35,7 @@ USAGES = {
     ),
     "resume": (
         "acorn resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--flag value …]\n\n"
-        "Continue a run exactly where it stopped; flags may change what can change, such as --max_steps.",
+        "Continue a run of any kind exactly where it stopped; flags may change what can change, such as --max_steps.",
         "acorn resume runs/quickstart --max_steps 1200",
     ),
     "estimate": (

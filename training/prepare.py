@@ -4,6 +4,7 @@ from .corpus import prepare, summary
 from .errors import quiet_libraries, run_main
 from .help import wants_help
 from .recipe import load_recipe
+from .shell import shell
 from .streaming import is_streamed, refuse_stream_options
 
 
@@ -17,7 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     corpus = prepare(recipe.data_arguments(), name=recipe.name, check_shards=True)
     print(summary(corpus))
     command = recipe.command.replace("prepare", "pretrain", 1)  # the same words find the same tokens
-    print(f"Type next: {command}" + (f" --data_dir {corpus.directory}" if is_streamed(recipe.data_arguments()) else ""))
+    streamed = is_streamed(recipe.data_arguments())
+    print(f"Type next: {command}" + (f" {shell(data_dir=corpus.directory)}" if streamed else ""))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from .help import wants_help
 from .processes import one_process_first
 from .recipe import load_recipe
 from .run import build_model, open_corpus, run
-from .trainer import GPTTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = load_recipe("pretrain", argv)
     recipe.model_config()  # a wrong architecture is refused before any text is read
     args = recipe.training_arguments()
-    first_decides(args, lambda: refuse_used(recipe.output_dir, GPTTrainer.resume_command))
+    first_decides(args, lambda: refuse_used(recipe.output_dir))
     corpus = one_process_first(args, lambda: open_corpus(recipe), "prepare")
     print(corpus.summary() if corpus.directory is None else summary(corpus)) if args.process_index == 0 else None
     run(recipe, build_model(recipe, corpus, args), corpus, args)

@@ -14,6 +14,7 @@ from .errors import UserError
 from .hub import Pushed, finish_files, in_words, repo_of, send
 from .model_card import model_card
 from .report import facts_of
+from .shell import shell
 from .uploads import Upload, is_own_file, refuse_no_model, resume_state, sort_files
 
 ASIDE = ".pushing"  # in the run directory: what is on its way up, held fast while training writes on
@@ -63,8 +64,8 @@ class PushesToHub:
             lambda: self.files_to_push(checkpoints[-1] if checkpoints else None, is_end=True), commit_message, revision
         )
         if pushed is None:
-            print(f"The run is whole in {self.args.output_dir}. Push it later:\n"
-                  f"  acorn push {self.args.output_dir} {self.pushes.repo_id}", file=sys.stderr)  # fmt: skip
+            command = shell("acorn", "push", Path(self.args.output_dir), self.pushes.repo_id)
+            print(f"The run is whole in {self.args.output_dir}. Push it later:\n  {command}", file=sys.stderr)
         else:
             print(f"The run is at {pushed.address}", flush=True)
         return pushed

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shlex
 import sys
 import types
 import typing
@@ -18,6 +17,7 @@ from .arguments import CardArguments, DataArguments, GPTTrainingArguments, Sampl
 from .errors import UserError, one_line, unknown
 from .files import write_whole
 from .processes import check_launch
+from .shell import shell
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 FLAG_ORDER = ("data", "training", "model", "adapter", "sample", "card")  # where a flag that two sections know belongs
@@ -110,7 +110,7 @@ def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
     name = argv.pop(0)
     recipe = load_recipe_file(name)
     recipe.update(parse_flags(argv), data_dir_is_source=verb != "prepare")
-    recipe.command = shlex.join(["acorn", verb, name, *argv])
+    recipe.command = shell("acorn", verb, name, *argv)
     return recipe
 
 
@@ -132,7 +132,7 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
-        raise UserError(f"{path}: is of `acorn finetune`, whose runs go on with `acorn finetune --resume RUN_DIR`")
+        raise UserError(f"{path}: is of `acorn finetune`; a run of it goes on with `acorn resume RUN_DIR`")
     recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
     for section, values in content.items():
         if section not in known_keys(kind):

@@ -14,6 +14,7 @@ from .hardware import CONTEXT_NAMES
 from .loading import OUR_TYPES
 from .model_card import CardFacts, write_card
 from .recipe import Recipe, load_run_recipe
+from .shell import shell
 from .sources import PYTHON_STDLIB
 from .uploads import is_own_file, weight_files
 
@@ -198,9 +199,9 @@ def next_steps(run_dir: Path, prompt: str) -> str:
     return "\n".join(
         [
             f"The model is in {run_dir} (best validation loss at the root). Next:",
-            f"  acorn generate {run_dir} --prompt {json.dumps(prompt)}",
-            f"  acorn evaluate {run_dir}",
-            f"  acorn resume {run_dir} --max_steps …",
-            f"  acorn push {run_dir} YOU/NAME --dry_run",
+            f"  {shell('acorn', 'generate', run_dir, prompt=prompt)}",
+            f"  {shell('acorn', 'evaluate', run_dir)}",
+            f"  {shell('acorn', 'resume', run_dir)} --max_steps …",
+            f"  {shell('acorn', 'push', run_dir, 'YOU/NAME', '--dry_run')}",
         ]
     )

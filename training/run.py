@@ -22,6 +22,7 @@ from .processes import is_lost_process, leave, lost
 from .recipe import Recipe
 from .report import next_steps, write_report
 from .sampling import prompt_tensor, sample_text
+from .shell import shell
 from .sources import named_sources
 from .streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .tokenizers import add_nothing
@@ -113,7 +114,7 @@ def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
     if checkpoint is not None:
         set_aside_later(Path(checkpoint))
     elif list_checkpoints(run_dir):  # another process grew a run here while this one prepared its corpus
-        raise UserError(f"output_dir={run_dir} exists: continue it with `{trainer.resume_command} {run_dir}`")
+        raise UserError(f"output_dir={run_dir} exists: continue it with `{shell('acorn', 'resume', run_dir)}`")
     mend_metrics(run_dir)
     (run_dir / "README.md").unlink(missing_ok=True)  # written last, it says that the run is finished
     if trainer.corpus.directory is not None:  # a stream has none
@@ -156,7 +157,7 @@ def leave_resumable(trainer: GPTTrainer) -> None:
     received = trainer.stop_on_signal.agreed
     if trainer.is_world_process_zero():
         print(f"stopped by {signal.Signals(received).name} at step {trainer.state.global_step:,}; checkpoint saved. "
-              f"Go on with:\n  {trainer.resume_command} {trainer.args.output_dir}", file=sys.stderr)  # fmt: skip
+              f"Go on with:\n  {shell('acorn', 'resume', Path(trainer.args.output_dir))}", file=sys.stderr)  # fmt: skip
     raise SystemExit(128 + received)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
 from .recipe import Recipe, load_recipe, parse_flags
+from .shell import shell
 from .sources import documents
 from .tokenizers import build_tokenizer
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = build_tokenizer(data.tokenizer, lambda: texts, data.tokenizer_vocab_size)
     tokenizer.save_pretrained(directory)
     print(f"{directory}: a {data.tokenizer} tokenizer, vocabulary {len(tokenizer):,}.")
-    print(f"Type next: acorn prepare RECIPE --tokenizer {directory}")
+    print(f"Type next: {shell('acorn', 'prepare', 'RECIPE', tokenizer=directory)}")
 
 
 def recipe_or_flags(argv: list[str]) -> Recipe:

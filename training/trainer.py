@@ -22,6 +22,7 @@ from .evaluation import evaluate_rows
 from .hardware import flops_per_token
 from .optimizers import build_optimizer
 from .push_while_training import PushesToHub
+from .shell import shell
 
 
 class StepSampler(Sampler):
@@ -44,8 +45,6 @@ class GPTTrainer(PushesToHub, Trainer):
     data, sample: DataArguments (how windows are drawn) and SampleArguments (whether samples are shown on the way).
     Raises UserError when the loss stops being a number; the checkpoints before that are kept.
     """
-
-    resume_command = "acorn resume"  # what continues a run of this kind
 
     def __init__(
         self,
@@ -265,7 +264,7 @@ class GPTTrainer(PushesToHub, Trainer):
             if is_disk_full(error):
                 error.add_note(
                     f"What was half written at step {self.state.global_step} is removed, and what was there before is "
-                    f"whole: `{self.resume_command} {self.args.output_dir}` goes on from it"
+                    f"whole: `{shell('acorn', 'resume', Path(self.args.output_dir))}` goes on from it"
                 )
             raise
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from modeling import GPTConfig, GPTForCausalLM
 from training.errors import UserError
+from training.shell import shell
 
 from .base import CHECKPOINT, Format, Loaded, Source, check_tensors, config_of, special_ids
 from .layout import OBSTACLES, in_the_way, to_ours, to_theirs
@@ -149,7 +150,8 @@ class NanoGPT(Format):
             "config": dataset,
         }
         torch.save(checkpoint, directory / CHECKPOINT)
-        return [*lines, f"In a checkout of nanoGPT: python sample.py --out_dir={destination.absolute()} --device=cpu"]
+        command = shell("python", "sample.py", f"--out_dir={destination.absolute()}", "--device=cpu")
+        return [*lines, f"In a checkout of nanoGPT: {command}"]
 
 
 def fresh_optimizer(weights: dict[str, torch.Tensor]) -> dict:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..errors import FlagParser, UserError, run_main, unknown
+from ..shell import shell
 from ..sources import PYTHON_STDLIB, SOURCE_DEFAULTS, documents
 from ..tokenizers import load_tokenizer
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
     ]
     EXECUTORS[flags.executor](flags, steps).run()
-    command = f"acorn pretrain RECIPE --data_dir {flags.output_dir} --tokenizer {known_as}"
+    command = shell("acorn", "pretrain", "RECIPE", data_dir=flags.output_dir, tokenizer=known_as)
     print(f"Type next{'' if flags.executor == 'local' else ', when the tasks are done'}: {command}")
 
 

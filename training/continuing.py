@@ -1,0 +1,51 @@
+"""What a run of any kind needs to go on: its recipe and today's flags, a checkpoint, its directory to itself."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .agreement import first_decides
+from .checkpoints import find_checkpoint
+from .errors import UserError
+from .lock import claimed
+from .recipe import Recipe, load_run_recipe, parse_flags
+from .shell import shell
+
+FIXED_TRAINING = ("optimizer", "seed", "output_dir")  # the state of a checkpoint belongs to these
+
+
+def read_run(argv: list[str], kind: type[Recipe] = Recipe) -> tuple[Path, Recipe, str, dict[str, dict]]:
+    """(run directory, its recipe, which checkpoint, checked flags by section) of `acorn resume RUN_DIR …`."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("acorn resume needs a RUN_DIR, such as runs/quickstart")
+    run_dir = Path(argv[0])
+    recipe = load_run_recipe(run_dir, kind)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint", nargs="?", default="last")
+    known, flags = parser.parse_known_args(argv[1:])
+    if not known.checkpoint:
+        raise UserError("--checkpoint: needs a value: last, best or checkpoint-N")
+    recipe.training["output_dir"] = str(run_dir)
+    recipe.command += f" && {shell('acorn', 'resume', *argv)}"
+    return run_dir, recipe, known.checkpoint, parse_flags(flags, kind)
+
+
+def refuse_fixed(flags: dict[str, dict], verb: str, changeable_model: tuple[str, ...] = ()) -> None:
+    """Refuse what would make it another run, which `verb` starts."""
+    fixed = [key for key in flags.get("training", {}) if key in FIXED_TRAINING]
+    fixed += [key for key in flags.get("model", {}) if key not in changeable_model]
+    fixed += [key for section in ("data", "adapter") for key in flags.get(section, {})]
+    if fixed:
+        raise UserError(f"--{fixed[0]} cannot change in a run that has begun: start another with `acorn {verb}`")
+
+
+@contextmanager
+def taken_up(run_dir: Path, wanted: str, args) -> Iterator[Path | None]:
+    """Have the run directory for oneself, and yield the checkpoint to go on from; None where it has none yet."""
+    with claimed(run_dir, args):
+        checkpoint = first_decides(args, lambda: find_checkpoint(run_dir, wanted))
+        if args.process_index == 0:
+            where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
+            print(f"resuming {run_dir} {where}", flush=True)
+        yield checkpoint
