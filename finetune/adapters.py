@@ -22,7 +22,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from training.errors import UserError, one_line
-from training.loading import without_warnings
+from training.loading import with_cache_names, without_warnings
 
 # (names of what is adapted, those of them that are the MLP's) for IA3: keys, values and the MLP's second layer.
 IA3_NAMES = (
@@ -209,7 +209,7 @@ def attach(model: nn.Module, arguments, base_name: str) -> nn.Module:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"adapter={arguments.adapter}: does not go on this model: {one_line(error)}") from error
     adapted.peft_config["default"].base_model_name_or_path = base_name
-    return adapted
+    return with_cache_names(adapted)
 
 
 def virtual_tokens(arguments) -> int:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling import GPTConfig, GPTForCausalLM
+from modeling.compat import CACHE_NAME
 
 from .errors import UserError, one_line, unknown
 from .hardware import text_config
@@ -131,9 +132,35 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
         )
     try:
         with without_warnings():
-            return PeftModel.from_pretrained(base, directory)
+            return with_cache_names(PeftModel.from_pretrained(base, directory))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {directory}: does not fit {base_name}: {one_line(error)}") from error
+
+
+def with_cache_names(adapted):
+    """The same PeftModel, whose virtual tokens find the cache by its new name.
+
+    PEFT 0.21 knows the one of before transformers 5.24 alone; this goes when a later PEFT knows both.
+    """
+    if CACHE_NAME == "past_key_values" or not adapted.active_peft_config.is_prompt_learning:
+        return adapted
+    base, whole = adapted.base_model_prepare_inputs_for_generation, adapted.prepare_inputs_for_generation
+
+    def prepare(*args, **kwargs):
+        adapted.base_model_prepare_inputs_for_generation = lambda *args, **kwargs: _renamed(
+            base(*args, **kwargs), CACHE_NAME, "past_key_values"
+        )
+        try:
+            return _renamed(whole(*args, **kwargs), "past_key_values", CACHE_NAME)
+        finally:
+            adapted.base_model_prepare_inputs_for_generation = base
+
+    adapted.prepare_inputs_for_generation = prepare
+    return adapted
+
+
+def _renamed(kwargs: dict, old: str, new: str) -> dict:
+    return {new if name == old else name: value for name, value in kwargs.items()}
 
 
 @contextmanager
