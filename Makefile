@@ -4,9 +4,16 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICKSTART := runs/quickstart
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+PIP := -m pip install -q --disable-pip-version-check
+OLDEST := .venv/oldest
+# What a version of transformers can break: the model, its saved directory, generate, Trainer, PEFT and the conversions.
+VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilities hub_copy generate cli pretrain resume \
+	finetune adapters merge convert formats_gpt2))
+# `make newest TORCH=torch==2.13.0` keeps torch as it is
+TORCH := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow style format
+.PHONY: help install quickstart test test-slow test-versions newest lock style format
 
 help:  ## show this list
 	@echo "Acorn: plant a text, grow a GPT."
@@ -33,6 +40,24 @@ test: $(INSTALLED)  ## run the tests: tiny, offline, on the CPU
 test-slow: $(INSTALLED)  ## run the tests that take longer
 	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there are none
 
+test-versions: $(INSTALLED) $(OLDEST)/.installed  ## run the tests that depend on transformers with the oldest versions
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(VERSION_TESTS)
+	ACORN_VERSIONS=$(OLDEST) $(PYTEST) tests/test_versions.py
+
+newest:  ## run the tests with what the registry has today, beyond the lock: what breaks is printed
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python $(PIP) $(TORCH) $$($(PYTHON) tests/requirements.py)
+	.venv-newest/bin/python $(PIP) --no-deps -e .
+	.venv-newest/bin/python -m pip list --format=freeze | diff -i constraints.txt - | grep '^[<>]' || true
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n 2 --tb=line
+
+lock:  ## write constraints.txt anew, from the newest versions that pyproject.toml admits
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python $(PIP) torch==$(shell sed -n 's/^torch==//p' constraints.txt) -e '.[dev]'
+	{ sed -n '/^#/p' constraints.txt; .venv-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+		| sed 's/+cpu$$//'; } > constraints.tmp && mv constraints.tmp constraints.txt
+	rm -r .venv-lock
+
 style: $(INSTALLED)  ## check lint and format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,12 +66,19 @@ format: $(INSTALLED)  ## mend lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The stamp makes a changed pyproject.toml install again, and everything else a no-op.
-$(INSTALLED): pyproject.toml
+# The stamp makes a changed pyproject.toml or lock install again, and everything else a no-op.
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "Acorn needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing):" \
 		"name another, e.g. 'make install PYTHON=python3.12'." >&2; exit 1; }
 	@echo "Installing Acorn into .venv (a few minutes the first time) ..."
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python $(PIP) -c constraints.txt setuptools
+	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Beside the environment, in a folder that PYTHONPATH puts before it.
+$(OLDEST)/.installed: tests/oldest.txt $(INSTALLED)
+	@rm -rf $(OLDEST)
+	@$(BIN)/python $(PIP) --no-deps --target $(OLDEST) -r tests/oldest.txt
 	@touch $@
