@@ -7,6 +7,7 @@ from pathlib import Path
 
 from training.arguments import DataArguments, GPTTrainingArguments, SampleArguments, _say
 from training.errors import UserError, unknown
+from training.ranges import check_numbers
 from training.recipe import SECTIONS, Recipe, load_recipe_file, parse_flags, shipped_recipes
 from training.shell import shell
 
@@ -36,6 +37,7 @@ class FinetuneDataArguments(DataArguments):
     tokenizer: str | None = _say("Another tokenizer than the model's, by id or path; it must fit the model.")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.data_format not in ("auto", "text", "pairs", "chat"):
             raise UserError(f"data_format={self.data_format!r}: choose auto, text, pairs or chat")
         if self.tokenizer_vocab_size is not None:
@@ -87,11 +89,7 @@ class AdapterArguments:
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
             raise unknown("adapter", self.adapter, ADAPTERS)
-        for name in ("r", "lora_alpha", "loraplus_lr_ratio", "num_virtual_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
+        check_numbers(self)
 
 
 @dataclass

@@ -52,7 +52,7 @@ class FinetuneTrainer(GPTTrainer):
         once = ExampleRows(splits["train"], self.context_length, end, self.packing)
         args.count_steps(len(once) / self.rows_per_step)
         rows = self.rows_per_step * args.max_steps
-        return ExampleRows(splits["train"], self.context_length, end, self.packing, rows, args.seed), evaluation
+        return ExampleRows(splits["train"], self.context_length, end, self.packing, rows, args.order_seed), evaluation
 
     def count_flops(self, model) -> float:
         """Two FLOPs a parameter forward, two backward, and two more for each that is trained."""

@@ -306,7 +306,8 @@ def no_number(name: str) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_loss_that_is_no_number_stops_the_run(here, optimizer: str) -> None:
     flags = ["--optimizer", optimizer, "--max_steps", "20", "--eval_steps", "1", "--max_grad_norm", "0"]
-    rates = ["--learning_rate", "1e30", "--muon_learning_rate", "1e30"]
+    muon = ["--muon_learning_rate"] if optimizer == "muon" else []
+    rates = ["--learning_rate", "1e30", *(word for name in muon for word in (name, "1e30"))]
     message = refused(pretrain.main, *tiny_argv(*flags, *rates))
     assert "loss is" in message and "at step " in message and "learning_rate" in message
     run = here / "run"
@@ -316,5 +317,6 @@ def test_a_loss_that_is_no_number_stops_the_run(here, optimizer: str) -> None:
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         assert json.loads(line, parse_constant=no_number)["step"] <= 20
     AutoModelForCausalLM.from_pretrained(run, trust_remote_code=True)
-    go_on(run, "--max_steps", "6", "--learning_rate", "1e-3", "--muon_learning_rate", "1e-2")  # as the message advises
+    cooler = [word for name in muon for word in (name, "1e-2")]
+    go_on(run, "--max_steps", "6", "--learning_rate", "1e-3", *cooler)  # as the message advises
     assert is_finite(run / "checkpoint-6")

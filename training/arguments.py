@@ -5,13 +5,19 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .errors import UserError, unknown
+from .choices import RISING, check_choices, check_needs, check_schedule, settle_metric
+from .errors import UserError
+from .fields import refuse_other_values
 from .hub import check_hub_arguments
 from .model_card import check_language, check_license
 from .optimizers import OPTIMIZERS
-from .sampling import sampling_arguments
+from .ranges import check_numbers
+
+
+def _none() -> list[str]:
+    return ["none"]
 
 
 def _say(help_text: str, default=None, **kwargs):
@@ -49,6 +55,9 @@ class DataArguments:
     on_bad_file: str = _say("A file that can not be read: stop, or skip (what could be read of it is kept).", "stop")
     sampling: str = _say("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
 
+    def __post_init__(self):
+        check_numbers(self)
+
 
 @dataclass
 class SampleArguments:
@@ -62,9 +71,7 @@ class SampleArguments:
     sample_during_training: bool = _say("Also write a sample at each evaluation.", False)
 
     def __post_init__(self):
-        if self.max_new_tokens < 0:
-            raise UserError(f"max_new_tokens={self.max_new_tokens}: must be 0 (no sample) or more")
-        sampling_arguments(self.temperature, self.top_k, self.top_p)
+        check_numbers(self)
 
 
 @dataclass
@@ -77,6 +84,9 @@ class CardArguments:
     def __post_init__(self):
         check_license(self.license)
         check_language(self.language)
+
+
+_CHECKPOINTING = [(f"activation{name}", f"gradient{name}") for name in ("_checkpointing", "_checkpointing_kwargs")]
 
 
 @dataclass
@@ -106,15 +116,26 @@ class GPTTrainingArguments(TrainingArguments):
     weight_decay: float = _say("Decay of matrices (under muon: of the hidden ones).", 0.1)
     adam_beta2: float = _say("AdamW's second beta.", 0.95)
     max_grad_norm: float = _say("Gradients are clipped to this norm; 0 clips nothing.", 1.0)
-    eval_strategy: str = _say("steps, epoch or no.", "steps")
+    eval_strategy: str = _say("steps, epoch (passes over the text) or no.", "steps")
     eval_steps: float | None = _say("Steps between evaluations.", 250)
     save_strategy: str = _say("steps, epoch, best or no.", "steps")
     save_steps: float | None = _say("Steps between checkpoints (default: eval_steps).")
     save_total_limit: int | None = _say("Checkpoints kept; the best and the last are never removed.", 2)
     logging_steps: float | None = _say("Steps between updates of the loss shown (default: a tenth of eval_steps).")
     seed: int = _say("Seed of initialisation, data order and dropout.", 1337)
-    metric_for_best_model: str | None = _say("What the best checkpoint is best at.", "loss")
-    greater_is_better: bool | None = _say("Whether more of it is better.", False)
+    metric_for_best_model: str | None = _say(f"What the best is best at: {', '.join(RISING)}.", "loss")
+    greater_is_better: bool | None = _say("Whether more of it is better (default: as the metric is).")
+    report_to: list[str] = _say(
+        "Trackers, such as tensorboard; none, or all that are installed.", default_factory=_none
+    )
+    debug: list[str] = _say("underflow_overflow looks at every activation.", default_factory=list)
+    lr_scheduler_kwargs: dict | None = _say("Settings of the schedule, such as {min_lr_rate: 0.1}.")
+    activation_checkpointing: bool | None = _say("Compute activations again in the backward pass, to save memory.")
+    activation_checkpointing_kwargs: dict | None = _say("Settings of it, such as {use_reentrant: false}.")
+    gradient_checkpointing: bool | None = _say("The name that activation_checkpointing had before transformers 5.23.")
+    gradient_checkpointing_kwargs: dict | None = _say("As activation_checkpointing_kwargs.")
+    do_train: bool = _say("Training is what it does.", True)
+    optim: str = _say("transformers' name of AdamW; `optimizer` decides.", "adamw_torch_fused")
     logging_nan_inf_filter: bool = _say("transformers' replacement of NaN losses; Acorn stops instead.", False)
     log_level_replica: str = _say("What other processes than the first say.", "error")
     remove_unused_columns: bool = _say("Rows have only what the model takes.", False)
@@ -124,22 +145,21 @@ class GPTTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = _say("Every micro-batch is whole.", True)
 
     def __post_init__(self):
-        self._refuse_what_would_be_ignored()
-        self._refuse_counts_below_one()
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ["none"])
         check_hub_arguments(self)
-        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
-            if name not in ("all", "none", *INTEGRATION_TO_CALLBACK):
-                raise unknown("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
-        if self.compile_scope not in ("blocks", "model"):
-            raise UserError(f"compile_scope={self.compile_scope!r}: choose blocks or model")
+        refuse_other_values(self)
+        check_numbers(self)
+        settle_metric(self)
+        check_choices(self)
+        check_needs(self, {f.name: f.default for f in fields(self)})
+        self._settle_checkpointing()
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
         if self.logging_steps is None:
             self.logging_steps = max(1, int(self.eval_steps or 100) // 10)
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        check_schedule(self)
         self.compile_blocks = self.torch_compile and self.compile_scope == "blocks"
         if self.compile_blocks:
             self.torch_compile = False  # the trainer compiles the blocks in place; accelerate would wrap the whole
@@ -148,6 +168,11 @@ class GPTTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one GPU; DataParallel would be slower than it and split every batch
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the data: `data_seed`, or the run's own."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def share_out(self, context_length: int, processes: int | None = None) -> int:
         """Set the accumulation that makes `tokens_per_step` on the processes there are (or so many); return its rows.
@@ -176,33 +201,23 @@ class GPTTrainingArguments(TrainingArguments):
         """Turn epochs, and a cool-down that is given as a share of the run, into steps."""
         if self.max_steps <= 0:
             self.max_steps = math.ceil(self.num_train_epochs * steps_an_epoch)
+        for what in ("eval", "save", "logging"):  # Trainer's epoch is all of training: the rows are drawn for all of it
+            if getattr(self, f"{what}_strategy") == "epoch":
+                if not steps_an_epoch:
+                    raise UserError(f"{what}_strategy='epoch': a stream has no end; use steps and {what}_steps")
+                setattr(self, f"{what}_strategy", IntervalStrategy.STEPS if what != "save" else SaveStrategy.STEPS)
+                setattr(self, f"{what}_steps", min(self.max_steps, math.ceil(steps_an_epoch)))
         decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps")
         if decay is not None and 0 < decay < 1:
             self.lr_scheduler_kwargs = {**self.lr_scheduler_kwargs, "num_decay_steps": round(decay * self.max_steps)}
 
-    def _refuse_counts_below_one(self) -> None:
-        names = ["eval_steps", "save_steps", "logging_steps", "gradient_accumulation_steps", "tokens_per_step"]
-        names += ["per_device_train_batch_size", "per_device_eval_batch_size"]
-        names += ["num_train_epochs"] if self.max_steps <= 0 else []
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name}={value}: must be above 0")
-
-    def _refuse_what_would_be_ignored(self) -> None:
-        """transformers' fields that this project does elsewhere: naming the right place beats silence."""
-        elsewhere = {
-            "label_smoothing_factor": "label_smoothing (a model key: transformers' own does not shift the labels)",
-            "optim_args": "optimizer and its own flags",
-            "optim_target_modules": "optimizer",
-            "train_sampling_strategy": "sampling",
-            "neftune_noise_alpha": "nothing: it is not for pretraining",
-            "resume_from_checkpoint": "acorn resume RUN_DIR --checkpoint …",
-        }
-        defaults = {f.name: f.default for f in fields(TrainingArguments)}
-        for name, instead in elsewhere.items():
-            if name in defaults and getattr(self, name) != defaults[name]:
-                raise UserError(f"{name}={getattr(self, name)!r} has no effect here; use {instead}")
+    def _settle_checkpointing(self) -> None:
+        """Both names of activation checkpointing are one, in versions of transformers that know one of them as well."""
+        for new, old in _CHECKPOINTING:
+            value = getattr(self, old) if getattr(self, new) is None else getattr(self, new)
+            is_known = any(f.name == new for f in fields(TrainingArguments))
+            setattr(self, new, value)
+            setattr(self, old, None if is_known else value)  # where both are known, the old one warns
 
 
 def fitting_micro_batches(rows: int, processes: int) -> list[int]:

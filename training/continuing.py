@@ -12,7 +12,7 @@ from .lock import claimed
 from .recipe import Recipe, load_run_recipe, parse_flags
 from .shell import shell
 
-FIXED_TRAINING = ("optimizer", "seed", "output_dir")  # the state of a checkpoint belongs to these
+FIXED_TRAINING = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these
 
 
 def read_run(argv: list[str], kind: type[Recipe] = Recipe) -> tuple[Path, Recipe, str, dict[str, dict]]:

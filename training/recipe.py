@@ -14,6 +14,7 @@ import yaml
 from modeling import PRESETS, GPTConfig
 
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
+from .choices import NEEDS
 from .errors import UserError, one_line, unknown
 from .files import write_whole
 from .processes import check_launch
@@ -23,6 +24,11 @@ RECIPES_DIR = Path(__file__).parent / "recipes"
 FLAG_ORDER = ("data", "training", "model", "adapter", "sample", "card")  # where a flag that two sections know belongs
 SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
 SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments, "card": CardArguments}
+# What a recipe says for one choice alone, and the key of the choice: a flag that chooses otherwise drops it.
+GOES_WITH = {name: other for name, (other, _) in NEEDS.items()} | {
+    "lr_scheduler_kwargs": "lr_scheduler_type",
+    "greater_is_better": "metric_for_best_model",
+}
 # Keys of the model section that are not fields of GPTConfig.
 MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
 
@@ -59,6 +65,8 @@ class Recipe:
     def training_arguments(self) -> GPTTrainingArguments:
         """transformers' own refusals become one line too, and a launch that is not what was asked for is refused."""
         check_launch(bool(self.training.get("use_cpu")), bool(self.training.get("fsdp")))
+        if self.training.get("use_cpu") is False and not torch.accelerator.is_available():
+            raise UserError("use_cpu=False: this machine has no accelerator; leave it out")
         use_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
         try:
             return self.sections["training"](**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
@@ -90,11 +98,19 @@ class Recipe:
             if not names_source and Path(named["data_dir"] or "", "manifest.json").is_file():
                 for key in ("tokenizer", "tokenizer_vocab_size"):  # the tokens have their own
                     self.data.pop(key, None)
+        self._drop_what_goes_with_another(overrides.get("training", {}))
         for section, values in overrides.items():
             ours, named = getattr(self, section), {_one_name(key) for key in values}
             for key in [key for key in ours if _one_name(key) in named]:
                 del ours[key]  # nanoGPT's name and ours are one key
             ours.update(values)
+
+    def _drop_what_goes_with_another(self, flags: dict) -> None:
+        """Settings that go with the recipe's schedule, optimizer and so on are not those of another one."""
+        for key in [key for key in self.training if key in GOES_WITH and key not in flags]:
+            other = GOES_WITH[key]
+            if other in flags and flags[other] != self.training.get(other, getattr(self.sections["training"], other)):
+                del self.training[key]
 
     def save(self, path: Path) -> None:
         """Write the recipe where `load_recipe_file` finds it again."""

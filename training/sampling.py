@@ -7,6 +7,7 @@ from transformers.generation import BaseStreamer
 
 from .errors import UserError
 from .hardware import context_of
+from .ranges import check_number
 from .tokenizers import decode_continuation, encode_prompt
 
 
@@ -109,14 +110,9 @@ def context_left(model) -> int:
 
 def sampling_arguments(temperature: float, top_k: int | None, top_p: float | None, **more) -> dict:
     """generate()'s arguments; a temperature of 0 is greedy."""
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: must be 0 (greedy) or more")
-    if top_k is not None and top_k < 0:
-        raise UserError(f"top_k={top_k}: must be 0 (all tokens) or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
-    if more.get("repetition_penalty", 1.0) <= 0:
-        raise UserError(f"repetition_penalty={more['repetition_penalty']}: must be above 0 (1 changes nothing)")
+    numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
+    for name, value in numbers.items():
+        check_number(name, value)
     if temperature == 0:
         return {"do_sample": False, **more}
     return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0, **more}

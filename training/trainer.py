@@ -80,10 +80,11 @@ class GPTTrainer(PushesToHub, Trainer):
     def build_rows(self, args: GPTTrainingArguments, data: DataArguments) -> tuple[Rows, Rows]:
         """Rows for all of training, and those of one evaluation; also counts the steps of `args` given in epochs."""
         tokens = self.corpus.tokens("train")
-        args.count_steps(0 if args.max_steps > 0 else len(tokens) / self.tokens_per_step)  # a stream has no length
+        is_endless = args.max_steps > 0 and self.corpus.directory is None  # a stream has no length
+        args.count_steps(0 if is_endless else len(tokens) / self.tokens_per_step)
         rows = self.rows_per_step * args.max_steps
         return (
-            tokens.training_rows(self.context_length, args.seed, rows, data.sampling),
+            tokens.training_rows(self.context_length, args.order_seed, rows, data.sampling),
             EvaluationRows(self.corpus.tokens("validation"), self.context_length),
         )
 
@@ -119,6 +120,7 @@ class GPTTrainer(PushesToHub, Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             generator=torch.Generator().manual_seed(args.seed),
             drop_last=True,
         )

@@ -1,0 +1,189 @@
+"""Every training argument takes effect, is refused with the place to use instead, or is transformers' business."""
+
+from dataclasses import MISSING, fields
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from finetune.arguments import FinetuneTrainingArguments
+from training import pretrain
+from training.arguments import GPTTrainingArguments
+from training.choices import CHOICES, NEEDS, RISING
+from training.errors import UserError
+from training.fields import REFUSED, TAKES_EFFECT, TRANSFORMERS
+from training.metrics import METRICS
+from training.optimizers import build_optimizer
+from training.ranges import RANGES
+
+from .tiny_runs import refused, tiny_argv, write_text
+
+KINDS = (GPTTrainingArguments, FinetuneTrainingArguments)
+LISTS = (TAKES_EFFECT, REFUSED.keys(), TRANSFORMERS)
+OTHER = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 1.0}
+# What a number is refused for elsewhere, or what is no number although it says so.
+UNRANGED = {"label_smoothing_factor", "local_rank", "eval_accumulation_steps", "neftune_noise_alpha"}
+
+
+def other_value(field):
+    """A value that is not the default of a field."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return OTHER[type(default)](default) if type(default) in OTHER else ["x"] if isinstance(default, list) else "x"
+
+
+def arguments(**values) -> GPTTrainingArguments:
+    return GPTTrainingArguments(**{"output_dir": "unused", "use_cpu": True, "max_steps": 8} | values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_is_in_one_list(kind: type) -> None:
+    names = {field.name for field in fields(kind) if field.init}
+    assert {name: sum(name in part for part in LISTS) for name in names} == dict.fromkeys(names, 1)
+
+
+def test_no_list_names_what_is_gone() -> None:
+    names = {field.name for field in fields(GPTTrainingArguments)}
+    known_everywhere = {name for part in LISTS for name in part} - {"trackio_bucket_id", "trackio_static_space_id"}
+    assert known_everywhere <= names
+
+
+def test_every_number_has_a_range() -> None:
+    hints = {field.name: str(field.type) for kind in KINDS for field in fields(kind)}
+    numbers = {name for name, hint in hints.items() if "int" in hint.split("Literal")[0] or "float" in hint}
+    assert numbers - set(RANGES) - {name for name in hints if "print" in hints[name]} <= UNRANGED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_value_is_refused_with_the_place(kind: type, name: str, tmp_path) -> None:
+    field = next(field for field in fields(kind) if field.name == name)
+    with pytest.raises(UserError, match=name) as caught:
+        kind(output_dir=str(tmp_path / "run"), use_cpu=True, **{name: other_value(field)})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert name == "hub_token" or REFUSED[name] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("optim: sgd", "optim='sgd' has no effect here; use optimizer"),
+        ("ignore_data_skip: false", "ignore_data_skip=False"),
+        ("bf16_full_eval: true", "bf16_full_eval=True"),
+        ("dataloader_drop_last: false", "dataloader_drop_last=False"),
+        ("do_train: no", "do_train=False"),
+        ("use_cpu: false", "use_cpu=False"),
+    ],
+)
+def test_refused_from_a_recipe_before_anything_is_written(line: str, named: str, tmp_path, monkeypatch) -> None:
+    if torch.accelerator.is_available() and line.startswith("use_cpu"):
+        pytest.skip("there is an accelerator")
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"training: {{{line}}}\n", encoding="utf-8")
+    assert named in refused(pretrain.main, *tiny_argv(recipe="mine.yaml"))
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "mine.yaml"}
+
+
+# names
+
+
+@pytest.mark.parametrize("name", sorted(CHOICES))
+def test_an_unknown_choice_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}.*foo"):
+        arguments(**{name: ["foo"] if name == "debug" else "foo"})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"report_to": ["comet_ml"]}, "report_to='comet_ml': comet_ml is not installed"),
+        ({"report_to": ["none", "tensorboard"]}, "report_to 'none'"),
+        ({"deepspeed": "nofile.json"}, "deepspeed"),
+        ({"greater_is_better": True}, "greater_is_better=True: of loss less is better"),
+        ({"metric_for_best_model": "token_accuracy", "greater_is_better": False}, "of token_accuracy more is better"),
+    ],
+)
+def test_what_is_not_there_or_contradicts_itself(values: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        arguments(**values)
+
+
+@pytest.mark.parametrize("given", ["none", ["none"], None])
+def test_no_tracker_by_any_name(given) -> None:
+    assert arguments(report_to=given).report_to == []
+
+
+def test_the_direction_follows_the_metric() -> None:
+    assert RISING.keys() == METRICS.keys()
+    for metric, is_rising in RISING.items():
+        for name in (metric, f"eval_{metric}"):
+            assert arguments(metric_for_best_model=name).greater_is_better is is_rising
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_needs_another_argument(name: str) -> None:
+    other, _ = NEEDS[name]
+    values = {"muon_learning_rate": 0.5, "dataloader_multiprocessing_context": "fork"}
+    given = {name: values.get(name, {"a": 1} if "config" in name else True if "persistent" in name else 0.5)}
+    given = {name: 2 for name in given} if "prefetch" in name or "patience" in name else given
+    with pytest.raises(UserError, match=f"{name}=.* has no effect without {other}"):
+        arguments(**given, **({"eval_strategy": "no"} if other == "eval_strategy" else {}))
+
+
+# the schedule
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "named"),
+    [
+        ("warmup_stable_decay", None, "needs lr_scheduler_kwargs.num_decay_steps"),
+        ("warmup_stable_decay", {"min_lr_rate": 0.1}, "lr_scheduler_kwargs.min_lr_rate=0.1"),
+        ("polynomial", {"min_lr_rate": 0.1}, "polynomial does not read it; it takes lr_end, power"),
+        ("cosine_with_min_lr", {"min_lr_rate": "x"}, "lr_scheduler_kwargs"),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1, "min_lr": 0.1}, "lr_scheduler_kwargs"),
+        ("cosine_with_min_lr", {"min_lr_rate": float("nan")}, "min_lr_rate=nan: must be a finite number"),
+        ("constant", {"x": 1}, "it takes none"),
+    ],
+)
+def test_a_schedule_that_can_not_be(kind: str, kwargs, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        arguments(lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs)
+
+
+# what takes effect: the objects that are built differ
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("learning_rate", 0.5, lambda group: group["lr"]),
+        ("weight_decay", 0.25, lambda group: group["weight_decay"]),
+        ("adam_beta1", 0.5, lambda group: group["betas"][0]),
+        ("adam_beta2", 0.5, lambda group: group["betas"][1]),
+        ("adam_epsilon", 0.5, lambda group: group["eps"]),
+    ],
+)
+def test_the_optimizer_reads(name: str, value: float, read, tiny_model) -> None:
+    assert read(build_optimizer(tiny_model(), arguments(**{name: value})).param_groups[0]) == value
+
+
+def test_activation_checkpointing_by_either_name() -> None:
+    old = {field.name for field in fields(TrainingArguments)}
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        args = arguments(**{name: True})
+        assert args.gradient_checkpointing and args.activation_checkpointing
+    assert "gradient_checkpointing" in old
+
+
+def test_epochs_become_steps() -> None:
+    args = arguments(eval_strategy="epoch", save_strategy="epoch", max_steps=-1, num_train_epochs=3.0)
+    args.count_steps(10)
+    assert (args.max_steps, args.eval_steps, args.save_steps) == (30, 10, 10)
+    assert (args.eval_strategy, args.save_strategy) == ("steps", "steps")
+    with pytest.raises(UserError, match="a stream has no end"):
+        arguments(eval_strategy="epoch").count_steps(0)
+
+
+def test_the_order_has_a_seed_of_its_own() -> None:
+    assert (arguments(seed=3).order_seed, arguments(seed=3, data_seed=5).order_seed) == (3, 5)
