@@ -74,7 +74,7 @@ RANGES = {
     "num_proc": SMALL_COUNT,
     # what is sampled: logits divided by less than these leave float32
     "max_new_tokens": Range(0, MOST, whole=True),
-    "temperature": Range(0.001, also=0),
+    "temperature": Range(1e-30, also=0),
     "top_k": Range(0, MOST, whole=True),
     "top_p": Range(0, 1, above=True),
     "repetition_penalty": Range(0.01, 100),
