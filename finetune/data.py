@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from training.corpus import Corpus, load_corpus, prepare
 from training.errors import UserError
+from training.inputs import Inputs
 from training.sources import unit_hash
 from training.splitting import check_split_options
 from training.tokenizers import Rendered
@@ -30,7 +31,7 @@ class Examples:
     validation: list[Example]
     question: str
     sample_prompt: str
-    fingerprint: str
+    inputs: Inputs
     sources: int = 0
     directory: None = None
     manifest: dict = field(default_factory=dict)
@@ -87,7 +88,9 @@ def read_examples(data, kind: str, tokenizer, limit: int) -> Examples:
     digest = hashlib.sha256()
     for example in splits[False] + splits[True]:
         digest.update(example.ids.tobytes() + example.counts.tobytes())
-    return Examples(tokenizer, splits[False], splits[True], question, prompt, digest.hexdigest(), len(documents))
+    return Examples(
+        tokenizer, splits[False], splits[True], question, prompt, {"the data": digest.hexdigest()}, len(documents)
+    )
 
 
 def _documents(data, kind: str) -> Iterator[Conversation | Pair]:

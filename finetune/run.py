@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import resource
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from training.agreement import first_decides
 from training.callbacks import read_metrics
 from training.checkpoints import refuse_finished
 from training.errors import UserError
-from training.files import write_whole
+from training.files import read_json, write_whole
 from training.hardware import context_of
+from training.inputs import refuse_other_inputs
 from training.loading import fingerprint, load_adapter, load_causal_lm, load_config, load_model_tokenizer
 from training.lock import claimed
 from training.processes import leave, one_process_first
@@ -85,7 +87,7 @@ def load_base(recipe: FinetuneRecipe, args, checkpoint: str | None):
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     base = load_causal_lm(checkpoint if is_whole_again else name, model.dtype, model.trust_remote_code, **options)
-    known = None if adapter.adapter in ("qlora", "full") else fingerprint(base)
+    known = None if adapter.adapter == "qlora" or is_whole_again else fingerprint(base)
     if not model.attn_implementation and args.device.type == "cpu" and args.bf16:
         base.set_attn_implementation("eager")  # the backward pass of fused attention is slower in bf16 on CPUs
     return base, name, known
@@ -121,17 +123,19 @@ def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None
     args.eval_on_start = args.eval_on_start and checkpoint is None
     trainer = build_trainer(recipe, args, prepared, checkpoint)
     with claimed(run_dir, args):
+        refuse_other_inputs(run_dir, trainer.inputs)
+        kept = read_json(run_dir / FACTS, "remove it: it is made again, without the sample from before")
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
-            refuse_other_data(run_dir, prepared.material)
         first_decides(args, lambda: begin(recipe, trainer, checkpoint))
         if trainer.is_world_process_zero():
             print(introduce(recipe, trainer), flush=True)
             if checkpoint is None:
-                write_facts(run_dir, first_facts(recipe, trainer, prepared))
+                kept = {"sample_before": draw(trainer, prepared)}
+                write_facts(run_dir, first_facts(trainer, prepared) | kept)
         train(trainer, checkpoint)
         if trainer.is_world_process_zero():
-            finish(recipe, trainer, prepared)
+            finish(recipe, trainer, prepared, str(kept.get("sample_before", "")))
     leave()
 
 
@@ -150,49 +154,28 @@ def introduce(recipe: FinetuneRecipe, trainer: FinetuneTrainer) -> str:
 # ---- what is kept of a run beside its losses
 
 
-def first_facts(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared) -> dict:
-    """What is known before the first step: names, sizes, the data's fingerprint, and what the base writes."""
+def first_facts(trainer: FinetuneTrainer, prepared: Prepared) -> dict:
+    """What is known before the first step: names and sizes."""
     trained, total = count_parameters(trainer.model)
     return {
         "adapter": trainer.adapter.adapter,
         "base_model": trainer.base[0],
         "trained_parameters": trained,
         "parameters": total,
-        "data": fingerprint_of(prepared.material),
         "question": prepared.question,
-        "sample_before": draw(trainer, prepared, without_adapter=True),
     }
-
-
-def fingerprint_of(material) -> str:
-    return material.fingerprint if isinstance(material, Examples) else material.manifest["fingerprint"]
-
-
-def refuse_other_data(run_dir: Path, material) -> None:
-    """A run that goes on must go on with its own data."""
-    if (run_dir / FACTS).is_file() and read_facts(run_dir)["data"] != fingerprint_of(material):
-        raise UserError(
-            f"{run_dir}: the data has changed since the run began; put the old files back, or start another"
-        )
-
-
-def read_facts(run_dir: Path) -> dict:
-    return json.loads((run_dir / FACTS).read_text(encoding="utf-8"))
 
 
 def write_facts(run_dir: Path, facts: dict) -> None:
     write_whole(run_dir / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
-def draw(trainer: FinetuneTrainer, prepared: Prepared, without_adapter: bool = False) -> str:
-    """What the model in training writes after the prompt, or its base."""
+def draw(trainer: FinetuneTrainer, prepared: Prepared) -> str:
+    """What the base writes after the prompt."""
     if not prepared.sample.max_new_tokens:
         return ""
-    model = trainer.model
-    if without_adapter and hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            return sample_text(model, prepared.tokenizer, prepared.sample, trainer.args.seed)
-    return sample_text(model, prepared.tokenizer, prepared.sample, trainer.args.seed)
+    with trainer.model.disable_adapter() if hasattr(trainer.model, "disable_adapter") else nullcontext():
+        return sample_text(trainer.model, prepared.tokenizer, prepared.sample, trainer.args.seed)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -210,10 +193,10 @@ def make_room(trainer: FinetuneTrainer) -> None:
         gc.collect()
 
 
-def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared) -> None:
+def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared, sample_before: str) -> None:
     """Load the best from the root as anyone would, sample from it, write the report and say what to type next."""
     args, run_dir, sample = trainer.args, Path(trainer.args.output_dir), prepared.sample
-    memory = peak_memory(args.device)
+    memory, facts = peak_memory(args.device), first_facts(trainer, prepared)
     make_room(trainer)
     trust = recipe.model_arguments().trust_remote_code
     load = load_causal_lm if trainer.adapter.adapter == "full" else load_adapter
@@ -224,7 +207,8 @@ def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared)
     rows = read_metrics(run_dir)
     best = min((row for row in rows if row["step"] > 0), key=lambda row: row["eval_loss"])
     first = next((row for row in rows if row["step"] == 0), None)
-    facts = read_facts(run_dir) | {
+    facts |= {
+        "sample_before": sample_before,
         "perplexity_before": math.exp(first["eval_loss"]) if first else None,
         "perplexity_after": math.exp(best["eval_loss"]),
         "best_step": best["step"],
@@ -238,5 +222,5 @@ def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared)
     if args.push_to_hub:
         trainer.push_to_hub()
     if text:
-        print(f"\n{side_by_side(facts['sample_before'], text)}\n")
+        print(f"\n{side_by_side(sample_before, text)}\n")
     print(summary(run_dir, facts, sample.prompt), flush=True)

@@ -11,6 +11,7 @@ from training.arguments import GPTTrainingArguments
 from training.corpus import Corpus
 from training.dataset import IGNORED
 from training.errors import UserError
+from training.inputs import Inputs
 from training.loading import OUR_TYPES, record_base, without_warnings
 from training.trainer import GPTTrainer
 
@@ -30,6 +31,11 @@ class FinetuneTrainer(GPTTrainer):
         self.packing, self.adapter, self.base = packing, adapter, base
         super().__init__(model, args, corpus, context_length, data, sample)
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by the labels of the whole step
+
+    @property
+    def inputs(self) -> Inputs:
+        """The data and the base, by fingerprints; of a whole model that goes on the base is no longer an input."""
+        return {**self.corpus.inputs, "the base model": self.base[1]}
 
     def build_rows(self, args: GPTTrainingArguments, data):
         if isinstance(self.corpus, Corpus) and self.packing:

@@ -355,13 +355,65 @@ def test_other_data_is_refused(folder, tuned) -> None:
     kept = (folder / "chat.txt").read_text(encoding="utf-8")
     try:
         (folder / "chat.txt").write_text(kept.replace("oak", "elm"), encoding="utf-8")
-        with contextlib.chdir(folder), pytest.raises(UserError, match="the data has changed"):
+        with contextlib.chdir(folder), pytest.raises(UserError, match="the data changed since the run began"):
             resume.main([run.name, "--max_steps", "9"])
     finally:
         (folder / "chat.txt").write_text(kept, encoding="utf-8")
 
 
 # adapters and their bases
+
+
+@pytest.fixture
+def with_own_base(folder, tuned, tmp_path):
+    """A finished run (a copy of `tuned`) beside a base of its own, in a place of its own."""
+    for name in ("gpt2", "tuned"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "chat.txt", tmp_path)
+    return tmp_path / "tuned"
+
+
+def test_a_run_goes_on_on_its_own_base_or_not_at_all(with_own_base) -> None:
+    other = stock_model()
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight += 1
+    save(other, with_own_base.parent / "gpt2")
+    before = contents(with_own_base)
+    with pytest.raises(UserError, match="the base model changed since the run began"):
+        go_on(with_own_base, "--max_steps", "9")
+    assert contents(with_own_base) == before
+    for path in with_own_base.glob("checkpoint-*"):  # nor does it begin again
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="the base model changed since the run began"):
+        go_on(with_own_base)
+
+
+@pytest.mark.parametrize("name", ["finetune.json", "inputs.json", "recipe.yaml", "checkpoint-6/base_model.json"])
+def test_damaged_small_files_are_one_line_before_any_step(with_own_base, name: str) -> None:
+    path = with_own_base / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b"\xff")
+    before = contents(with_own_base)
+    with pytest.raises(UserError) as caught:
+        go_on(with_own_base, "--max_steps", "9", *(["--checkpoint", "checkpoint-6"] if "/" in name else []))
+    assert Path(name).name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(with_own_base) == before
+
+
+def test_a_damaged_record_of_the_base_is_one_line(with_own_base) -> None:
+    for name in ("base_model.json", "adapter_config.json"):
+        whole = (with_own_base / name).read_bytes()
+        for damaged in (whole[:-9], b"[]", b"\xff"):
+            (with_own_base / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"{name} is damaged|{name} names no base"):
+                load_model_and_tokenizer(str(with_own_base))
+        (with_own_base / name).write_bytes(whole)
+
+
+def test_without_its_facts_a_run_goes_on_all_the_same(with_own_base) -> None:
+    (with_own_base / "finetune.json").unlink()
+    go_on(with_own_base, "--max_steps", "7")
+    assert facts(with_own_base)["adapter"] == "lora"
 
 
 def test_a_base_that_is_gone_or_another_is_refused(folder, tmp_path) -> None:

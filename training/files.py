@@ -1,12 +1,13 @@
 """Files written whole or not at all: under another name first, flushed to the disk, then renamed."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .shell import shell
 
 
@@ -14,6 +15,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes so that no reader, and no power cut, ever meets half of it."""
     raw = content.encode("utf-8") if isinstance(content, str) else content
     replace_whole(path, lambda temporary: temporary.write_bytes(raw))
+
+
+def read_json(path: Path, mend: str = "copy the directory again") -> dict:
+    """A JSON file's object, empty where there is no file; a damaged one is refused, with how to mend it."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} instead of an object")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); {mend}") from error
 
 
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:

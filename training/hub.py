@@ -13,13 +13,13 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import TrainingArguments
 
 from .errors import UserError, one_line
+from .files import read_json
 from .model_card import NOT_CHOSEN, PLACE, check_license, is_hub_id
 from .uploads import (
     GOES_UP,
     Upload,
     paths_in_recipe,
     portable_recipe,
-    read_json,
     replace_paths,
     without_machine,
     without_paths,

@@ -4,8 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from .errors import UserError, one_line
-from .files import write_whole
+from .errors import UserError
+from .files import read_json, write_whole
 from .sources import fingerprint_sources
 from .tokenizers import BUILDERS, load_tokenizer, tokenizer_hash
 
@@ -53,13 +53,7 @@ def record_inputs(run_dir: Path, inputs: Inputs) -> None:
 
 def refuse_other_inputs(run_dir: Path, inputs: Inputs) -> None:
     """Refuse to go on with anything else than the run began with; runs of an Acorn that recorded nothing are taken."""
-    path = run_dir / INPUTS
-    if not path.is_file():
-        return
-    try:
-        recorded = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): copy it from a backup") from error
+    recorded = read_json(run_dir / INPUTS, "copy it from a backup")
     changed = [what for what, now in inputs.items() if now and recorded.get(what) and now != recorded[what]]
     if changed:
         raise UserError(

@@ -15,6 +15,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from modeling.compat import CACHE_NAME
 
 from .errors import UserError, one_line, unknown
+from .files import read_json
 from .hardware import text_config
 from .tokenizers import add_nothing, load_tokenizer
 
@@ -101,10 +102,7 @@ def own_model_type(directory: Path) -> bool:
         raise UserError(
             f"model {directory}: {holds or 'there is'} no config.json in it; name a run directory or a checkpoint"
         )
-    try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") in OUR_TYPES
-    except ValueError as error:
-        raise UserError(f"model {directory}: config.json is damaged ({error}); copy the directory again") from error
+    return read_json(directory / "config.json").get("model_type") in OUR_TYPES
 
 
 # ---- adapters
@@ -173,11 +171,12 @@ def without_warnings() -> Iterator[None]:
 
 def base_of(directory: Path) -> str:
     """Path or id of an adapter's base; refuses a path where nothing is any more."""
-    try:
-        name = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"adapter {directory}: {ADAPTER_CONFIG} is damaged ({error}); copy it again") from error
-    if name and Path(name).is_absolute() and not Path(name).is_dir():
+    name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"adapter {directory}: {ADAPTER_CONFIG} names no base; name one there as base_model_name_or_path"
+        )
+    if Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(
             f"adapter {directory}: its base {name} is gone; put it back, or name where it is now as "
             f"base_model_name_or_path in {directory / ADAPTER_CONFIG}"
@@ -192,8 +191,10 @@ def record_base(directory: Path, name: str, known: str | None) -> None:
 
 def recorded_fingerprint(directory: Path) -> str | None:
     """What `record_base` wrote; None for adapters made elsewhere, or on a 4-bit base."""
-    record = directory / BASE_RECORD
-    return json.loads(record.read_text(encoding="utf-8"))["fingerprint"] if record.is_file() else None
+    record = read_json(directory / BASE_RECORD)
+    if record and not isinstance(record.get("fingerprint", 0), str | None):
+        raise UserError(f"{directory / BASE_RECORD} is damaged: it has no fingerprint; copy the directory again")
+    return record.get("fingerprint")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """What a run leaves behind beside the weights: loss.png, a sample, the model card, and what to type next."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors import safe_open
 from .callbacks import read_metrics
 from .checkpoints import step_of
 from .errors import UserError
-from .files import replace_whole, write_whole
+from .files import read_json, replace_whole, write_whole
 from .hardware import CONTEXT_NAMES
 from .loading import OUR_TYPES
 from .model_card import CardFacts, write_card
@@ -105,7 +104,7 @@ def facts_of_adapter(directory: Path) -> CardFacts:
     """The same of an adapter: its kind and its base."""
     config = read_json(directory / "adapter_config.json")
     base, kind = str(config.get("base_model_name_or_path")), str(config.get("peft_type", "PEFT"))
-    base_config = read_json(Path(base, "config.json")) if Path(base, "config.json").is_file() else {}
+    base_config = read_json(Path(base, "config.json"))
     return CardFacts(
         directory.absolute().name,
         f"An adapter ({kind}) of {count_parameters(directory):,} parameters for `{base}`.",
@@ -140,18 +139,9 @@ def count_parameters(directory: Path) -> int:
     return total
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file's content; a damaged one is refused."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); copy the directory again") from error
-
-
 def read_manifest(recipe: Recipe) -> dict:
     """What is known of the run's prepared tokens; nothing where they are on another machine."""
-    manifest = Path(recipe.data.get("data_dir") or "", "manifest.json")
-    return read_json(manifest) if manifest.is_file() else {}
+    return read_json(Path(recipe.data.get("data_dir") or "", "manifest.json"))
 
 
 def sources_of(recipe: Recipe) -> list[str]:

@@ -123,8 +123,8 @@ def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
     recipe.training["tokens_per_step"] = args.tokens_per_step
     recipe.training.pop("gradient_accumulation_steps", None)
     recipe.save(run_dir / "recipe.yaml")
-    if checkpoint is None and (inputs := getattr(trainer.corpus, "inputs", None)) is not None:
-        record_inputs(run_dir, inputs)
+    if checkpoint is None:
+        record_inputs(run_dir, trainer.inputs)
 
 
 def train(trainer: GPTTrainer, checkpoint: str | None) -> None:

@@ -20,6 +20,7 @@ from .dataset import EvaluationRows, Rows, collate_rows
 from .errors import UserError, is_disk_full
 from .evaluation import evaluate_rows
 from .hardware import flops_per_token
+from .inputs import Inputs
 from .optimizers import build_optimizer
 from .push_while_training import PushesToHub
 from .shell import shell
@@ -87,6 +88,11 @@ class GPTTrainer(PushesToHub, Trainer):
             tokens.training_rows(self.context_length, args.order_seed, rows, data.sampling),
             EvaluationRows(self.corpus.tokens("validation"), self.context_length),
         )
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the run is grown from, by fingerprints."""
+        return self.corpus.inputs
 
     def count_flops(self, model) -> float | None:
         """FLOPs of training on one token, or None where the architecture is not known."""

@@ -14,6 +14,7 @@ import yaml
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .errors import UserError, one_line
+from .files import read_json
 
 # Exact names, of files that Acorn, transformers and PEFT write; weights and code are found by what names them.
 GOES_UP = {
@@ -160,16 +161,6 @@ def refuse_no_model(directory: Path) -> None:
             raise UserError(f"{directory} is not whole as {kind}: {name} is not there{why}")
         if not is_own_file(directory / name, directory):
             raise UserError(f"{directory / name} is {LINK_OUT}, or no file: put a copy of the file in its place")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's object, empty where there is no file; a damaged one is refused."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}); copy the directory again") from error
 
 
 def resume_state(checkpoint: Path, folder: str) -> list[Upload]:
