@@ -4,7 +4,8 @@
 
 Each recipe's model is built and trained for two steps of one micro-batch (two where the recipe accumulates) in a
 process of its own, and the most that torch's allocator had given out is put beside the estimate; on a CPU also what the
-process held in all, libraries' scratch and fragments of the heap included. Flags after `--` go to the recipes, such as
+process held in all, libraries' scratch and fragments of the heap included. A batch of evaluation follows, measured the
+same way. Flags after `--` go to the recipes, such as
 `-- --per_device_train_batch_size 4 --dropout 0 --attn_implementation sdpa`: the estimate assumes fused attention, which
 CPUs have without dropout only.
 """
@@ -15,13 +16,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from modeling import GPTForCausalLM
-from training.costs import estimate_recipe
+from training.costs import config_of, estimate_recipe
+from training.dataset import EvaluationRows
+from training.evaluation import evaluate_rows
 from training.optimizers import build_optimizer
 from training.recipe import load_recipe
 
@@ -57,6 +61,36 @@ def peak_of_tensors(work: Callable[[], None], held: int) -> int:
     return held + max(totals) - (totals[0] - events[0]["args"]["Bytes"])
 
 
+class Drawn:
+    """As many random tokens as fill one batch of evaluation, read like TokenShards."""
+
+    def __init__(self, vocab_size: int, length: int):
+        self.ids = torch.randint(0, vocab_size, (length,)).numpy()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def window(self, start: int, length: int):
+        return self.ids[start : start + length]
+
+
+def evaluation_peak(model, args) -> float:
+    """Bytes that one batch of evaluation takes beside what is there already."""
+    context, device = model.config.max_position_embeddings, args.device
+    tokens = Drawn(model.config.vocab_size, args.per_device_eval_batch_size * context + 1)
+
+    def work() -> None:
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+        evaluate_rows(model, EvaluationRows(tokens, context), 1, args.per_device_eval_batch_size, autocast)
+
+    if device.type != "cuda":
+        return peak_of_tensors(work, 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - held
+
+
 def measure(recipe: str, flags: list[str]) -> dict:
     """Peak bytes of a training step, and the estimate's."""
     loaded = load_recipe("estimate", [recipe, *flags])
@@ -64,7 +98,7 @@ def measure(recipe: str, flags: list[str]) -> dict:
     estimate = estimate_recipe(loaded)
     micro_batches, device = min(2, estimate.accumulation), args.device
     before = resident("VmRSS")
-    model = GPTForCausalLM(loaded.model_config()).to(device).train()
+    model = GPTForCausalLM(config_of(loaded)).to(device).train()
     optimizer = build_optimizer(model, args)
     step(model, optimizer, args, micro_batches)  # makes the optimizer's state
     if device.type == "cuda":
@@ -75,8 +109,10 @@ def measure(recipe: str, flags: list[str]) -> dict:
         held = sum(t.nbytes for t in [*model.parameters(), *state])
         peak = peak_of_tensors(lambda: step(model, optimizer, args, micro_batches), held)
         figures = {"measured_bytes": peak, "resident_bytes": resident("VmHWM") - before}
-    estimated = sum(estimate.memory.values())
-    return figures | {"estimated_bytes": round(estimated), "ratio": estimated / figures["measured_bytes"]}
+    estimated, evaluation = sum(estimate.memory.values()), evaluation_peak(model, args)
+    figures |= {"evaluation_bytes": evaluation, "estimated_evaluation_bytes": round(estimate.evaluation)}
+    ratios = {"ratio": estimated / figures["measured_bytes"], "evaluation_ratio": estimate.evaluation / evaluation}
+    return figures | {"estimated_bytes": round(estimated), **ratios}
 
 
 def main() -> None:

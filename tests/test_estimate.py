@@ -6,10 +6,11 @@ from torch import nn
 
 from modeling import GPTConfig, GPTForCausalLM
 from tests.variants import VARIANTS
-from training.costs import estimate_recipe, memory
+from training.chunked_logits import chunk_elements
+from training.costs import estimate_recipe, evaluation_bytes, memory
 from training.errors import UserError
 from training.estimate import duration, main
-from training.hardware import GPUS, flops_per_token, matrix_parameters
+from training.hardware import GPUS, device_peak_flops, flops_per_token, known_gpu, matrix_parameters
 from training.recipe import load_recipe_file
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "block_size": 32}
@@ -59,6 +60,82 @@ def test_checkpointing_keeps_less():
     whole = memory(model, args, 768)["activations"]
     args.gradient_checkpointing = True
     assert memory(model, args, 768)["activations"] < whole / 2
+
+
+def test_evaluation_is_counted_where_it_is_the_peak():
+    recipe = load_recipe_file("shakespeare-char-cpu")
+    recipe.training["per_device_eval_batch_size"] = 1
+    in_training = estimate_recipe(recipe)
+    assert in_training.peak() == sum(in_training.memory.values())
+    recipe.training["per_device_eval_batch_size"] = 10_000
+    in_evaluation = estimate_recipe(recipe)
+    held = in_evaluation.memory["weights"] + in_evaluation.memory["optimizer"]
+    assert in_evaluation.peak() == held + in_evaluation.evaluation > sum(in_evaluation.memory.values())
+
+
+def test_evaluation_holds_one_chunk_of_logits_whatever_its_batch():
+    """32 x 1,024 x 50,304 logits in bf16 and in float32 were 10 GB."""
+    args, config = load_recipe_file("shakespeare-char-cpu").training_arguments(), GPTConfig(vocab_size=50304)
+    states = 4 * config.hidden_size * 1024
+    chunk = 8 * chunk_elements(args.device)
+    for args.per_device_eval_batch_size in (8, 32):
+        blocks = (20 * config.hidden_size + 8 * config.intermediate_size) * args.per_device_eval_batch_size * 1024
+        head = states * args.per_device_eval_batch_size + chunk
+        assert evaluation_bytes(config, args) == max(blocks, head)
+
+
+DEVICES = {
+    "NVIDIA L40S": "l40s",
+    "NVIDIA L4": "l4",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100 80GB PCIe": "a100-80gb",
+    "Tesla V100-SXM2-32GB": "v100-32gb",
+    "Tesla V100-PCIE-32GB": "v100-pcie-32gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H100 NVL": "h100-nvl",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
+    "NVIDIA GeForce RTX 3090": "rtx-3090",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA A10": "a10",
+    "Tesla T4": "t4",
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_gpus_are_known_by_the_names_of_their_drivers(name):
+    assert known_gpu(name)[:2] == GPUS[DEVICES[name]][:2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA T400 4GB",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "AMD Radeon RX 7900 XTX",
+        "",
+    ],
+)
+def test_other_devices_have_no_peak(name):
+    assert known_gpu(name) is None
+
+
+def test_the_peak_is_that_of_the_precision(monkeypatch):
+    peaks = {}
+    for name in ("NVIDIA A100-SXM4-40GB", "Tesla T4", "NVIDIA T400 4GB"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        cuda = torch.device("cuda")
+        peaks[name.split()[1][:4]] = [device_peak_flops(cuda, precision) for precision in ("bf16", "fp16", "fp32")]
+        assert device_peak_flops(cuda, "") is None
+        assert device_peak_flops(torch.device("cpu"), "bf16") is None
+    assert peaks == {"A100": [312e12, 312e12, 156e12], "T4": [None, 65e12, 8.1e12], "T400": [None, None, None]}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert device_peak_flops(torch.device("cuda"), "fp32", tf32=False) is None  # its plain fp32 peak is not listed
 
 
 def test_the_command_prints_all_figures(capsys):

@@ -8,6 +8,7 @@ import torch
 from modeling import GPTConfig, GPTForCausalLM
 from modeling.loss import CHUNK_ELEMENTS
 
+from .chunked_logits import chunk_elements
 from .errors import UserError
 from .hardware import flops_per_token, matrix_parameters
 from .recipe import Recipe
@@ -27,6 +28,12 @@ class Estimate:
     accumulation: int
     steps: int
     memory: dict[str, float]
+    evaluation: float  # beside weights and optimizer state, when there are no gradients
+
+    def peak(self) -> float:
+        """Most bytes that a device holds, in training or in evaluation."""
+        evaluating = self.memory["weights"] + self.memory["optimizer"] + self.evaluation
+        return max(sum(self.memory.values()), evaluating)
 
     def seconds(self, peak_flops: float, mfu: float, num_gpus: int) -> float:
         return self.steps * self.tokens_per_step * self.flops_per_token / (peak_flops * mfu * num_gpus)
@@ -37,9 +44,7 @@ def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none") -
 
     sharding: none (each device holds everything), zero2 (gradients and optimizer state are shared out) or full.
     """
-    data, args = recipe.data_arguments(), recipe.training_arguments()
-    vocab_size = data.tokenizer_vocab_size or VOCABULARIES.get(data.tokenizer)
-    config = recipe.model_config(**({"vocab_size": vocab_size} if vocab_size else {}))
+    args, config = recipe.training_arguments(), config_of(recipe)
     with torch.device("meta"):
         model = GPTForCausalLM(config)
     if args.max_steps < 1:
@@ -53,7 +58,15 @@ def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none") -
         accumulation=args.gradient_accumulation_steps,
         steps=args.max_steps,
         memory={name: size / (num_gpus if name in SHARDED[sharding] else 1) for name, size in figures.items()},
+        evaluation=evaluation_bytes(config, args),
     )
+
+
+def config_of(recipe: Recipe) -> GPTConfig:
+    """The model's shape, with the vocabulary that the recipe's tokenizer will have."""
+    data = recipe.data_arguments()
+    vocab_size = data.tokenizer_vocab_size or VOCABULARIES.get(data.tokenizer)
+    return recipe.model_config(**({"vocab_size": vocab_size} if vocab_size else {}))
 
 
 def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
@@ -98,6 +111,23 @@ def activation_bytes(config: GPTConfig, is_half: bool, is_checkpointed: bool = F
     block += 4 * (heads_size + kv_size) if config.qk_norm else 0
     kept = 4 * config.hidden_size if is_checkpointed else block
     return kept * config.num_hidden_layers + (block if is_checkpointed else 0)
+
+
+def evaluation_bytes(config: GPTConfig, args) -> float:
+    """Bytes of a batch of evaluation at its peak, with fused attention.
+
+    That is in a block (the embeddings, three states of the residual stream and what was attended to, and the larger of
+    attention and MLP), or in the head (the last states, and one chunk of logits with the float32 work on it).
+    """
+    is_half = args.bf16 or args.fp16
+    itemsize, tokens = 2 if is_half else 4, args.per_device_eval_batch_size * config.max_position_embeddings
+    heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    residual = (16 + itemsize * (2 if is_half else 1)) * config.hidden_size
+    attention = itemsize * (2 * heads_size + 2 * kv_size) + (4 * (heads_size + kv_size) if config.qk_norm else 0)
+    mlp = itemsize * (2 + config.gated_mlp + (config.hidden_act == "relu2")) * config.intermediate_size
+    logits = min(tokens * config.vocab_size, chunk_elements(args.device)) * (10 if is_half else 8)
+    worked_on = max(tokens * (residual + max(attention, mlp)), tokens * 4 * config.hidden_size + logits)
+    return worked_on + (2 * matrix_parameters(config) if is_half else 0)
 
 
 def loss_bytes(logits: int, itemsize: int) -> float:

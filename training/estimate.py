@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: float) -> str:
     """The figures as aligned lines."""
-    peak, capacity = GPUS[gpu]
-    total = sum(estimate.memory.values())
+    peak, capacity = GPUS[gpu].half, GPUS[gpu].memory
+    total = estimate.peak()
     mend = "lower per_device_train_batch_size, or share out the model (--sharding full, training/launch/fsdp.yaml)"
     fit = "fits" if total < 0.92 * capacity else "DOES NOT FIT"
     tokens = estimate.steps * estimate.tokens_per_step
@@ -45,6 +45,7 @@ def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: flo
         f"{estimate.accumulation} micro-batches each",
         "tokens in all": f"{tokens:,} in {estimate.steps:,} steps",
         **{f"memory, {name}": f"{size / 1e9:.2f} GB" for name, size in estimate.memory.items()},
+        "memory, evaluation": f"{estimate.evaluation / 1e9:.2f} GB, when there are no gradients and activations",
         "memory in all": f"{total / 1e9:.2f} GB a device: {fit} {gpu} ({capacity / 1e9:.0f} GB)",
         **({} if fit == "fits" else {"what to do": mend}),
         "tokens a second": f"{tokens / seconds:,.0f} on {num_gpus} × {gpu} at {mfu:.0%} MFU (assumed)",

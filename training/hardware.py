@@ -1,33 +1,69 @@
 """What a device can do and what a model asks of it: peak FLOP/s, bytes, FLOPs a token."""
 
+import re
+from typing import NamedTuple
+
 import torch
 
 from modeling import GPTConfig
 
-# Dense bf16 tensor-core peaks in FLOP/s and memory in bytes, from the makers' data sheets.
+
+class GPU(NamedTuple):
+    """Peaks of dense matmuls in FLOP/s, and bytes of memory, from the makers' data sheets."""
+
+    half: float  # inputs of 16 bits, summed in float32
+    single: float  # float32 inputs: by the TF32 cores of those that have them, which is since they have bf16
+    memory: float
+    has_bf16: bool = True
+
+    def peak(self, precision: str, tf32: bool = True) -> float | None:
+        """The peak in fp32, bf16 or fp16; None where the device has no units for it, or only others were recorded."""
+        if precision == "fp32":
+            return self.single if tf32 or not self.has_bf16 else None
+        return self.half if precision == "fp16" or (precision == "bf16" and self.has_bf16) else None
+
+
 GPUS = {
-    "v100-32gb": (125e12, 32e9),
-    "t4": (65e12, 16e9),
-    "a10g": (70e12, 24e9),
-    "l4": (121e12, 24e9),
-    "l40s": (362e12, 48e9),
-    "rtx-3090": (71e12, 24e9),
-    "rtx-4090": (165e12, 24e9),
-    "a100-40gb": (312e12, 40e9),
-    "a100-80gb": (312e12, 80e9),
-    "h100": (989e12, 80e9),
-    "h200": (989e12, 141e9),
-    "b200": (2250e12, 180e9),
+    "v100-16gb": GPU(125e12, 15.7e12, 16e9, has_bf16=False),
+    "v100-32gb": GPU(125e12, 15.7e12, 32e9, has_bf16=False),
+    "v100-pcie-32gb": GPU(112e12, 14e12, 32e9, has_bf16=False),
+    "t4": GPU(65e12, 8.1e12, 16e9, has_bf16=False),
+    "a10": GPU(125e12, 62.5e12, 24e9),
+    "a10g": GPU(70e12, 35e12, 24e9),
+    "l4": GPU(121e12, 60.5e12, 24e9),
+    "l40s": GPU(362e12, 181e12, 48e9),
+    "rtx-3090": GPU(71e12, 35.5e12, 24e9),
+    "rtx-4090": GPU(165e12, 82.6e12, 24e9),
+    "rtx-5090": GPU(209.5e12, 104.8e12, 32e9),
+    "a100-40gb": GPU(312e12, 156e12, 40e9),
+    "a100-80gb": GPU(312e12, 156e12, 80e9),
+    "h100": GPU(989e12, 494.5e12, 80e9),
+    "h100-pcie": GPU(756e12, 378e12, 80e9),
+    "h100-nvl": GPU(835e12, 417.5e12, 94e9),
+    "h200": GPU(989e12, 494.5e12, 141e9),
+    "h200-nvl": GPU(835e12, 417.5e12, 141e9),
+    "b200": GPU(2250e12, 1125e12, 180e9),
 }
+# Words in a device's name that make it another than the one of the table: a part of it, or one with other clocks.
+OTHERS = {"mig", "laptop", "d", "ti"}
+PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
 
 
-def device_peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 FLOP/s of the device, or None where it is not known (CPUs, unlisted GPUs)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    known = [peak for gpu, (peak, _) in GPUS.items() if gpu.split("-")[-1 if gpu.startswith("rtx") else 0] in name]
-    return known[0] if known else None
+def known_gpu(name: str) -> GPU | None:
+    """The table's entry for a device by the name that its driver gives it, such as "NVIDIA A100-SXM4-40GB".
+
+    Whole words are compared (an L40S is no L4), and the entry with the most of them is taken.
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    found = {key: set(re.sub(r"-\d+gb$", "", key).split("-")) for key in GPUS}
+    matching = [key for key, needed in found.items() if needed <= words and not words & OTHERS]
+    return GPUS[max(matching, key=lambda key: len(found[key]))] if matching else None
+
+
+def device_peak_flops(device: torch.device, precision: str, tf32: bool = True) -> float | None:
+    """Peak FLOP/s of the device in fp32, bf16 or fp16; None where it is not known (CPUs, unlisted GPUs)."""
+    gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.peak(precision, tf32) if gpu else None
 
 
 def flops_per_token(config: GPTConfig, context_length: int | None = None) -> float:
