@@ -13,7 +13,7 @@ from modeling import GPTForCausalLM
 from training.arguments import GPTTrainingArguments, fitting_micro_batches
 from training.errors import UserError
 from training.processes import check_launch
-from training.run import meta_model
+from training.run import empty_model
 from training.trainer import GPTTrainer
 
 from .tiny_runs import grow, metrics, tiny_argv, write_text
@@ -31,7 +31,7 @@ def test_accelerate_reads_the_file_and_its_header_says_the_command(path) -> None
     assert any(f"accelerate launch --config_file {path.relative_to(ROOT)}" in line for line in header)
 
 
-def test_fsdp_is_the_second_version_with_sharded_states() -> None:
+def test_fsdp_is_the_second_version_as_the_launch_table_proves_it() -> None:
     config = yaml.safe_load((ROOT / "training/launch/fsdp.yaml").read_text(encoding="utf-8"))["fsdp_config"]
     assert config["fsdp_version"] == 2
     assert config["fsdp_activation_checkpointing"] is True
@@ -176,8 +176,9 @@ def test_the_loss_does_not_depend_on_how_a_step_is_shared_out(tmp_path, launcher
 def test_a_model_whose_weights_another_process_sends_has_its_buffers() -> None:
     for encoding in ("rope", "sinusoidal", "learned"):
         config = tiny_config(position_encoding=encoding)
-        empty, whole = meta_model(config), GPTForCausalLM(config)
-        assert all(p.is_meta for p in empty.parameters())
+        empty, whole = empty_model(config), GPTForCausalLM(config)
+        addresses = [p.data_ptr() for p in empty.parameters()]
+        assert len({*addresses}) == len(list(whole.parameters())), "Accelerate knows weights by their addresses"
         for (name, a), (_, b) in zip(empty.named_buffers(), whole.named_buffers(), strict=True):
             assert torch.equal(a, b), name
 

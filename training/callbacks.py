@@ -155,6 +155,7 @@ class ConsoleTable(TrainerCallback, ExportableState):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.last_evaluated = state.global_step
+        sample = self._draw_sample(args)
         if not state.is_world_process_zero:
             return
         speed = self._tokens_per_second(state)
@@ -173,13 +174,20 @@ class ConsoleTable(TrainerCallback, ExportableState):
             "seconds": self._seconds(),
         }
         append_metrics(args.output_dir, row)
-        sample = self.trainer.sample
-        if sample.sample_during_training and sample.max_new_tokens:
+        if sample:
             with tqdm.external_write_mode(file=sys.stdout):
-                print(sample_text(self.trainer.model, self.trainer.corpus.tokenizer, sample, args.seed), flush=True)
+                print(sample, flush=True)
         self._print_row(row, (state.max_steps - state.global_step) * self.trainer.tokens_per_step)
         self._start_interval(state.global_step)
         self.resumed_at = time.perf_counter()
+
+    def _draw_sample(self, args) -> str:
+        """A sample where they are wanted on the way; all processes draw it, as a sharded model needs them all."""
+        trainer, sample = self.trainer, self.trainer.sample
+        if not (sample.sample_during_training and sample.max_new_tokens):
+            return ""
+        is_in_step = trainer.is_sharded and args.world_size > 1
+        return sample_text(trainer.model, trainer.corpus.tokenizer, sample, args.seed, synced_gpus=is_in_step)
 
     def _print_row(self, row: dict, tokens_left: int) -> None:
         speed = row["tokens_per_second"]

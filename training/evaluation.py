@@ -28,13 +28,17 @@ def evaluate_rows(
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    sums = []
+    sums, batches = [], -(-len(rows) // batch_size)
     # The blocks may be compiled for training shapes; one pass over the split is not worth a second compilation.
     with torch.compiler.set_stance("force_eager"):
-        for start in range(rank * batch_size, len(rows), world_size * batch_size):
+        for number in range(rank, -(-batches // world_size) * world_size, world_size):
+            # Where the batches do not come out even a process goes through another's, uncounted: a sharded model's
+            # forward is everyone's.
+            start = number % batches * batch_size
             batch = collate_rows(rows.__getitems__(range(start, min(start + batch_size, len(rows)))))
             batch = {key: value.to(device) for key, value in batch.items()}
-            sums.append(_batch_sums(model, batch, autocast, batch_size))
+            counted = _batch_sums(model, batch, autocast, batch_size)
+            sums += [counted] if number < batches else []
             if on_batch is not None:
                 on_batch()
     model.train(was_training)

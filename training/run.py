@@ -39,17 +39,19 @@ def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
     set_seed(args.seed)
     # Under FSDP the first process sends the others their shards: they need the shapes only.
     needs_weights = args.process_index == 0 or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "true"
-    return GPTForCausalLM(config) if needs_weights else meta_model(config)
+    return GPTForCausalLM(config) if needs_weights else empty_model(config)
 
 
-def meta_model(config) -> GPTForCausalLM:
-    """A model without memory for its weights; the buffers, which nobody sends, are filled."""
+def empty_model(config) -> GPTForCausalLM:
+    """A model whose weights are not written, and so take no memory; the buffers, which nobody sends, are filled.
+
+    Not on the meta device: by their addresses Accelerate tells the optimizer which shard takes a weight's place, and
+    there all have the same one.
+    """
     with torch.device("meta"):
         model = GPTForCausalLM(config)
-    positions = model.model.positions
-    for name, buffer in positions.named_buffers(recurse=False):
-        setattr(positions, name, torch.empty_like(buffer, device="cpu"))
-    positions.init_weights()
+    model.to_empty(device="cpu").tie_weights()
+    model.model.positions.init_weights()
     return model
 
 

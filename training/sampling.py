@@ -118,10 +118,13 @@ def sampling_arguments(temperature: float, top_k: int | None, top_p: float | Non
     return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0, **more}
 
 
-def sample_text(model, tokenizer, sample, seed: int) -> str:
-    """Prompt and continuation as `sample` (SampleArguments) says, leaving the random state as it was."""
+def sample_text(model, tokenizer, sample, seed: int, **more) -> str:
+    """Prompt and continuation as `sample` (SampleArguments) says, leaving the random state as it was.
+
+    more: transformers' generate() arguments.
+    """
     ids = prompt_tensor(tokenizer, sample.prompt, context_left(model)).to(model.device)
-    generation = sampling_arguments(sample.temperature, sample.top_k, sample.top_p)
+    generation = sampling_arguments(sample.temperature, sample.top_k, sample.top_p, **more)
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []

@@ -23,6 +23,7 @@ from .hardware import flops_per_token
 from .inputs import Inputs
 from .optimizers import build_optimizer
 from .push_while_training import PushesToHub
+from .sharding import SavesWhole, is_finite
 from .shell import shell
 
 
@@ -39,7 +40,7 @@ class StepSampler(Sampler):
         return iter(range(self.trainer.state.global_step * self.trainer.rows_per_step, len(self)))
 
 
-class GPTTrainer(PushesToHub, Trainer):
+class GPTTrainer(PushesToHub, SavesWhole, Trainer):
     """The only training loop.
 
     model: a GPTForCausalLM, or any causal LM that takes `shift_labels`. corpus: prepared tokens, train and validation.
@@ -72,7 +73,7 @@ class GPTTrainer(PushesToHub, Trainer):
             processing_class=corpus.tokenizer,
         )
         self._is_one_cpu = args.world_size == 1 and args.device.type == "cpu"
-        self._all_parameters = list(model.parameters())
+        self._all_parameters = list(model.parameters()) if self._is_one_cpu else []
         self._choose_callbacks()
         if args.compile_blocks:
             for layer in self.blocks(model):
@@ -221,11 +222,15 @@ class GPTTrainer(PushesToHub, Trainer):
 
     # ---- evaluation and saving
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a forward pass gathers weights, so that every process must go through it, as often as the others."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The whole validation split; the results are logged as `eval_loss` and so on."""
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         results = evaluate_rows(
-            self.model_wrapped if is_sharded else self.model,
+            self.model_wrapped if self.is_sharded else self.model,
             eval_dataset or self.eval_dataset,
             self.corpus.manifest["splits"]["validation"]["bytes"],
             self.args.per_device_eval_batch_size,
@@ -284,7 +289,7 @@ class GPTTrainer(PushesToHub, Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """What Trainer saves, written whole or not at all, with a manifest; only then older ones are rotated away."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+        if not self.accelerator.gather(is_finite(self.model).to(self.args.device).reshape(1)).all():
             self._stop_on_nan(float("nan"))
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         aside = checkpoint.with_name(SAVING + checkpoint.name)
