@@ -64,9 +64,7 @@ def _child(world: Path, argv: list[str], setup, out: int, err: int) -> None:
         os.chdir(world)
         if setup is not None:
             setup(world)
-        from acorn import main
-
-        main(argv)
+        importlib.import_module("acorn").main(argv)
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1 if error.code else 0
@@ -174,9 +172,8 @@ def judge(case, code: int | str, out: str, err: str, before: dict, after: dict, 
 
 def try_all(cases: list, folder: Path, keep) -> list[dict]:
     """Each case's verdict, in order."""
-    from benchmarks.bad_input_cases import COMMANDS, write_world
-
-    world, verdicts, expected = World(folder, COMMANDS, write_world), [], {}
+    made = importlib.import_module("benchmarks.bad_input_cases")
+    world, verdicts, expected = World(folder, made.COMMANDS, made.write_world), [], {}
     for case in cases:
         world.restore()
         if case.result is not None and tuple(case.argv) not in expected:
@@ -233,12 +230,11 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(HF_HOME=home, HOME=home, MPLCONFIGDIR=home, HF_MODULES_CACHE=f"{home}/modules")
     for module in MODULES:
         importlib.import_module(module)
-    from benchmarks.bad_input_cases import field_and_damage_cases
-    from benchmarks.bad_input_places import file_cases, place_cases
+    fields, places = (importlib.import_module(f"benchmarks.bad_input_{name}") for name in ("cases", "places"))
 
     for module, _ in importlib.import_module("acorn").VERBS.values():
         importlib.import_module(module)
-    everything = itertools.chain(field_and_damage_cases(), place_cases(), file_cases())
+    everything = itertools.chain(fields.field_and_damage_cases(), places.place_cases(), places.file_cases())
     cases = [case for case in everything if case.kind in flags.kinds and flags.only in case.name]
     if flags.limit and flags.limit < len(cases):
         cases = cases[:: -(-len(cases) // flags.limit)]
