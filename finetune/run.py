@@ -4,12 +4,10 @@ import dataclasses
 import gc
 import json
 import math
-import resource
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import set_seed
 
 from training.agreement import first_decides
@@ -17,7 +15,7 @@ from training.callbacks import read_metrics
 from training.checkpoints import refuse_finished
 from training.errors import UserError
 from training.files import read_json, write_whole
-from training.hardware import context_of
+from training.hardware import context_of, peak_memory
 from training.inputs import refuse_other_inputs
 from training.loading import fingerprint, load_adapter, load_causal_lm, load_config, load_model_tokenizer
 from training.lock import claimed
@@ -176,13 +174,6 @@ def draw(trainer: FinetuneTrainer, prepared: Prepared) -> str:
         return ""
     with trainer.model.disable_adapter() if hasattr(trainer.model, "disable_adapter") else nullcontext():
         return sample_text(trainer.model, prepared.tokenizer, prepared.sample, trainer.args.seed)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process had at most: of the GPU, or of resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_room(trainer: FinetuneTrainer) -> None:

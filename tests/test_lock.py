@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from training import pretrain, resume
 from training.errors import UserError
-from training.lock import LOCK, claimed, locked
+from training.lock import HOLDER, LOCK, claimed, locked
 
 from .tiny_runs import contents, grow, refused, tiny_argv, write_text
 
@@ -58,7 +59,7 @@ def test_a_second_process_is_refused_and_told_who(tmp_path, other_process) -> No
     process.kill()
     process.join()
     with locked(tmp_path):
-        assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
+        assert f"process {os.getpid()} " in (tmp_path / HOLDER).read_text()
     assert os.listdir(tmp_path) == []
 
 
@@ -67,23 +68,36 @@ def test_a_killed_process_holds_nothing_though_its_child_lives(tmp_path, other_p
     process.kill()
     process.join()
     with locked(tmp_path):
-        assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
+        assert f"process {os.getpid()} " in (tmp_path / HOLDER).read_text()
 
 
 def test_this_process_may_lock_again_what_it_has_locked(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path.parent)
     with claimed(tmp_path, ALONE), claimed(Path(tmp_path.name), ALONE):
-        assert (tmp_path / LOCK).read_text()
+        assert (tmp_path / HOLDER).read_text()
     assert os.listdir(tmp_path) == []
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys) -> None:
-    def refuse(file, what):
-        raise OSError(38, "Function not implemented")
+    def refuse(lock):
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("training.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("training.lock.FileLock.acquire", refuse)
     with locked(tmp_path):
         assert "cannot be locked (" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_made_anew_keeps_its_new_lock(tmp_path, other_process) -> None:
+    """A build ends by removing its folder: the next process may have made and locked it again by then."""
+    folder = tmp_path / "building"
+    folder.mkdir()
+    with locked(folder):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        process = other_process(folder)
+    assert f"process {process.pid} " in (folder / HOLDER).read_text()
+    with pytest.raises(UserError, match=f"process {process.pid} "), locked(folder):
+        raise AssertionError("both hold it")
 
 
 def test_resume_and_pretrain_are_refused(tmp_path, other_process, monkeypatch) -> None:
@@ -97,4 +111,4 @@ def test_resume_and_pretrain_are_refused(tmp_path, other_process, monkeypatch) -
     (tmp_path / "young").mkdir()
     other = other_process(tmp_path / "young")  # begun, but without anything to show for it yet
     assert f"process {other.pid} " in refused(pretrain.main, *tiny_argv("--output_dir", "young"))
-    assert os.listdir(tmp_path / "young") == [LOCK]
+    assert set(os.listdir(tmp_path / "young")) == {LOCK, HOLDER}

@@ -10,6 +10,8 @@ from pathlib import Path
 from .errors import UserError, one_line
 from .shell import shell
 
+IS_WINDOWS = os.name == "nt"
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes so that no reader, and no power cut, ever meets half of it."""
@@ -77,8 +79,13 @@ def _try_writing(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's list of names, is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a directory's list of names, is on the disk itself.
+
+    Windows opens no directories, and flushes only what is open for writing; its file system keeps names by itself.
+    """
+    if IS_WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -106,7 +113,9 @@ def new_directory(directory: Path) -> Iterator[Path]:
         building.mkdir(parents=True)
         yield building
         sync_below(building)
-        building.rename(whole)  # an empty directory of that name gives way
+        with suppress(OSError):
+            whole.rmdir()  # an empty one of that name; only POSIX would let it give way by itself
+        building.rename(whole)
         missing = []
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{directory}: {error.strerror}; name another directory") from error

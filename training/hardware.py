@@ -1,6 +1,7 @@
 """What a device can do and what a model asks of it: peak FLOP/s, bytes, FLOPs a token."""
 
 import re
+import sys
 from typing import NamedTuple
 
 import torch
@@ -111,3 +112,17 @@ def context_of(config) -> int:
 def text_config(config):
     """The part of a configuration that is about text: all of it, for most models."""
     return config.get_text_config(decoder=True)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of the GPU, or else of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # the one system that counts in bytes

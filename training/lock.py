@@ -1,19 +1,21 @@
 """One run a run directory: a lock that dies with the process that holds it."""
 
-import fcntl
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .agreement import first_decides
 from .checkpoints import sweep
 from .errors import UserError, one_line
 
-LOCK = ".lock"
-_held: set[Path] = set()  # by this process: what `acorn resume` has locked, run() finds locked
+LOCK, HOLDER = ".lock", ".holder.lock"
+_held: set[tuple[int, Path]] = set()  # by this process: what `acorn resume` has locked, run() finds locked
 
 
 class InUse(UserError):
@@ -42,45 +44,58 @@ def _claim(run_dir: Path, held: ExitStack) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory; InUse names the process that has it.
 
-    flock(2) belongs to the open file: however a process dies, its lock is gone with it, and the file that it leaves is
-    no obstacle.
+    The lock is the operating system's: however a process dies its lock is gone with it, children that it forked have no
+    part in it, and the files that it leaves are no obstacle.
     """
     directory = directory.resolve()
-    if directory in _held:
+    key = (os.getpid(), directory)
+    if key in _held:
         yield
         return
-    with open(directory / LOCK, "a+", encoding="utf-8") as file:
-        _take(file, directory)
-        _held.add(directory)
-        try:
-            yield
-        finally:
-            _held.discard(directory)
-            if _is_there(file, directory):
-                (directory / LOCK).unlink()
-
-
-def _take(file, directory: Path) -> None:
+    lock = FileLock(directory / LOCK, timeout=0)
+    mine = _take(lock, directory)
+    _held.add(key)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise InUse(directory, holder) from error
-    except OSError as error:  # some network file systems have no locks
+        yield
+    finally:
+        _held.discard(key)
+        if mine is not None and mine == _identity(directory):  # not another's, in a directory that was made anew
+            for name in (HOLDER, LOCK):
+                with suppress(OSError):  # where an open file cannot be removed, filelock removes it
+                    (directory / name).unlink()
+        lock.release()
+
+
+def _take(lock: FileLock, directory: Path) -> tuple[int, int] | None:
+    """Take the lock and say who has it; returns which file it is on, None where there are no locks."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # without locks of the system, filelock has some of its own
+            lock.acquire()
+    except Timeout as error:
+        raise InUse(directory, _holder(directory)) from error
+    except FileNotFoundError:  # the directory has just been removed
+        raise
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
         print(f"{directory} cannot be locked ({one_line(error)}): keep other runs out of it", file=sys.stderr)
-    if not _is_there(file, directory):
+        return None
+    mine = _identity(directory)
+    if mine is None:  # who had it before has removed the directory, and the lock with it
+        lock.release()
         raise InUse(directory, "another process")
-    # A data loader's worker outlives a killed parent by seconds, and must not keep its lock so long.
-    os.register_at_fork(after_in_child=file.close)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    # A file of its own: on Windows nobody else can read one that is locked.
+    (directory / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    return mine
 
 
-def _is_there(file, directory: Path) -> bool:
-    """Whether the file that was locked is the one that lies there: who had it before may have removed the directory."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK))
-    except FileNotFoundError:
-        return False
+def _holder(directory: Path) -> str:
+    with suppress(OSError):
+        return (directory / HOLDER).read_text(encoding="utf-8").strip() or "another process"
+    return "another process"
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Which file lies there as the lock; its number is not given to another while this process has it open."""
+    with suppress(FileNotFoundError):
+        found = os.stat(directory / LOCK)
+        return found.st_dev, found.st_ino
+    return None
