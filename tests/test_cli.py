@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -146,11 +147,44 @@ def test_a_full_disk_names_the_file(capsys) -> None:
     assert "the disk is full: free some space" in unnamed
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "no", "x"), SystemExit(7)])
+@pytest.mark.parametrize("error", [ValueError("a bug"), SystemExit(7)])
 def test_the_rest_passes_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as passed:
         run_main(lambda argv: (_ for _ in ()).throw(error), [])
     assert passed.value is error
+
+
+def test_what_the_system_refuses_is_one_line(capsys) -> None:
+    assert exit_of(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/a/recipe.yaml")) == 2
+    assert exit_of(OSError("no file named model.safetensors")) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "acorn: error: runs/a/recipe.yaml: Permission denied"
+    assert second == "acorn: error: no file named model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 1, "the disk is full"),
+        ("PYTHONIOENCODING=ascii", 0, ""),
+    ],
+)
+def test_streams_that_cannot_be_written(tmp_path, streams: str, code: int, said: str) -> None:
+    """Closed, full, and with an alphabet that lacks a dash; no file of the run is opened in their place."""
+    program = (
+        "from training.errors import run_main\n"
+        "def main(argv):\n    open('file', 'w').close()\n"
+        "    print('–', flush=True)\n    open('file', 'a').write('mine')\n"
+        "run_main(main)"
+    )
+    variable, redirection = (streams, "") if "=" in streams else ("", streams)
+    line = f"{variable} {shlex.quote(sys.executable)} -c {shlex.quote(program)} {redirection}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == code and said in ended.stderr and len(ended.stderr.splitlines()) == bool(said)
+    assert (tmp_path / "file").read_text() == ("mine" if code == 0 else "")
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys) -> None:

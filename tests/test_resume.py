@@ -112,6 +112,31 @@ def test_a_signal_loses_nothing(folder, unbroken, number: signal.Signals, code: 
     assert (run / "README.md").is_file()
 
 
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["a closed terminal", "nohup"])
+def test_hangup(folder, monkeypatch, is_ignored: bool) -> None:
+    """Its window closed, a run saves and ends; under nohup it goes on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    on_step_end = StopOnSignal.on_step_end
+
+    def hang_up(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", hang_up)
+    name = f"hung-up-{is_ignored}"
+    try:
+        if is_ignored:
+            assert checkpoints(grow(folder, name=name)) == [4, 8]
+        else:
+            with pytest.raises(SystemExit) as ended:
+                grow(folder, name=name)
+            assert ended.value.code == 129
+            assert checkpoints(folder / name) == [3]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     "choice",
     [

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .agreement import highest
+from .errors import leave_terminal
 from .files import write_whole
 from .hardware import PRECISIONS, device_peak_flops
 from .sampling import sample_text
@@ -32,11 +33,15 @@ COLUMNS = {
 }
 
 
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM finish the step, write a checkpoint and end the run; a second signal ends it at once.
+HANGUP = getattr(signal, "SIGHUP", None)  # comes when the terminal is closed; Windows has none
 
-    A signal reaches several processes at different steps, so at the end of each step they compare: all stop together.
-    `received` is this process's own signal, `agreed` the one that the run stops for.
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C, SIGTERM and SIGHUP finish the step, write a checkpoint and end the run; a second one ends it at once.
+
+    SIGHUP stays ignored where nohup has it ignored. A signal reaches several processes at different steps, so at the
+    end of each step they compare: all stop together. `received` is this process's own signal, `agreed` the one that the
+    run stops for.
     """
 
     def __init__(self):
@@ -50,10 +55,13 @@ class StopOnSignal(TrainerCallback):
         if args.world_size > 1 and self._group is None:  # compared on the CPU, so that no GPU is waited for
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
         self._speaks = state.is_world_process_zero
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hangup = [HANGUP] if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN else []
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             self._previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
+        if number == HANGUP:
+            leave_terminal()
         if self.received is None and self._speaks:
             print(f"\n{signal.Signals(number).name}: finishing this step and saving …", file=sys.stderr)
         self.received = self.received or number

@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 # Full disks, as the operating system and safetensors tell them (the first), and torch.save, by where in a file it was.
 DISK_FULL = ("No space left on device", "file write failed", "iostream error", "unexpected pos")
@@ -46,10 +48,11 @@ def one_line(error: BaseException) -> str:
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
     """Call `main(argv)`; end the process with one line for whatever is not a bug.
 
-    Exit codes: 2 for a `UserError`, 130 for Ctrl-C, 1 for a full disk or a reader that went away (`acorn … | head`).
-    Anything else passes through with its traceback.
+    Exit codes: 2 for a `UserError` and for what the operating system refuses, 130 for Ctrl-C, 1 for a full disk or a
+    reader that went away (`acorn … | head`). Anything else passes through with its traceback.
     """
     try:
+        mend_streams()
         main(argv)
         sys.stdout.flush()  # a reader that went away is noticed here, not at the interpreter's exit
     except UserError as error:
@@ -60,9 +63,38 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
         _drop_stdout()
         _leave(1)
     except Exception as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            _leave(1, f"error: {_disk_full(error)}")
+        if not isinstance(error, OSError):
             raise
-        _leave(1, f"error: {_disk_full(error)}")
+        _leave(2, f"error: {refusal(error)}")
+
+
+def mend_streams() -> None:
+    """Streams that are closed (`>&-`) lead nowhere, and what a stream's alphabet lacks is written as `?`."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: or else the next file opened takes its place
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def leave_terminal() -> None:
+    """Point at nothing those streams that led to a terminal which is closed: writing there would fail."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def refusal(error: OSError) -> str:
+    """What the operating system (or transformers, by the same class) refused, with the file where it is known."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    return f"{where}{error.strerror or one_line(error)}"
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -72,6 +104,11 @@ def is_disk_full(error: Exception) -> bool:
 
 def _leave(code: int, line: str = "", every_process: bool = False) -> None:
     """Exit with `code` in every process, and print `line`, as a rule in the first one only (torchrun sets RANK)."""
+    with suppress(AttributeError, ValueError):
+        try:
+            sys.stdout.flush()
+        except OSError:  # full, or nobody reads: the interpreter would try again at its exit, and say so
+            _drop_stdout()
     if line and (every_process or os.environ.get("RANK", "0") == "0"):
         print(f"acorn: {line}", file=sys.stderr)
     raise SystemExit(code)

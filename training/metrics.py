@@ -18,6 +18,10 @@ class SummedMetric(evaluate.Metric):
     def __init__(self, **kwargs):
         super().__init__(keep_in_memory=True, config_name=self.name, **kwargs)
 
+    def _build_data_dir(self) -> str:
+        """No folder is made for what is kept in memory: HOME may be a place where nobody may write."""
+        return self._data_dir_root
+
     def _info(self):
         return evaluate.MetricInfo(
             description=f"{type(self).__doc__} predictions: {self.predictions_are}; references: {self.references_are}.",
