@@ -5,6 +5,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.addresses import public_name
 from training.arguments import DataArguments, GPTTrainingArguments, SampleArguments, _say
 from training.errors import UserError, unknown
 from training.ranges import check_numbers
@@ -134,7 +135,7 @@ def load_finetune_recipe(argv: list[str]) -> FinetuneRecipe:
         adapter = flags.get("adapter", {}).get("adapter", AdapterArguments.adapter)
         recipe = FinetuneRecipe(name=f"{Path(name).name}-{adapter}", model={"model_name_or_path": name})
     recipe.update(flags)
-    recipe.command = shell("acorn", "finetune", *argv)
+    recipe.command = shell("acorn", "finetune", *map(public_name, argv))
     fit_adapter(recipe, flags.get("adapter", {}))
     return recipe
 

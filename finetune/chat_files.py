@@ -1,23 +1,43 @@
-"""Where conversations and prompt–completion pairs come from: text files, JSONL, parquet and Hub sets."""
+"""Where conversations and prompt–completion pairs come from: text files, tables of rows and Hub sets."""
 
+import io
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import chain
 from typing import Any, NamedTuple
 
-from training.errors import UserError, one_line
-from training.tables import find_data_files, load_rows
+from training.compression import open_bytes
+from training.errors import UserError
+from training.reading import leave_out, leave_row_out
+from training.rows import Row
+from training.tables import rows_of_data_files, rows_of_dataset
 from training.text_files import find_text_files, read_parts
 
-SPEAKER = re.compile(r"^(System|User|Assistant):[ \t]?(.*)$")
+SPEAKER = re.compile(r"^(System|User|Assistant):[ \t]?(.*)$", re.DOTALL)
 SEPARATOR = re.compile(r"^(-{3,}|={3,}|\*{3,})\s*$")
-# What other sets call the three roles.
+# What other sets call the four roles. A tool's turn is context: the loss is on the assistant's alone.
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user",
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "ai": "assistant", "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
+    "function-response": "tool", "tool_response": "tool",
 }  # fmt: skip
-MESSAGE_COLUMNS = ("messages", "conversations")
+# Whose turn may follow whose; None: the beginning.
+FOLLOWS = {
+    None: ("user", "system"), "system": ("user",), "user": ("assistant", "tool"), "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}  # fmt: skip
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialog")
+# (what is given, more of it that may be empty, what is learned), under the names of the commonest sets
+PAIR_COLUMNS = (
+    ("prompt", None, "completion"),
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("prompt", None, "response"),
+    ("question", None, "answer"),
+)
 
 
 class Conversation(NamedTuple):
@@ -35,9 +55,8 @@ class Pair(NamedTuple):
     completion: str
 
 
-def read_text(path: Path, name: str) -> str:
-    """A whole file as text; an empty, binary or wrongly encoded one is refused."""
-    return "".join(text for text, _ in read_parts(path, name))
+class BadRow(Exception):
+    """What is wrong with one row or conversation, in words."""
 
 
 # ---- what the data is
@@ -50,108 +69,127 @@ def find_format(data) -> str:
     if data.text_files:
         return "chat" if all(starts_as_chat(path) for _, path in find_text_files(data.text_files)) else "text"
     if data.data_files or (data.dataset and data.dataset != "python-stdlib"):
-        columns = next(iter(rows(data)), ("", {}))[1]
-        if data.messages_column in columns or any(name in columns for name in MESSAGE_COLUMNS):
+        values = next((row.values for _, row in rows(data, {})), {})
+        if data.messages_column in values or has_messages(values):
             return "chat"
-        if data.prompt_column in columns and data.completion_column in columns:
+        if pair_columns(data, values):
             return "pairs"
     return "text"
 
 
-def starts_as_chat(path: Path) -> bool:
+def has_messages(values: dict) -> bool:
+    """Whether a row holds messages: under a name of theirs, or as a prompt and a completion that are lists of them."""
+    is_conversational = isinstance(values.get("prompt"), list) and isinstance(values.get("completion"), list)
+    return is_conversational or any(name in values for name in MESSAGE_COLUMNS)
+
+
+def pair_columns(data, values: dict) -> tuple[str, str | None, str] | None:
+    """The columns of a pair: those that the data arguments name, or those of a known set that the row has."""
+    named = (data.prompt_column, None, data.completion_column)
+    known = [named] if (named[0], named[2]) != ("prompt", "completion") else PAIR_COLUMNS
+    return next((names for names in known if all(name in values for name in names if name)), None) or next(
+        (names for names in known if names[0] in values and names[2] in values), None
+    )
+
+
+def starts_as_chat(path) -> bool:
     """Whether a text file's first line with words opens a turn, and an answer follows somewhere."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
-        match = SPEAKER.match(first.lstrip("\ufeff"))
+        match = SPEAKER.match(first)
         return bool(match and match[1] != "Assistant" and any(line.startswith("Assistant:") for line in file))
 
 
-# ---- rows of tables
+def rows(data, left_out: dict) -> Iterator[tuple[str, Row]]:
+    """Yield (file, row) of the tables or of the data set; what is bad is refused or left out."""
+    return rows_of_data_files(data, left_out) if data.data_files else rows_of_dataset(data, left_out)
 
 
-def rows(data) -> Iterator[tuple[str, dict]]:
-    """Yield (file and line, row) of the JSONL and parquet files, or of the data set."""
-    if not data.data_files:
-        for number, row in enumerate(load_rows(data)):
-            yield f"{data.dataset}, row {number + 1}", row
-        return
-    for path in find_data_files(data.data_files):
-        yield from parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield the objects of a JSONL file, or of a JSON file that is one list."""
-    text = read_text(path, str(path))
-    if text.lstrip().startswith("["):
-        lines = enumerate(_json(text, str(path)), 1)
-        places = ((f"{path}, entry {number}", entry) for number, entry in lines)
-    else:
-        lines = enumerate(text.splitlines(), 1)
-        places = ((f"{path}, line {n}", _json(line, f"{path}, line {n}")) for n, line in lines if line.strip())
-    for where, row in places:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: holds {type(row).__name__}, not an object with columns")
-        yield where, row
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: is not JSON ({error}); mend the file") from error
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield the rows of a parquet file."""
-    from datasets import load_dataset
-
-    try:
-        for number, row in enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True)):
-            yield f"{path}, row {number + 1}", row
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"data_files={str(path)!r}: can not be read ({one_line(error)}); mend the file") from error
+def rows_as(make, data, left_out: dict) -> Iterator:
+    """Yield what `make(values, where)` makes of each row; where it says BadRow, the row is refused or left out."""
+    field = "data_files" if data.data_files else "dataset"
+    for name, row in rows(data, left_out):
+        try:
+            yield make(row.values, f"{name}, {row.place}")
+        except BadRow as error:
+            leave_row_out(data, left_out, field, name, row, str(error))
 
 
 # ---- pairs
 
 
-def read_pairs(data) -> Iterator[Pair]:
+def read_pairs(data, left_out: dict) -> Iterator[Pair]:
     """Yield the prompt–completion pairs of the tables, checked."""
     if not (data.data_files or data.dataset):
-        raise UserError("data_format=pairs: pairs come from --data_files (JSONL, parquet) or --dataset")
-    for where, row in rows(data):
-        values = [row.get(column) for column in (data.prompt_column, data.completion_column)]
-        for column, value in zip((data.prompt_column, data.completion_column), values, strict=True):
-            if not isinstance(value, str):
-                what = "there is none" if column not in row else f"it holds {type(value).__name__}, not text"
-                raise UserError(f"{where}: column {column!r}: {what}; the row has {', '.join(row)}")
-        if not values[1].strip():
-            raise UserError(f"{where}: the completion is empty; fill it in or remove the row")
-        yield Pair(where, *values)
+        raise UserError("data_format=pairs: pairs come from --data_files or --dataset")
+    return rows_as(lambda values, where: pair_of(data, values, where), data, left_out)
+
+
+def pair_of(data, values: dict, where: str) -> Pair:
+    """One row as a pair; an instruction, its input if it has one and the answer are parted by empty lines."""
+    columns = pair_columns(data, values) or (data.prompt_column, None, data.completion_column)
+    for column in (columns[0], columns[2]):
+        if not isinstance(values.get(column), str):
+            what = "there is none" if column not in values else f"it holds {type(values[column]).__name__}, not text"
+            raise BadRow(f"column {column!r}: {what}; the row has {', '.join(map(str, values))}")
+    prompt, more, completion = values[columns[0]], values.get(columns[1]) or "", values[columns[2]]
+    if not isinstance(more, str):
+        raise BadRow(f"column {columns[1]!r}: it holds {type(more).__name__}, not text")
+    if not completion.strip():
+        raise BadRow("the completion is empty; fill it in or remove the row")
+    if columns[0] != data.prompt_column:
+        prompt = "".join(f"{part.strip()}\n\n" for part in (prompt, more) if part.strip())
+    return Pair(where, as_utf8(prompt), as_utf8(completion))
+
+
+def as_utf8(text: str) -> str:
+    """The text, which may hold no half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"is not UTF-8 (at character {error.start} of {text[:20]!r})") from error
+    return text
 
 
 # ---- conversations
 
 
-def read_conversations(data) -> Iterator[Conversation]:
+def read_conversations(data, left_out: dict) -> Iterator[Conversation]:
     """Yield the conversations of the text files or tables, checked."""
-    if data.text_files:
-        for name, path in find_text_files(data.text_files):
-            for conversation in conversations_of_text(read_text(path, name), name):
-                yield check_turns(conversation)
+    if not data.text_files:
+        return rows_as(
+            lambda values, where: check_turns(Conversation(where, messages_of_row(values, data.messages_column))),
+            data,
+            left_out,
+        )
+    files = find_text_files(data.text_files)
+    return chain.from_iterable(conversations_of_file(path, name, data, left_out) for name, path in files)
+
+
+def conversations_of_file(path, name: str, data, left_out: dict) -> Iterator[Conversation]:
+    """Yield the conversations of a text file, checked."""
+    try:
+        text = "".join(text for text, _ in read_parts(path, name))
+    except UserError as error:
+        leave_out(data, left_out, name, error)
         return
-    for where, row in rows(data):
-        yield check_turns(Conversation(where, messages_of_row(row, where, data.messages_column)))
+    for number, conversation in enumerate(conversations_of_text(text, name)):
+        try:
+            yield check_turns(conversation)
+        except BadRow as error:
+            place = conversation.where.removeprefix(f"{name}, ")
+            leave_row_out(data, left_out, "text_files", name, Row(number, place, {}), str(error))
 
 
 def conversations_of_text(text: str, name: str) -> Iterator[Conversation]:
     """Yield the conversations of a `User:`/`Assistant:` text.
 
     A line that begins with `User:`, `Assistant:` or `System:` opens a message, and the lines up to the next such line
-    belong to it. Where the file has lines of three dashes, equals signs or asterisks, those end a conversation; where
-    it has none, a blank line does when the next line that is not blank begins `User:` or `System:`.
+    belong to it, with their line breaks. Where the file has lines of three dashes, equals signs or asterisks, those end
+    a conversation; where it has none, a blank line does when the next line that is not blank begins `User:` or
+    `System:`.
     """
-    lines = text.lstrip("\ufeff").splitlines()
+    lines = list(io.StringIO(text, newline=""))  # ended by \n, \r or \r\n, as the rows of tables are
     has_separators = any(SEPARATOR.match(line) for line in lines)
     started, messages, after_blank = 1, [], False
     for number, line in enumerate(lines, 1):
@@ -161,60 +199,73 @@ def conversations_of_text(text: str, name: str) -> Iterator[Conversation]:
         if ends and messages:
             yield Conversation(f"{name}, line {started}", messages)
             messages = []
-        if match:
+        if match or (not messages and line.strip() and not ends):
             started = started if messages else number
-            messages = [*messages, {"role": match[1].lower(), "content": match[2], "line": number}]
-        elif line.strip() and not SEPARATOR.match(line):
-            if not messages:
-                raise UserError(f"{name}, line {number}: a chat begins with User: or System:, not {line[:40]!r}")
-            messages[-1]["content"] += f"\n{line}"
-        elif messages and not line.strip():
-            messages[-1]["content"] += "\n"
+            role, content = (match[1].lower(), match[2]) if match else (None, line)
+            messages = [*messages, {"role": role, "content": content, "line": number}]
+        elif messages:
+            messages[-1]["content"] += line
         after_blank = not line.strip()
     if messages:
         yield Conversation(f"{name}, line {started}", messages)
 
 
-def messages_of_row(row: dict, where: str, column: str | None) -> list[dict]:
-    """The messages of a table's row, under the names that OpenAI's format or ShareGPT's gives them."""
+def messages_of_row(values: dict, column: str | None) -> list[dict]:
+    """The messages of a table's row, under the names that OpenAI's format, ShareGPT's or TRL's gives them."""
     names = [column] if column else MESSAGE_COLUMNS
-    messages = next((row[name] for name in names if row.get(name) is not None), None)
+    messages = next((values[name] for name in names if values.get(name) is not None), None)
+    if messages is None and has_messages(values):
+        messages = [*values["prompt"], *values["completion"]]
+    if isinstance(messages, str):  # a cell of CSV
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            messages = None
     if not isinstance(messages, list):
-        raise UserError(f"{where}: no list of messages in {' or '.join(names)}; the row has {', '.join(row)}")
-    return [message_of(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
+        raise BadRow(f"no list of messages in {' or '.join(names)}; the row has {', '.join(map(str, values))}")
+    found = [message_of(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    system = values.get("system")  # ShareGPT's may lie beside the turns
+    has_own = isinstance(system, str) and system.strip() and not (found and found[0]["role"] == "system")
+    return [{"role": "system", "content": system}, *found] if has_own else found
 
 
 def message_of(message: Any, where: str) -> dict:
-    """One message as {"role", "content"}."""
+    """One message as {"role", "content"}; a call of a tool without words is its JSON."""
     if not isinstance(message, dict):
-        raise UserError(f"{where}: holds {type(message).__name__}, not an object with role and content")
-    role = message.get("role") or message.get("from")
+        raise BadRow(f"{where} holds {type(message).__name__}, not an object with role and content")
+    named = message.get("role") or message.get("from")
+    role = ROLES.get(str(named).lower())
+    if role is None:
+        raise BadRow(f"{where} has the unknown role {named!r}; known are {', '.join(ROLES)}")
     content = message["content"] if message.get("content") is not None else message.get("value")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(part["text"] for part in content)
+        content = "".join(str(part.get("text") or "") for part in content)
+    calls = message.get("tool_calls") or message.get("function_call")
+    if calls and not content:
+        content = json.dumps(calls, ensure_ascii=False)
+    if role == "tool" and isinstance(content, dict | list):
+        content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
-        raise UserError(f"{where}: its content is {type(content).__name__}, not text")
-    if str(role).lower() not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
-    return {"role": ROLES[str(role).lower()], "content": content}
+        raise BadRow(f"{where}: its content is {type(content).__name__}, not text")
+    return {"role": role, "content": content}
 
 
 def check_turns(conversation: Conversation) -> Conversation:
-    """Refuse roles out of order, empty messages and conversations without an answer, naming file and line."""
+    """Refuse roles out of order, empty messages and conversations without an answer, naming message and line."""
     where, messages = conversation
-    expected = "user"
+    before = None
     for number, message in enumerate(messages, 1):
-        place = f"{where.rsplit(', line', 1)[0]}, line {message['line']}" if "line" in message else where
-        role = message["role"]
-        if role == "system" and number == 1:
-            pass
-        elif role != expected:
-            raise UserError(f"{place}: message {number} is the {role}'s where the {expected}'s turn is; mend the order")
-        else:
-            expected = "assistant" if role == "user" else "user"
+        line = f" (line {message['line']})" if "line" in message else ""
+        role, expected = message["role"], FOLLOWS[before]
+        if role is None:
+            raise BadRow(f"a chat begins with User: or System:, not {message['content'].strip()[:40]!r}{line}")
+        if role not in expected:
+            whose = f"message {number}{line} is the {role}'s where the {expected[0]}'s turn is"
+            raise BadRow(f"{whose}; mend the order")
         if not message["content"].strip():
-            raise UserError(f"{place}: message {number} ({role}) is empty; fill it in or remove it")
+            raise BadRow(f"message {number}{line} ({role}) is empty; fill it in or remove it")
+        before = role
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where}: the conversation has no assistant turn, so there is nothing to learn; remove it")
-    plain = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+        raise BadRow("the conversation has no assistant turn, so there is nothing to learn; remove it")
+    plain = [{"role": message["role"], "content": as_utf8(message["content"].strip())} for message in messages]
     return Conversation(where, plain)

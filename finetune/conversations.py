@@ -1,16 +1,22 @@
 """Conversations and pairs → token ids, and which of them count in the loss: the assistant's answers alone."""
 
 import copy
+import functools
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
 from training.errors import UserError, one_line
+from training.reading import say_once
 from training.tokenizers import begin_ids, encode_documents, encode_prompt, encode_spelled
 
 from .chat_files import Conversation, Pair
 
+RENDER_SECONDS = 5  # for one conversation: a template is a program, and may not end
 # For tokenizers without a template of their own. It needs no new tokens: the end-of-text token ends an answer.
 PLAIN_TEMPLATE = (
     "{%- for message in messages %}"
@@ -19,7 +25,8 @@ PLAIN_TEMPLATE = (
     "{%- generation %}{{- ' ' + message['content'] | trim + eos_token }}{%- endgeneration %}"
     "{%- elif message['role'] == 'user' %}{{- 'User: ' + message['content'] | trim }}"
     "{%- elif message['role'] == 'system' %}{{- 'System: ' + message['content'] | trim }}"
-    "{%- else %}{{- raise_exception('roles are system, user and assistant') }}"
+    "{%- elif message['role'] == 'tool' %}{{- 'Tool: ' + message['content'] | trim }}"
+    "{%- else %}{{- raise_exception('roles are system, user, assistant and tool') }}"
     "{%- endif %}"
     "{{- '\n' }}"
     "{%- endfor %}"
@@ -46,10 +53,51 @@ def with_template(tokenizer):
 
 def render(tokenizer, messages: list[dict], where: str, add_generation_prompt: bool = False) -> str:
     """The text that the chat template makes of messages; what the template refuses is refused with file and line."""
+    if any(message["role"] == "tool" for message in messages) and not knows_tools(tokenizer):
+        messages = [message | {"role": "user"} if message["role"] == "tool" else message for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        with at_most(RENDER_SECONDS):
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TimeoutError:
+        why = f"has not come to an end in {RENDER_SECONDS} seconds"
+        raise UserError(f"{where}: the tokenizer's chat template {why}; give the tokenizer another") from None
+    except Exception as error:  # a template is a program: what it raises is of every class
         raise UserError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def knows_tools(tokenizer) -> bool:
+    """Whether the chat template shows what a tool answers; where it does not, it is given as the user's turn."""
+    turns = [("user", "a"), ("assistant", "b"), ("tool", "TOOL-TURN"), ("assistant", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        with at_most(RENDER_SECONDS):
+            shown = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # as in `render`
+        shown = ""
+    if "TOOL-TURN" in shown:
+        return True
+    say_once("the tokenizer's chat template has no turns of tools: they are given as the user's")
+    return False
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer, where the system has timers and this is the main thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def answer_spans(tokenizer, messages: list[dict], text: str, where: str) -> list[tuple[int, int]]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tqdm.auto import tqdm
 from training.corpus import Corpus, load_corpus, prepare
 from training.errors import UserError
 from training.inputs import Inputs
+from training.reading import say, told
 from training.sources import unit_hash
 from training.splitting import check_split_options
 from training.tokenizers import Rendered
@@ -72,7 +72,10 @@ def read_data(data, tokenizer, limit: int, name: str, is_resumed: bool = False) 
 def read_examples(data, kind: str, tokenizer, limit: int) -> Examples:
     """Chats or pairs as examples, split by documents as text is."""
     tokenizer = with_template(tokenizer) if kind == "chat" else tokenizer
-    documents = list(_documents(data, kind))
+    left_out: dict = {}
+    documents = list(read_conversations(data, left_out) if kind == "chat" else read_pairs(data, left_out))
+    for name, why in told(left_out).items():
+        say(f"left out: {name}: {why}")
     if len(documents) < 2:
         raise UserError(f"{kind}: the data has {len(documents)} document(s) and 2 are needed, one of them to validate")
     held_out = validation_numbers(len(documents), data)
@@ -91,10 +94,6 @@ def read_examples(data, kind: str, tokenizer, limit: int) -> Examples:
     return Examples(
         tokenizer, splits[False], splits[True], question, prompt, {"the data": digest.hexdigest()}, len(documents)
     )
-
-
-def _documents(data, kind: str) -> Iterator[Conversation | Pair]:
-    return read_conversations(data) if kind == "chat" else read_pairs(data)
 
 
 def validation_numbers(count: int, data) -> set[int]:

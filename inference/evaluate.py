@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
     parser.add_argument("--text_files", nargs="+", default=[], help="text files, folders or globs to evaluate on")
-    parser.add_argument("--data_files", nargs="+", default=[], help="JSONL or parquet files to evaluate on")
+    parser.add_argument("--data_files", nargs="+", default=[], help="JSON, CSV, parquet or arrow files to evaluate on")
     parser.add_argument("--dataset", help="Hub data set id, local directory, or python-stdlib, to evaluate on")
     parser.add_argument("--dataset_config")
     parser.add_argument("--dataset_split", default="test")

@@ -183,7 +183,7 @@ def test_tables_of_messages(tmp_path, form: str, ending: str) -> None:
     path.write_text(json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = FinetuneDataArguments(data_files=[str(path)])
     assert find_format(data) == "chat"
-    assert [found.messages for found in read_conversations(data)] == many_conversations()[:5]
+    assert [found.messages for found in read_conversations(data, {})] == many_conversations()[:5]
 
 
 @pytest.mark.parametrize(
@@ -220,8 +220,8 @@ def test_turns_that_are_wrong_are_refused(tmp_path, text: str, line: int, words:
     path = tmp_path / "chat.txt"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        list(read_conversations(FinetuneDataArguments(text_files=[str(path)])))
-    assert f"{path}, line {line}" in str(caught.value)
+        list(read_conversations(FinetuneDataArguments(text_files=[str(path)]), {}))
+    assert str(path) in str(caught.value) and f"line {line}" in str(caught.value)
     assert words in str(caught.value)
 
 
@@ -244,8 +244,8 @@ def test_rows_that_are_wrong_are_refused(tmp_path, row: str, words: str) -> None
     path = tmp_path / "chat.jsonl"
     path.write_text(f"{good}\n\n{row}\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        list(read_conversations(FinetuneDataArguments(data_files=[str(path)])))
-    assert f"{path}, line 3" in str(caught.value)
+        list(read_conversations(FinetuneDataArguments(data_files=[str(path)]), {}))
+    assert f"{str(path)!r}: line 3: " in str(caught.value)
     assert words in str(caught.value)
 
 

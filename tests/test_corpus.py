@@ -77,11 +77,11 @@ def test_position_over_documents_drops_nothing():
     assert len(decoded(corpus, "train").replace("<|endoftext|>", "")) == int(characters * (1 - 0.33))
 
 
-def test_position_with_empty_documents_and_a_cut_between_documents():
+def test_rows_without_text_are_no_documents_and_a_cut_between_documents():
     Path("empties.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", "ab", "", "cd", ""]))
     corpus = prepare(arguments(data_files=["empties.jsonl"], validation_fraction=0.5))
     end = "<|endoftext|>"
-    assert (decoded(corpus, "train"), decoded(corpus, "validation")) == (f"{end}ab{end}", f"{end}cd{end}{end}")
+    assert (decoded(corpus, "train"), decoded(corpus, "validation")) == (f"ab{end}", f"cd{end}")
 
 
 def test_documents_are_split_whole_by_seed():

@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import re
 import threading
 from collections import Counter
 from types import SimpleNamespace
@@ -65,8 +64,8 @@ def test_stdlib_is_text_with_a_licence():
     assert fingerprint["kind"] == "python-stdlib" and fingerprint["python"].startswith("3.")
 
 
-def test_text_files_keep_every_character(folder):
-    expected = ["\ufeffé\x0b\u2028x", "one\r\ntwo\rthree\n", "deep"]
+def test_text_files_keep_every_character_but_a_byte_order_mark(folder):
+    expected = ["é\x0b\u2028x", "one\r\ntwo\rthree\n", "deep"]
     assert texts(text_files=[str(folder)]) == expected
     assert texts(text_files=[f"{folder}/b.txt", f"{folder}/**/c.txt"]) == expected[1:]
     assert (
@@ -85,27 +84,54 @@ def test_fingerprint_follows_the_content(folder):
     assert before != fingerprint_sources(arguments(text_files=[str(folder)]))
 
 
-def test_url(folder, monkeypatch):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+@pytest.fixture
+def address(folder, monkeypatch):
+    """The address of a server that gives the folder's files to those who know the password or the token."""
+
+    class Guarded(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=folder)
+
+        def send_head(self):
+            name, _, query = self.path.partition("?")
+            known = query == "token=SECRET" or self.headers["Authorization"] == "Basic bWU6U0VDUkVU"  # me:SECRET
+            if name.startswith("/closed") and not known:
+                return self.send_error(403)
+            self.path = name.removeprefix("/closed")
+            return super().send_head()
 
         def log_message(self, *args):
             pass
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # conftest forbids the Hub; this server is here
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/b.txt"
-    try:
-        assert list(documents(arguments(text_files=[url]))) == [(url, "one\r\ntwo\rthree\n")]
-        with pytest.raises(
-            UserError, match=r"text_files='http.*nothing': can not be downloaded \(.*\); name a local file"
-        ):
-            texts(text_files=[url.replace("b.txt", "nothing")])
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_url(address):
+    assert list(documents(arguments(text_files=[f"{address}/b.txt"]))) == [(f"{address}/b.txt", "one\r\ntwo\rthree\n")]
+    with pytest.raises(UserError, match=r"text_files='http.*nothing': can not be downloaded \(.*\); .* a local file"):
+        texts(text_files=[f"{address}/nothing"])
+
+
+@pytest.mark.parametrize("field", ["text_files", "data_files"])
+@pytest.mark.parametrize("secret", ["token", "password"])
+def test_secrets_of_an_address_are_used_and_shown_nowhere(folder, address, field, secret, capsys, tmp_path_factory):
+    (folder / "rows.jsonl").write_text('{"text": "one"}\n')
+    name = f"{address}/closed/{'b.txt' if field == 'text_files' else 'rows.jsonl'}"
+    given = f"{name}?token=SECRET" if secret == "token" else name.replace("//", "//me:SECRET@")
+    data = arguments(**{field: [given]})
+    assert [text[:3] for _, text in documents(data)] == ["one"]
+    assert fingerprint_sources(data)["files"][0]["path"] == name
+    with pytest.raises(UserError) as refusal:
+        texts(**{field: [given.replace("closed/", "closed/no")]})
+    cached = [path.read_bytes() for path in tmp_path_factory.getbasetemp().glob("cache*/**/*.json")]
+    shown = capsys.readouterr()
+    assert "SECRET" not in f"{refusal.value} {list(documents(data))} {shown.out} {shown.err} {cached}"
+    assert f"{field}: of {name} the user and query are used now and kept nowhere" in shown.err
 
 
 def test_tables(tmp_path):
@@ -116,8 +142,8 @@ def test_tables(tmp_path):
 
     Dataset.from_list([{"text": "parquet"}]).to_parquet(tmp_path / "z.parquet")
     files = [f"{tmp_path}/*.json*", f"{tmp_path}/z.parquet"]
-    assert texts(data_files=files) == ["a\r\nb", "", "é", "list", "parquet"]
-    assert [name for name, _ in documents(arguments(data_files=files))][2] == f"{tmp_path}/x.jsonl:2"
+    assert texts(data_files=files) == ["a\r\nb", "é", "list", "parquet"]  # a row without text is no document
+    assert [name for name, _ in documents(arguments(data_files=files))][1] == f"{tmp_path}/x.jsonl:2"
     assert len(fingerprint_sources(arguments(data_files=files))["files"]) == 3
 
 
@@ -191,7 +217,7 @@ def test_unit_hash_is_even():
 BAD_FILES = {"empty.txt": b"", "binary.txt": b"ab\0c", "latin.txt": b"caf\xe9!", "bad.jsonl": b'{"text": "a"}\n{oh\n'}
 BAD_ROWS = {
     "rows.jsonl": [{"body": "a", "n": 1}],
-    "null.jsonl": [{"text": "a"}, {"text": None}],
+    "number.jsonl": [{"text": "a"}, {"text": None}, {"text": 5}],
     "half.jsonl": [{"text": "\ud800"}],
 }
 
@@ -208,14 +234,20 @@ BAD_ROWS = {
         ({"text_files": ["binary.txt"]}, "text_files='binary.txt': is binary (a NUL byte at offset 2); name text"),
         ({"text_files": ["latin.txt"]}, "text_files='latin.txt': is not UTF-8 (byte 0xE9 at offset 3); convert it"),
         ({"data_files": ["none.jsonl"]}, "data_files='none.jsonl': there is no such file"),
-        ({"data_files": ["empty.txt"]}, "data_files='empty.txt': the ending must be one of .jsonl, .json, .parquet"),
-        ({"data_files": ["bad.jsonl"]}, "data_files='bad.jsonl': can not be read ("),
+        ({"data_files": ["empty.txt"]}, "data_files='empty.txt': the file is empty"),
+        ({"data_files": ["bad.jsonl"]}, "data_files='bad.jsonl': line 2 is not JSON ("),
         ({"data_files": ["rows.jsonl"]}, "text_column='text': rows.jsonl has no such column; it has body, n"),
-        ({"data_files": ["null.jsonl"]}, "data_files='null.jsonl': row 1 holds NoneType in 'text', not text; name"),
-        ({"data_files": ["half.jsonl"]}, "data_files='half.jsonl': can not be read ("),
+        ({"data_files": ["number.jsonl"]}, "data_files='number.jsonl': line 3 holds int in 'text', not text; name"),
+        ({"data_files": ["half.jsonl"]}, "data_files='half.jsonl': line 1 is not UTF-8 (lone surrogate U+D800"),
+        ({"data_files": ["latin.txt"]}, "data_files='latin.txt': is no table that is known (.json"),
+        ({"data_files": [""]}, "data_files='': names nothing"),
+        ({"text_files": [" "]}, "text_files=' ': names nothing"),
         ({"dataset": "./none"}, "dataset='./none': can not be loaded ("),
-        ({"dataset": "sets", "text_column": "x"}, "text_column='x': sets has no such column; it has body"),
-        ({"dataset": "sets", "dataset_split": "dev"}, "dataset='sets': can not be loaded (Unknown split"),
+        ({"dataset": "sets", "text_column": "x"}, "text_column='x': train.jsonl has no such column; it has body"),
+        (
+            {"dataset": "sets", "dataset_split": "dev"},
+            "unknown dataset_split 'dev': choose from train. It is of dataset='sets'.",
+        ),
         ({"mixture": [{"text_files": "a"}]}, "mixture[0].weight=None: must be a number above 0"),
         ({"mixture": [{"dataset": "a", "weight": 0}]}, "mixture[0].weight=0: must be a number above 0"),
         ({"mixture": [{"weight": 1}]}, "no text: name a source"),
@@ -231,6 +263,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, changes, messag
     for name, rows in BAD_ROWS.items():
         write_rows(tmp_path / name, rows)
     write_rows(tmp_path / "sets/train.jsonl", [{"body": "a"}])
-    with pytest.raises(UserError, match="^" + re.escape(message)) as refusal:
+    with pytest.raises(UserError) as refusal:
         texts(**changes)
+    assert str(refusal.value).replace(f"{tmp_path}/sets/", "").startswith(message)
     assert "\n" not in str(refusal.value)

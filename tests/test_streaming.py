@@ -195,7 +195,7 @@ def test_a_run_goes_on_by_its_mark_and_refuses_another_text(folder) -> None:
 
 
 def test_parquet_shards_go_on_without_reading_those_before(folder, monkeypatch) -> None:
-    from training import tables
+    from training import rows as readers
 
     for shard in range(3):
         rows = {"text": [f"shard {shard} row {row} " + TEXT[row : row + 30] for row in range(10)]}
@@ -206,9 +206,9 @@ def test_parquet_shards_go_on_without_reading_those_before(folder, monkeypatch) 
     mark = tokens.mark_at(1000)
     assert mark.place[0] == 2, "the mark should lie in the last shard"
     tokens._pool.shutdown(cancel_futures=True)  # what it reads ahead is not to be counted
-    opened, read = [], tables._parquet_rows
+    opened, read = [], readers._parquet_rows
     again = stream_corpus(data).tokens("train")
-    monkeypatch.setitem(tables.TABLES, ".parquet", lambda path, *rest: opened.append(str(path)) or read(path, *rest))
+    monkeypatch.setitem(readers.READERS, "parquet", lambda path, *rest: opened.append(str(path)) or read(path, *rest))
     again.know(mark)
     assert again.read(1000, 1100).tolist() == whole[1000:]
     assert opened[0] == "2.parquet"

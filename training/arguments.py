@@ -32,7 +32,9 @@ class DataArguments:
     text_files: list[str] = _say(
         "Text files, folders, globs or http(s) addresses; a file is a document.", default_factory=list
     )
-    data_files: list[str] = _say("JSONL or parquet files or globs, read by --text_column.", default_factory=list)
+    data_files: list[str] = _say(
+        "JSON, CSV, parquet or arrow files, globs or addresses, compressed or not.", default_factory=list
+    )
     dataset: str | None = _say("A Hub data set id, a local directory of one, or python-stdlib (no download).")
     dataset_config: str | None = _say("Configuration of the Hub data set.")
     dataset_split: str = _say("Split of the Hub data set.", "train")
@@ -52,7 +54,7 @@ class DataArguments:
     data_dir: str | None = _say("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
     shard_size: int = _say("Tokens a shard file.", 100_000_000)
     num_proc: int = _say("Processes that tokenise; 1 is this one, with the tokenizer's own threads.", 1)
-    on_bad_file: str = _say("A file that can not be read: stop, or skip (what could be read of it is kept).", "stop")
+    on_bad_file: str = _say("A file or row that can not be read: stop, or skip (what could be read is kept).", "stop")
     sampling: str = _say("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
 
     def __post_init__(self):

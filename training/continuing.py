@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .addresses import public_name
 from .agreement import first_decides
 from .checkpoints import find_checkpoint
 from .errors import UserError
@@ -27,8 +28,17 @@ def read_run(argv: list[str], kind: type[Recipe] = Recipe) -> tuple[Path, Recipe
     if not known.checkpoint:
         raise UserError("--checkpoint: needs a value: last, best or checkpoint-N")
     recipe.training["output_dir"] = str(run_dir)
-    recipe.command += f" && {shell('acorn', 'resume', *argv)}"
-    return run_dir, recipe, known.checkpoint, parse_flags(flags, kind)
+    recipe.command += f" && {shell('acorn', 'resume', *map(public_name, argv))}"
+    checked = parse_flags(flags, kind)
+    give_addresses_again(recipe, checked.get("data", {}))
+    return run_dir, recipe, known.checkpoint, checked
+
+
+def give_addresses_again(recipe: Recipe, data: dict) -> None:
+    """Take, out of a resume's flags, the run's own files with the queries and users that a recipe does not keep."""
+    for key in ("text_files", "data_files"):
+        if key in data and [public_name(name) for name in data[key]] == recipe.data.get(key):
+            recipe.data[key] = data.pop(key)
 
 
 def refuse_fixed(flags: dict[str, dict], verb: str, changeable_model: tuple[str, ...] = ()) -> None:

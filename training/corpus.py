@@ -153,8 +153,8 @@ def summary(corpus: Corpus) -> str:
     """Return one line that says what a corpus holds."""
     splits = corpus.manifest["splits"]
     counts = " and ".join(f"{splits[split]['tokens']:,} {split}" for split in SPLITS)
-    left_out = len(corpus.manifest.get("left_out", ()))
-    note = f" {left_out} bad file(s) left out." if left_out else ""
+    left_out = corpus.manifest.get("left_out", {})
+    note = f" Left out: {'; '.join(f'{name}: {why}' for name, why in left_out.items())[:300]}." if left_out else ""
     return f"{corpus.directory}: {counts} tokens, vocabulary {corpus.manifest['vocab_size']:,}.{note}"
 
 

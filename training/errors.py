@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from .addresses import public_text
+
 # Full disks, as the operating system and safetensors tell them (the first), and torch.save, by where in a file it was.
 DISK_FULL = ("No space left on device", "file write failed", "iostream error", "unexpected pos")
 
@@ -23,7 +25,10 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class UserError(Exception):
-    """A mistake the person can mend: one line that names the field, the value and the mend."""
+    """A mistake the person can mend: one line with the field, the value and the mend; addresses without secrets."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(public_text(str(message)))
 
 
 class LostProcess(UserError):

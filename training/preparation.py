@@ -18,7 +18,7 @@ from .building import CORPUS, STATE, disk_full
 from .dataset import ShardWriter
 from .errors import UserError
 from .files import write_whole
-from .reading import say
+from .reading import say, told
 from .sources import Bookmark, named_sources, numbered_parts, size_of_sources
 from .splitting import SPLITS, Piece, cutting_rule, encodable, find_rule, split
 from .tokenizers import load_tokenizer
@@ -38,7 +38,7 @@ class State:
 
     settings: what must be the same to go on. rule: of splitting. total_bytes: of the text, where known. Of the text are
     done: `documents`, the last of them at `place`, with `characters`; and of the document after them, `pieces` with
-    `open_characters`. splits: what each SplitWriter has written. left_out: files that could not be read, and why.
+    `open_characters`. splits: what each SplitWriter has written. left_out: files and rows, and why.
     """
 
     settings: dict
@@ -50,7 +50,7 @@ class State:
     pieces: int = 0
     open_characters: int = 0
     splits: dict[str, dict] = field(default_factory=lambda: {split: {} for split in SPLITS})
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict = field(default_factory=dict)
 
     def advance(self, piece: Piece, characters: int) -> None:
         """Count a piece as done."""
@@ -145,7 +145,7 @@ def write_tokens(folder: Path, state: State, data, tokenizer, begun: float) -> d
         for writer in writers.values():
             writer.shards.close()
     _refuse_empty_splits(data, writers)
-    left_out = {"left_out": state.left_out} if state.left_out else {}
+    left_out = {"left_out": told(state.left_out)} if state.left_out else {}
     return {"splits": {split: writer.manifest() for split, writer in writers.items()}} | left_out
 
 

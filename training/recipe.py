@@ -13,6 +13,7 @@ import yaml
 
 from modeling import PRESETS, GPTConfig
 
+from .addresses import each_text, public_name, public_text
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .choices import NEEDS
 from .errors import UserError, one_line, unknown
@@ -113,8 +114,9 @@ class Recipe:
                 del self.training[key]
 
     def save(self, path: Path) -> None:
-        """Write the recipe where `load_recipe_file` finds it again."""
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        """Write the recipe where `load_recipe_file` finds it again; addresses in it without what may be a secret."""
+        public = {"data": each_text(self.data, public_name), "command": public_text(self.command)}
+        text = yaml.safe_dump(dataclasses.asdict(self) | public, sort_keys=False, allow_unicode=True)
         write_whole(path, text)
 
 
@@ -126,7 +128,7 @@ def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
     name = argv.pop(0)
     recipe = load_recipe_file(name)
     recipe.update(parse_flags(argv), data_dir_is_source=verb != "prepare")
-    recipe.command = shell("acorn", verb, name, *argv)
+    recipe.command = shell("acorn", verb, name, *map(public_name, argv))
     return recipe
 
 

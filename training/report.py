@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from .addresses import public_name
 from .callbacks import read_metrics
 from .checkpoints import step_of
 from .errors import UserError
@@ -148,7 +149,8 @@ def sources_of(recipe: Recipe) -> list[str]:
     """Where the text came from: names of files, or ids of data sets."""
     parts = recipe.data.get("mixture") or [recipe.data]
     named = [part.get("text_files") or part.get("data_files") or [part.get("dataset")] for part in parts]
-    return [str(name) for names in named for name in names if name] or [Path(str(recipe.data.get("data_dir"))).name]
+    names = [public_name(str(name)) for entries in named for name in entries if name]
+    return names or [Path(str(recipe.data.get("data_dir"))).name]
 
 
 def datasets_of(recipe: Recipe) -> list[str]:

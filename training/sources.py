@@ -66,7 +66,7 @@ START = Bookmark()
 class Source(NamedTuple):
     """A kind of source: how to read it from a place on, what identifies it (a dict fit for JSON), and its size."""
 
-    read: Callable[[Any, list[int] | None, dict[str, str]], Iterator[Part]]
+    read: Callable[[Any, list[int] | None, dict], Iterator[Part]]
     fingerprint: Callable[[Any], dict]
     size: Callable[[Any], Size]
 
@@ -90,7 +90,7 @@ def numbered_documents(data, bookmark: Bookmark = START) -> Iterator[Document]:
     return _whole(numbered_parts(data, bookmark))
 
 
-def numbered_parts(data, bookmark: Bookmark = START, left_out: dict[str, str] | None = None) -> Iterator[Document]:
+def numbered_parts(data, bookmark: Bookmark = START, left_out: dict | None = None) -> Iterator[Document]:
     """Yield the documents after the bookmark, long text files in stretches.
 
     What on_bad_file=skip leaves out is added to `left_out`, a dict of name and reason. To go on in tables of parquet,
@@ -160,7 +160,7 @@ def licence_of(data) -> str | None:
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
 
-def _mixed_documents(data, left_out: dict[str, str]) -> Iterator[Document]:
+def _mixed_documents(data, left_out: dict) -> Iterator[Document]:
     """Draw documents from several sources until every one of them has been read to its end at least once.
 
     With [0, 1) shared out by weight, draw k takes the next document of the source that holds
@@ -180,7 +180,7 @@ def _mixed_documents(data, left_out: dict[str, str]) -> Iterator[Document]:
         draw += 1
 
 
-def _endless(entry, index: int, count: int, left_out: dict[str, str]) -> Iterator[tuple[Document, bool]]:
+def _endless(entry, index: int, count: int, left_out: dict) -> Iterator[tuple[Document, bool]]:
     """Yield (document, is it the source's last) for ever; numbers are made distinct between the `count` sources."""
     while True:
         ahead = None

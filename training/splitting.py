@@ -57,7 +57,7 @@ def check_split_options(data) -> None:
         raise UserError(f"validation_by='position': {why}; use --validation_by documents")
 
 
-def find_rule(data, left_out: dict[str, str]) -> dict:
+def find_rule(data, left_out: dict) -> dict:
     """Read as much of the text as the way of splitting needs, and return its rule."""
     return SPLITTERS[data.validation_by].find(data, left_out)
 
@@ -67,7 +67,7 @@ def split(parts: Iterator[Document], data, rule: dict, characters: int = 0) -> I
     return SPLITTERS[rule["by"]].apply(parts, data, rule, characters)
 
 
-def find_cut(data, left_out: dict[str, str]) -> dict:
+def find_cut(data, left_out: dict) -> dict:
     """Cut the concatenated text at int(characters * (1 - fraction)), as nanoGPT does: one pass counts them."""
     characters = size = 0
     for part in numbered_parts(data, left_out=left_out):
@@ -92,7 +92,7 @@ def split_at_cut(parts: Iterator[Document], data, rule: dict, characters: int) -
         room -= len(head)
 
 
-def find_limit(data, left_out: dict[str, str]) -> dict:
+def find_limit(data, left_out: dict) -> dict:
     """Give a document to validation when unit_hash("validation", seed, its number) < fraction, and at least one.
 
     Where that gives one split nothing, the document with the smallest hash is the only one in validation. A text of

@@ -1,35 +1,32 @@
-"""Tables of documents: .jsonl, .json and .parquet files, and data sets on the Hub or in local directories.
+"""Tables of documents: files of rows, and data sets on the Hub or in local directories.
 
-Parquet is read by pyarrow, a few rows at a time and without a second copy in a cache, wherever its files come from: so
-a data set on the Hub, a folder of it and --data_files take the same way. Other formats are read by `datasets`.
+Whatever its files come from, a table is read by `rows.read_rows`, a few rows at a time and without a second copy in a
+cache: a data set on the Hub, a folder of it and --data_files take the same way. Other formats are read by `datasets`.
 """
 
-import glob
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
+from .compression import is_compressed
 from .errors import UserError, one_line, unknown
-from .reading import Part, Size, as_list, fingerprint_files, leave_out, match_files
+from .reading import Files, Part, Size, as_list, fingerprint_files, leave_out, leave_row_out, match_files
+from .rows import ENDINGS, Row, bad_file_errors, format_of, missing_column, open_parquet, read_rows, text_of
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion, which also exists where a script was the data set
-ROWS_AT_ONCE = 32  # of parquet: bounds memory where documents are long
-BUFFER_BYTES = 1 << 20  # a column of a row group is read through such a window, however large the row group is
+MEND = "mend the file, or leave out what is bad with --on_bad_file skip"
 
 
-# --- files: .jsonl, .json, .parquet -----------------------------------------------------------------------------------
+# --- files of rows ----------------------------------------------------------------------------------------------------
 
 
-def read_data_files(data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
+def read_data_files(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
     """Yield a document a row of the files that `data_files` names, from the place after `after` ([file, row]) on."""
-    names = [str(path) for path in find_data_files(data.data_files)]
-    return _read_tables("data_files", names, Path, data, after, left_out)
+    return _texts("data_files", *_names_and_paths(find_data_files(data.data_files)), data, after, left_out)
 
 
 def fingerprint_data_files(data) -> dict:
     """Return the column that is read, and what the files hold."""
-    files = [(str(path), path) for path in find_data_files(data.data_files)]
-    return {"text_column": data.text_column} | fingerprint_files(files)
+    return {"text_column": data.text_column} | fingerprint_files(find_data_files(data.data_files))
 
 
 def size_of_data_files(data) -> Size:
@@ -37,155 +34,160 @@ def size_of_data_files(data) -> Size:
     return _size_of_tables("data_files", find_data_files(data.data_files), data)
 
 
-def find_data_files(entries: list[str] | str) -> list[Path]:
-    """Resolve files and globs to paths, each once, and refuse endings that nothing reads."""
-    paths = list(dict.fromkeys(path for entry in as_list(entries) for path in match_files("data_files", entry)))
-    for path in paths:
-        if path.suffix not in TABLES:
-            endings = ", ".join(TABLES)
-            raise UserError(f"data_files={str(path)!r}: the ending must be one of {endings}; or use text_files")
+def find_data_files(entries: list[str] | str) -> Files:
+    """Resolve files, globs and addresses to (name, local path), each once, and refuse what is no table."""
+    found: dict[Path, str] = {}
+    for entry in as_list("data_files", entries):
+        for name, path in match_files("data_files", entry):
+            found.setdefault(path, name)
+    for path, name in found.items():
         if not path.stat().st_size:
-            raise UserError(f"data_files={str(path)!r}: the file is empty; name one with rows in it")
-    return paths
+            raise UserError(f"data_files={name!r}: the file is empty; name one with rows in it")
+        if format_of(path, name) is None:
+            kinds = ", ".join(ENDINGS)
+            raise UserError(f"data_files={name!r}: is no table that is known ({kinds}, compressed or not); "
+                            "or use text_files")  # fmt: skip
+    return [(name, path) for path, name in found.items()]
 
 
-def _read_tables(
-    field: str, names: list[str], locate: Callable[[str], Path], data, after: list[int] | None, left_out: dict[str, str]
-) -> Iterator[Part]:
-    """Yield a document a row; `locate` brings a file to this machine when its turn comes."""
-    file, row = after or (0, -1)
+def _names_and_paths(files: Files) -> tuple[list[str], Callable[[str], Path]]:
+    """Return the names, and what finds the path of each."""
+    return [name for name, _ in files], dict(files).__getitem__
+
+
+def rows_of_data_files(data, left_out: dict) -> Iterator[tuple[str, Row]]:
+    """Yield (file, whole row) of all that `data_files` names; what is bad is refused or left out."""
+    names, locate = _names_and_paths(find_data_files(data.data_files))
+    return ((names[index], row) for index, row in _rows("data_files", names, locate, data, None, None, left_out))
+
+
+def _rows(
+    field: str,
+    names: list[str],
+    locate: Callable[[str], Path],
+    data,
+    columns: list[str] | None,
+    after: list[int] | None,
+    left_out: dict,
+) -> Iterator[tuple[int, Row]]:
+    """Yield (number of its file, row), good ones alone; `locate` brings a file to this machine when its turn comes."""
+    file, last = after or (0, -1)
     for index in range(file, len(names)):
-        name, first = names[index], row + 1 if index == file else 0
-        path, number = locate(name), first - 1
-        rows = TABLES[Path(name).suffix](path, name, data.text_column, first)
+        name, number = names[index], last if index == file else -1
+        path = locate(name)
         try:
-            for number, text in rows:
-                yield Part([index, number], f"{name}:{number}", _checked_text(text, field, name, number, data))
-        except _bad_file_errors() as error:
+            for row in read_rows(path, name, columns, number + 1):
+                number = row.number
+                if row.why_bad:
+                    leave_row_out(data, left_out, field, name, row, row.why_bad)
+                else:
+                    yield index, row
+        except bad_file_errors() as error:
             what = f"{field}={name!r}: can not be read ({one_line(error)}), from row {number + 1} on"
-            mend = "mend the file, or leave out what is bad with --on_bad_file skip"
-            leave_out(data, left_out, name, UserError(f"{what}; {mend}"))
+            leave_out(data, left_out, name, UserError(f"{what}; {MEND}"))
 
 
-def _bad_file_errors() -> tuple[type[Exception], ...]:
-    import pyarrow
-
-    return (pyarrow.ArrowException, ValueError, OSError, RuntimeError)  # the last ones are raised by `datasets`
-
-
-def _checked_text(text, field: str, name: str, number: int, data) -> str:
-    if not isinstance(text, str):
-        kind, column = type(text).__name__, data.text_column
-        raise UserError(f"{field}={name!r}: row {number} holds {kind} in {column!r}, not text; name another column")
-    return text
-
-
-def _missing_column(column: str, name: str, columns) -> UserError:
-    return UserError(f"text_column={column!r}: {name} has no such column; it has {', '.join(columns)}")
+def _texts(
+    field: str, names: list[str], locate: Callable[[str], Path], data, after: list[int] | None, left_out: dict
+) -> Iterator[Part]:
+    """Yield a document a row; a row without any text is none."""
+    for index, row in _rows(field, names, locate, data, [data.text_column], after, left_out):
+        text, why = text_of(row.values[data.text_column], data.text_column)
+        if why:
+            leave_row_out(data, left_out, field, names[index], row, why)
+        elif text:
+            yield Part([index, row.number], f"{names[index]}:{row.number}", text)
 
 
-def _parquet_rows(path: Path, name: str, column: str, first: int) -> Iterator[tuple[int, str]]:
-    """Yield (row, text) from row `first` on; row groups before it are not read."""
-    with _open_parquet(path, name, column) as file:
-        end = 0
-        for group in range(file.num_row_groups):
-            start, end = end, end + file.metadata.row_group(group).num_rows
-            if end <= first:
-                continue
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
-                wanted = max(0, first - start)
-                yield from enumerate(batch.column(0).slice(wanted).to_pylist(), start=start + wanted)
-                start += len(batch)
+def _size_of_tables(field: str, files: Files, data) -> Size:
+    """Add up rows and bytes; text formats do not tell their rows, and their other columns count as text."""
+    sizes = [_size_of_table(field, name, path, data) for name, path in files]
+    documents, sizes_in_bytes = [size.documents for size in sizes], [size.bytes for size in sizes]
+    return Size(*(None if None in column else sum(column) for column in (documents, sizes_in_bytes)))
 
 
-def _open_parquet(path: Path, name: str, column: str):
-    """Open a parquet file that has the column; raise UserError naming the columns there are."""
-    from pyarrow.parquet import ParquetFile
-
-    file = ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
-    if column not in file.schema_arrow.names:
-        file.close()
-        raise _missing_column(column, name, file.schema_arrow.names)
-    return file
-
-
-def _json_rows(path: Path, name: str, column: str, first: int) -> Iterator[tuple[int, str]]:
-    """Yield (row, text) from row `first` on; those before it are read and passed over."""
-    from datasets import load_dataset
-
-    # streamed, so that no second copy of the text lands in the cache
-    rows = load_dataset("json", data_files=glob.escape(str(path)), split="train", streaming=True)
-    for number, row in islice(enumerate(rows), first, None):
-        if column not in row:
-            raise _missing_column(column, name, row)
-        yield number, row[column]
-
-
-TABLES = {".jsonl": _json_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-
-
-def _size_of_tables(field: str, paths: list[Path], data) -> Size:
-    """Add up rows and bytes; JSON does not tell its rows, and its escapes and other columns count as text."""
-    sizes = [_size_of_table(field, path, data) for path in paths]
-    known = all(size.documents is not None for size in sizes)
-    return Size(sum(size.documents for size in sizes) if known else None, sum(size.bytes for size in sizes))
-
-
-def _size_of_table(field: str, path: Path, data) -> Size:
-    if path.suffix != ".parquet":
+def _size_of_table(field: str, name: str, path: Path, data) -> Size:
+    if is_compressed(path):
+        return Size()
+    if format_of(path, name) != "parquet":
         return Size(None, path.stat().st_size)
     try:
-        with _open_parquet(path, str(path), data.text_column) as file:
+        with open_parquet(path, name, [data.text_column]) as file:
             groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
             columns = [group.column(index) for group in groups for index in range(group.num_columns)]
             texts = [column for column in columns if column.path_in_schema == data.text_column]
             return Size(file.metadata.num_rows, sum(column.total_uncompressed_size for column in texts))
-    except _bad_file_errors() as error:
+    except bad_file_errors() as error:
         if data.on_bad_file == "skip":
             return Size(0, 0)  # reading it says so
-        mend = "mend the file, or leave out what is bad with --on_bad_file skip"
-        raise UserError(f"{field}={str(path)!r}: can not be read ({one_line(error)}); {mend}") from error
+        raise UserError(f"{field}={name!r}: can not be read ({one_line(error)}); {MEND}") from error
 
 
 # --- data sets on the Hub, or in local directories --------------------------------------------------------------------
 
 
-def read_dataset(data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
-    """Yield a document a row of a Hub data set or a folder of one: parquet files as they lie, others row by row."""
-    files = _parquet_files(data)
+def read_dataset(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
+    """Yield a document a row of a Hub data set or a folder of one: tables as they lie, others row by row."""
+    files = _table_files(data)
     if files is not None:
-        yield from _read_tables("dataset", files, lambda name: _downloaded(data, name), data, after, left_out)
+        yield from _texts("dataset", files, lambda name: _downloaded(data, name), data, after, left_out)
         return
-    first = after[0] + 1 if after else 0
+    for row in _loaded_rows(data, after[0] + 1 if after else 0):
+        if data.text_column not in row.values:
+            raise missing_column(data.text_column, data.dataset, row.values)
+        text, why = text_of(row.values[data.text_column], data.text_column)
+        if why:
+            leave_row_out(data, left_out, "dataset", data.dataset, row, why)
+        elif text:
+            yield Part([row.number], f"{data.dataset}:{row.number}", text)
+
+
+def rows_of_dataset(data, left_out: dict) -> Iterator[tuple[str, Row]]:
+    """Yield (file or data set, whole row) of a Hub data set or a folder of one."""
+    files = _table_files(data)
+    if files is None:
+        yield from ((data.dataset, row) for row in _loaded_rows(data, 0))
+        return
+    rows = _rows("dataset", files, lambda name: _downloaded(data, name), data, None, None, left_out)
+    yield from ((files[index], row) for index, row in rows)
+
+
+def _loaded_rows(data, first: int) -> Iterator[Row]:
     rows = load_rows(data)
     rows = rows.skip(first) if first else rows
-    for number, row in enumerate(_guarded(rows, data), start=first):
-        if data.text_column not in row:
-            raise _missing_column(data.text_column, data.dataset, row)
-        text = _checked_text(row[data.text_column], "dataset", data.dataset, number, data)
-        yield Part([number], f"{data.dataset}:{number}", text)
+    for number, values in enumerate(_guarded(rows, data), start=first):
+        yield Row(number, f"row {number + 1}", values)
 
 
 def _guarded(rows, data) -> Iterator[dict]:
     try:
         yield from rows
-    except _bad_file_errors() as error:
+    except bad_file_errors() as error:
         why = f"dataset={data.dataset!r}: can not be read on ({one_line(error)})"
         raise UserError(f"{why}; the same command goes on from where it was") from error
 
 
-def _parquet_files(data) -> list[str] | None:
-    """Return the parquet files of the split (paths, or hf:// addresses), or None where rows are read otherwise."""
-    if data.streaming:
+def _table_files(data) -> list[str] | None:
+    """Return the files of the split (paths, or hf:// addresses) where `read_rows` reads them, or None for `datasets`.
+
+    Streaming is for what would have to be downloaded: what lies here is read as it lies.
+    """
+    if data.streaming and not Path(data.dataset).is_dir():
         return None
     builder = _load(data, "load_dataset_builder", name=data.dataset_config)
-    files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
     is_plain = not set("[+") & set(data.dataset_split)  # slices and sums of splits are for `datasets`
-    if builder.info.builder_name != "parquet" or not is_plain:
+    if builder.info.builder_name not in ("parquet", "json", "csv", "arrow") or not is_plain or _is_configured(builder):
         return None
     if data.dataset_split not in files:
         raise unknown("dataset_split", data.dataset_split, files, f"It is of dataset={data.dataset!r}.")
-    return [str(name) for name in files[data.dataset_split]]
+    return files[data.dataset_split]
+
+
+def _is_configured(builder) -> bool:
+    """Say whether a data set's own page tells how its files are to be read, beyond their names."""
+    usual = {"field": (None,), "sep": (",", "\t"), "delimiter": (None,), "column_names": (None,), "names": (None,)}
+    return any(getattr(builder.config, key, values[0]) not in values for key, values in usual.items())
 
 
 def _downloaded(data, name: str) -> Path:
@@ -256,9 +258,9 @@ def _files_below(data) -> list[Path]:
 
 def size_of_dataset(data) -> Size:
     """Return the size of local files, or what the Hub's card of the data set says."""
-    files = _parquet_files(data)
+    files = _table_files(data)
     if files is not None and all(Path(name).is_file() for name in files):
-        return _size_of_tables("dataset", [Path(name) for name in files], data)
+        return _size_of_tables("dataset", [(name, Path(name)) for name in files], data)
     if Path(data.dataset).is_dir():
         return Size(None, sum(path.stat().st_size for path in _files_below(data)))
     info = _load(data, "load_dataset_builder", name=data.dataset_config).info

@@ -6,12 +6,13 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import UserError, one_line
-from .reading import Part, Size, as_list, fingerprint_files, leave_out, match_files
+from .compression import DAMAGED, damaged, is_compressed, open_bytes
+from .errors import UserError
+from .reading import Files, Part, Size, as_list, files_below, fingerprint_files, leave_out, match_files, say_once
 
 PART_BYTES = 4 << 20  # of a file that is read at once: one book of many gigabytes needs no more memory than a page
 
-Files = list[tuple[str, Path]]  # name, local path
+BYTE_ORDER_MARK = "\ufeff"
 
 
 # --- the standard library of the running Python -----------------------------------------------------------------------
@@ -23,7 +24,7 @@ def find_stdlib(data) -> Files:
     return [(path.name, path) for path in paths if path.stat().st_size]
 
 
-def read_stdlib(data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
+def read_stdlib(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
     """Yield the modules in the order of their names."""
     return _read_files(find_stdlib(data), data, after, left_out)
 
@@ -41,7 +42,7 @@ def size_of_stdlib(data) -> Size:
 # --- text files: one file, one document -------------------------------------------------------------------------------
 
 
-def read_text_files(data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
+def read_text_files(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
     """Yield the files after the one numbered `after[0]`, each in parts of about PART_BYTES."""
     return _read_files(find_text_files(data.text_files), data, after, left_out)
 
@@ -57,10 +58,12 @@ def size_of_text_files(data) -> Size:
 
 
 def _size_of(files: Files) -> Size:
-    return Size(len(files), sum(path.stat().st_size for _, path in files))
+    """Return files and bytes; how much a compressed one holds is not known before it is read."""
+    size = None if any(is_compressed(path) for _, path in files) else sum(path.stat().st_size for _, path in files)
+    return Size(len(files), size)
 
 
-def _read_files(files: Files, data, after: list[int] | None, left_out: dict[str, str]) -> Iterator[Part]:
+def _read_files(files: Files, data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
     first = after[0] + 1 if after else 0
     for index, (name, path) in enumerate(files[first:], start=first):
         if data.on_bad_file == "skip":
@@ -75,61 +78,63 @@ def _read_files(files: Files, data, after: list[int] | None, left_out: dict[str,
 
 
 def find_text_files(entries: list[str] | str) -> Files:
-    """Resolve files, folders, globs and URLs to (name, local path), each once: entries as given, each one sorted.
+    """Resolve files, folders, globs and addresses to (name, local path), each once: entries as given, each one sorted.
 
-    Of a folder come the text files at any depth: hidden, empty and binary ones (a NUL byte) are left out.
+    Of a folder come the text files at any depth; hidden, empty and binary ones (a NUL byte) are left out, and it is
+    said how much is left.
     """
-    found: dict[str, Path] = {}
-    for entry in as_list(entries):
-        if entry.startswith(("http://", "https://")):
-            found[entry] = download(entry)
-        elif Path(entry).is_dir():
-            found |= {str(path): path for path in _text_files_below(Path(entry))}
-        else:
-            found |= {str(path): path for path in match_files("text_files", entry)}
-    return list(found.items())
+    found: dict[Path, str] = {}
+    for entry in as_list("text_files", entries):
+        for name, path in _text_files_below(Path(entry)) if Path(entry).is_dir() else match_files("text_files", entry):
+            found.setdefault(path, name)
+    return [(name, path) for path, name in found.items()]
 
 
-def _text_files_below(folder: Path) -> list[Path]:
-    """List the text files of a folder, sorted; whether one is text is seen from its first 8 kB, as git does."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
-    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    texts = [path for path in visible if not _looks_binary(path)]
+def _text_files_below(folder: Path) -> Files:
+    """List the text files of a folder; whether one is text is seen from its first 8 kB, as git does."""
+    files = files_below("text_files", folder)
+    texts = [path for path in files if not _looks_binary(path)]
     if not texts:
         raise UserError(f"text_files={str(folder)!r}: the folder holds no text file; name one that does")
-    return texts
+    size = sum(path.stat().st_size for path in texts)
+    others = f" ({len(files) - len(texts):,} binary ones left out)" if len(texts) < len(files) else ""
+    say_once(f"text_files={str(folder)!r}: {len(texts):,} text files, {size:,} bytes{others}")
+    return [(str(path), path) for path in texts]
 
 
 def _looks_binary(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\0" in file.read(8192)
-
-
-def download(url: str) -> Path:
-    """Download `url` once, into the cache of `datasets`, and return the local path."""
-    from datasets import DownloadManager
-
     try:
-        return Path(DownloadManager().download(url))
-    except Exception as error:  # aiohttp, requests, fsspec and OSErrors: all mean that the file did not come
-        why = one_line(error)
-        raise UserError(f"text_files={url!r}: can not be downloaded ({why}); name a local file") from error
+        with open_bytes(path) as file:
+            return b"\0" in file.read(8192)
+    except PermissionError as error:
+        raise damaged("text_files", str(path), error) from error
+    except DAMAGED:  # an archive of several files, or half of one
+        return True
 
 
 def read_parts(path: Path, name: str) -> Iterator[tuple[str, bool]]:
-    """Yield (text, is it the last) of a UTF-8 file with its line breaks as they are; refuse an empty or binary one."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    """Yield (text, is it the last) of a UTF-8 file with its line breaks as they are; refuse an empty or binary one.
+
+    A byte-order mark at its beginning is no part of the text. What is compressed is read as what it holds.
+    """
+    decoder, offset, is_start, has_text = codecs.getincrementaldecoder("utf-8")(), 0, True, False
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             raw = file.read(PART_BYTES)
-            if not raw:
-                raise UserError(f"text_files={name!r}: the file is empty; name one with text in it")
             while raw:
                 following = file.read(PART_BYTES)
-                yield _decode(decoder, raw, offset, name, final=not following), not following
+                text = _decode(decoder, raw, offset, name, final=not following)
+                if is_start and text:
+                    is_start, text = False, text.removeprefix(BYTE_ORDER_MARK)
+                has_text = has_text or bool(text)
+                if not following and not has_text:
+                    break
+                yield text, not following
                 offset, raw = offset + len(raw), following
-    except OSError as error:
-        raise UserError(f"text_files={name!r}: can not be read ({error.strerror}); check it") from error
+    except DAMAGED as error:
+        raise damaged("text_files", name, error) from error
+    if not has_text:
+        raise UserError(f"text_files={name!r}: the file is empty; name one with text in it")
 
 
 def _decode(decoder, raw: bytes, offset: int, name: str, final: bool) -> str:

@@ -1,0 +1,33 @@
+"""Addresses without secrets, in names, in commands and in errors."""
+
+import pytest
+
+from training.addresses import each_text, public_name, public_text
+from training.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("given", "public"),
+    [
+        ("http://h.org/x.txt?token=S", "http://h.org/x.txt"),
+        ("https://user:S@h.org/x.txt", "https://h.org/x.txt"),
+        ("https://S@h.org:80/x.txt#S", "https://h.org:80/x.txt"),
+        ("HTTPS://me:S@S@h.org/x y.txt?a=S S", "HTTPS://h.org/x y.txt"),
+        ("https://h.org/x?a='S'&b=\"S\"", "https://h.org/x"),
+        ("https://h.org/@someone/x.txt", "https://h.org/@someone/x.txt"),
+        ("texts/what?.txt", "texts/what?.txt"),
+        ("a@b.txt", "a@b.txt"),
+    ],
+)
+def test_an_address_loses_what_may_be_secret(given: str, public: str) -> None:
+    assert public_name(given) == public_name(public) == public
+
+
+def test_texts_errors_and_commands_lose_it_too() -> None:
+    text = "acorn x --text_files 'https://a:S@h/x?k=S' b --data_files=s3://k:S@h/y 'https://h/z?S#S'"
+    assert public_text(text) == "acorn x --text_files 'https://h/x' b --data_files=s3://h/y 'https://h/z'"
+    assert str(UserError("can not read http://h/x?k=S now")) == "can not read http://h/x now"
+    assert each_text({"a": ["http://S@h/?S", {"b": 1}], "c": None}, public_name) == {
+        "a": ["http://h/", {"b": 1}],
+        "c": None,
+    }
