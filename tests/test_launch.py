@@ -102,7 +102,7 @@ def arguments_of(monkeypatch, world_size: int = 1, **values) -> GPTTrainingArgum
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro_batch", "accumulation"), [(1, 12, 40), (8, 12, 5), (8, 6, 10), (5, 8, 12)]
+    ("world_size", "micro_batch", "accumulation"), [(1, 12, 40), (8, 12, 5), (8, 6, 10), (5, 8, 12), (8, 120, 1)]
 )
 def test_accumulation_follows_from_the_tokens_of_a_step(monkeypatch, world_size, micro_batch, accumulation) -> None:
     args = arguments_of(monkeypatch, world_size, tokens_per_step=491520, per_device_train_batch_size=micro_batch)

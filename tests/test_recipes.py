@@ -7,10 +7,20 @@ import pytest
 import torch
 import yaml
 
+from finetune.arguments import FinetuneRecipe
 from modeling import PRESETS, GPTForCausalLM
 from training.arguments import DataArguments
 from training.errors import UserError
-from training.recipe import RECIPES_DIR, coerce, known_keys, load_recipe, load_recipe_file, parse_flags
+from training.recipe import (
+    RECIPES_DIR,
+    Recipe,
+    coerce,
+    known_keys,
+    load_recipe,
+    load_recipe_file,
+    parse_flags,
+    shipped_recipes,
+)
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 VOCABULARIES = {"byte": 257, "char": 66, "gpt2": 50257, "openai-community/gpt2": 50257}  # char: Shakespeare's
@@ -54,6 +64,23 @@ def test_a_recipe_fits_its_dataclasses(name: str, tmp_path, monkeypatch) -> None
         model = GPTForCausalLM(recipe.model_config(vocab_size=vocabulary_of(recipe)))
     assert model.num_parameters() > 1000
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [Recipe, FinetuneRecipe], ids=["pretrain", "finetune"])
+def test_every_recipe_names_its_tokens_a_step_and_two_processes_do_no_more(kind) -> None:
+    for name in shipped_recipes(kind):
+        recipe = load_recipe_file(name, kind)
+        tokens = recipe.training["tokens_per_step"]
+        assert "gradient_accumulation_steps" not in recipe.training, f"{name}: it follows from tokens_per_step"
+        context = recipe.data["block_size"] if kind is FinetuneRecipe else recipe.model_config().max_position_embeddings
+        for processes in (1, 2, 4):
+            recipe.training.update({"bf16": False, "fp16": False, "activation_checkpointing": False})
+            args = recipe.training_arguments()
+            given = args.per_device_train_batch_size
+            rows = args.share_out(context, processes)
+            assert args.tokens_per_step == tokens == rows * context
+            assert rows == args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+            assert args.per_device_train_batch_size == min(given, rows // processes)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -24,7 +24,7 @@ RECIPE = "shakespeare-char-cpu"
 CONTEXT, BATCH = 16, 4
 TINY = words(
     "--n_layer 2 --n_embd 32 --n_head 2 --block_size 16 --max_steps 8 --eval_steps 4 --per_device_train_batch_size 4 "
-    "--warmup_steps 2 --learning_rate 1e-2 --bf16 false --max_new_tokens 8"
+    "--tokens_per_step none --warmup_steps 2 --learning_rate 1e-2 --bf16 false --max_new_tokens 8"
 )
 
 

@@ -179,23 +179,29 @@ class GPTTrainingArguments(TrainingArguments):
     def share_out(self, context_length: int, processes: int | None = None) -> int:
         """Set the accumulation that makes `tokens_per_step` on the processes there are (or so many); return its rows.
 
-        Without `tokens_per_step` it is what the batch sizes given make. Raises UserError where it does not divide.
+        Without `tokens_per_step` it is what the batch sizes given make. A micro-batch that one process could do, but
+        that is more than the share of each of several, becomes that share. Raises UserError where it does not divide.
         """
         processes = processes or self.world_size
-        at_once = self.train_batch_size * processes
         if self.tokens_per_step is None:
+            at_once = self.per_device_train_batch_size * processes
             self.tokens_per_step = at_once * self.gradient_accumulation_steps * context_length
         rows, rest = divmod(self.tokens_per_step, context_length)
         if rest or not rows:
             near = context_length * max(1, round(self.tokens_per_step / context_length))
             what = f"no multiple of the context, {context_length}"
             raise UserError(f"tokens_per_step={self.tokens_per_step}: {what}; the nearest is {near}")
+        share, size = rows // processes, self.per_device_train_batch_size
+        if share * processes == rows and share < size <= rows:
+            self.per_device_train_batch_size = share
+        at_once = self.per_device_train_batch_size * processes
         if rows % at_once:
             raise UserError(_does_not_divide(self, rows, context_length, processes))
         accumulation = rows // at_once
         if self.gradient_accumulation_steps not in (1, accumulation):
             given = f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
-            raise UserError(f"{given}: tokens_per_step={self.tokens_per_step} makes it {accumulation}; leave one out")
+            instead = "leave one out (--tokens_per_step none, if it is the recipe's)"
+            raise UserError(f"{given}: tokens_per_step={self.tokens_per_step} makes it {accumulation}; {instead}")
         self.gradient_accumulation_steps = accumulation
         return rows
 
