@@ -19,8 +19,8 @@ from training.hardware import context_of, peak_memory
 from training.inputs import refuse_other_inputs
 from training.loading import fingerprint, load_adapter, load_causal_lm, load_config, load_model_tokenizer
 from training.lock import claimed
-from training.processes import leave, one_process_first
-from training.run import begin, train
+from training.processes import leave
+from training.run import begin, by_the_first, train
 from training.sampling import prompt_tensor, sample_text
 
 from .adapters import attach, count_parameters, quantization, virtual_tokens
@@ -55,9 +55,7 @@ def prepare_data(recipe: FinetuneRecipe, args, is_resumed: bool = False) -> Prep
     block_size = data.block_size or min(context, DEFAULT_BLOCK)
     if not 2 <= block_size <= context:
         raise UserError(f"block_size={block_size}: must be from 2 to the model's context, {context}")
-    material = one_process_first(
-        args, lambda: read_data(data, tokenizer, block_size, recipe.name, is_resumed), "prepare"
-    )
+    material = by_the_first(args, lambda: read_data(data, tokenizer, block_size, recipe.name, is_resumed))
     question, prompt = choose_prompt(recipe.sample_arguments().prompt, material)
     sample = dataclasses.replace(recipe.sample_arguments(), prompt=prompt)
     if sample.max_new_tokens:

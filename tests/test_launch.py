@@ -10,14 +10,16 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling import GPTForCausalLM
-from training.arguments import GPTTrainingArguments, fitting_micro_batches
+from training import pretrain, run
+from training.arguments import DataArguments, GPTTrainingArguments, fitting_micro_batches
+from training.corpus import corpus_at, prepare, whereabouts
 from training.errors import UserError
 from training.processes import check_launch
 from training.run import empty_model
 from training.trainer import GPTTrainer
 
 from .tiny_runs import grow, metrics, tiny_argv, write_text
-from .two_processes import ROOT, launch
+from .two_processes import ROOT, as_launched, launch
 from .variants import tiny_config
 
 LAUNCH_FILES = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "training" / "launch").glob("*.yaml"))]
@@ -171,6 +173,29 @@ def test_the_loss_does_not_depend_on_how_a_step_is_shared_out(tmp_path, launcher
         for a, b in zip(metrics(whole), metrics(other), strict=True):
             assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)
             assert a["eval_loss"] == pytest.approx(b["eval_loss"], abs=1e-6)
+
+
+def only_the_first_reads(*argv: str) -> None:
+    """Pretrain; a process other than the first that hashes or prepares the text again ends with an error."""
+    if os.environ["RANK"] != "0":
+        run.prepare = lambda *args, **kwargs: pytest.fail("the sources were hashed again")
+    pretrain.main([*argv])
+
+
+def test_the_other_processes_take_the_first_ones_word_for_the_corpus(tmp_path) -> None:
+    write_text(tmp_path)
+    as_launched(2, None, tmp_path, only_the_first_reads, *tiny_argv("--max_steps", "1", "--use_cpu", "true"))
+    assert (tmp_path / "run" / "README.md").is_file()
+
+
+def test_a_corpus_is_taken_by_its_fingerprint(tmp_path) -> None:
+    write_text(tmp_path)
+    corpus = prepare(DataArguments(text_files=[str(tmp_path / "text.txt")], data_dir=str(tmp_path / "tokens")))
+    directory, fingerprint = whereabouts(corpus)
+    assert corpus_at((directory, fingerprint)) == corpus
+    assert corpus_at((directory, "another")) is None
+    assert corpus_at((str(tmp_path / "elsewhere"), fingerprint)) is None
+    assert whereabouts(object()) is None
 
 
 def test_a_model_whose_weights_another_process_sends_has_its_buffers() -> None:

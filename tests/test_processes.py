@@ -44,20 +44,42 @@ def check_error(rank: int) -> None:
         one_process_first(arguments_of(rank), work, "prepare")
 
 
+def check_word(rank: int, folder) -> None:
+    """The others make their result of the first one's word; who does not find what it speaks of works itself."""
+    worked = folder / f"{rank}-worked"
+
+    def work() -> str:
+        worked.touch()
+        return f"by {rank}"
+
+    def first(take) -> str:
+        return one_process_first(arguments_of(rank), work, "prepare", word=lambda made: f"made {made}", take=take)
+
+    assert first(lambda word: f"taken: {word}") == ("by 0" if rank == 0 else "taken: made by 0")
+    assert worked.exists() == (rank == 0)
+    assert first(lambda word: None) == f"by {rank}"
+
+
+def check_long_work(rank: int) -> None:
+    """Who is at work, and alive, is waited for longer than ddp_timeout."""
+    work = (lambda: time.sleep(3)) if rank == 0 else (lambda: None)
+    assert one_process_first(arguments_of(rank, ddp_timeout=1), work, "prepare") is None
+
+
 def check_patience(rank: int, folder) -> None:
-    """Who waits in vain says so after ddp_timeout."""
-    gave_up = folder / "gave-up"
+    """Who waits for a process that shows no life says so after ddp_timeout."""
 
     def work() -> None:
         assert rank == 0
-        while not gave_up.exists():
-            time.sleep(0.05)
+        (folder / "pid").write_text(str(os.getpid()), encoding="utf-8")
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     with pytest.raises((LostProcess, RuntimeError)) as caught:
         try:
             one_process_first(arguments_of(rank, ddp_timeout=2), work, "prepare")
         finally:
-            gave_up.touch()
+            if rank == 1:
+                os.kill(int((folder / "pid").read_text(encoding="utf-8")), signal.SIGCONT)
     if rank == 1:
         assert "ddp_timeout=2" in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -71,8 +93,16 @@ def test_an_error_of_the_first_is_everyones(tmp_path) -> None:
     in_two(check_error, tmp_path)
 
 
+def test_the_others_take_the_first_ones_word(tmp_path) -> None:
+    in_two(check_word, tmp_path, tmp_path)
+
+
+def test_waiting_has_no_limit_while_the_first_one_lives(tmp_path) -> None:
+    in_two(check_long_work, tmp_path)
+
+
 @pytest.mark.slow
-def test_waiting_has_a_limit(tmp_path) -> None:
+def test_waiting_for_a_silent_process_has_a_limit(tmp_path) -> None:
     in_two(check_patience, tmp_path, tmp_path)
 
 
@@ -114,14 +144,14 @@ def start_two(folder, *flags: str) -> list[subprocess.Popen]:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_killed_in_training_ends_the_other_with_one_line(tmp_path, victim) -> None:
     write_text(tmp_path)
-    processes = start_two(tmp_path, "--max_steps", "100000", "--eval_steps", "50", "--ddp_timeout", "60")
+    started = start_two(tmp_path, "--max_steps", "100000", "--eval_steps", "50", "--ddp_timeout", "60")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    processes[victim].send_signal(signal.SIGKILL)
-    _, errors = processes[1 - victim].communicate(timeout=120)
-    processes[victim].communicate()
-    assert processes[1 - victim].returncode == 2, errors
+    started[victim].send_signal(signal.SIGKILL)
+    _, errors = started[1 - victim].communicate(timeout=120)
+    started[victim].communicate()
+    assert started[1 - victim].returncode == 2, errors
     last = errors.strip().splitlines()[-1]
     assert f"process {1 - victim} of 2: training, and one of them is gone" in last
     assert "Traceback" not in errors

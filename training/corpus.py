@@ -99,6 +99,18 @@ def load_corpus(directory: str | os.PathLike) -> Corpus:
     return corpus
 
 
+def whereabouts(prepared: object) -> tuple[str, str] | None:
+    """Directory and fingerprint of a prepared corpus, for another process; None for what lies nowhere prepared."""
+    return (str(prepared.directory), prepared.manifest["fingerprint"]) if isinstance(prepared, Corpus) else None
+
+
+def corpus_at(whereabouts: tuple[str, str]) -> Corpus | None:
+    """The corpus that another process has prepared; None where this machine does not see it."""
+    directory, fingerprint = Path(whereabouts[0]), whereabouts[1]
+    is_here = (directory / MANIFEST).is_file() and read_manifest(directory).get("fingerprint") == fingerprint
+    return load_corpus(directory) if is_here else None
+
+
 def read_manifest(directory: Path) -> dict:
     """Read the manifest of a prepared directory and refuse what is none."""
     path = directory / MANIFEST

@@ -5,9 +5,8 @@ from .corpus import summary
 from .errors import quiet_libraries, run_main
 from .files import refuse_used
 from .help import wants_help
-from .processes import one_process_first
 from .recipe import load_recipe
-from .run import build_model, open_corpus, run
+from .run import build_model, by_the_first, open_corpus, run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe.model_config()  # a wrong architecture is refused before any text is read
     args = recipe.training_arguments()
     first_decides(args, lambda: refuse_used(recipe.output_dir))
-    corpus = one_process_first(args, lambda: open_corpus(recipe), "prepare")
+    corpus = by_the_first(args, lambda: open_corpus(recipe))
     print(corpus.summary() if corpus.directory is None else summary(corpus)) if args.process_index == 0 else None
     run(recipe, build_model(recipe, corpus, args), corpus, args)
 

@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Event
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from .agreement import highest
 from .errors import LostProcess, UserError, one_line
 
 T = TypeVar("T")
+LIFE_SIGN = 5.0  # seconds between the signs of life of a process that others wait for
 CPU_CONFIG = "training/launch/cpu-2.yaml"
 
 
@@ -39,37 +43,79 @@ def _hides_all_gpus(visible: str | None) -> bool:
     return visible is not None and all(entry.strip() in ("", "-1") for entry in visible.split(","))
 
 
-def one_process_first(args, work: Callable[[], T], what: str) -> T:
+def one_process_first(
+    args,
+    work: Callable[[], T],
+    what: str,
+    word: Callable[[T], object] = lambda result: None,
+    take: Callable[[object], T | None] = lambda word: None,
+) -> T:
     """Let process 0 do `work`, then the first process of every other machine, then all the rest, who find it done.
 
-    args: TrainingArguments, whose `ddp_timeout` (seconds) limits the wait. Returns each process's own result. Raises
-    LostProcess in those who waited in vain, and UserError in all when process 0 failed.
+    word: what is said of the first one's result; take: makes a result of it, or None where this machine has not what it
+    speaks of, which then works itself. args: TrainingArguments; a process that shows no life for `ddp_timeout` seconds
+    is lost, however long the work of one that does takes. Returns each process's own result. Raises LostProcess in
+    those who waited in vain, and UserError in all when one failed.
     """
     if args.world_size == 1:
         return work()
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
-    result = _in_turn(args, work, what, args.process_index == 0, group)
-    if args.local_process_index == 0 and args.process_index != 0:
-        result = work()  # a machine without the first one's disk has its own work to do; with it, nothing is left
-    _wait(args, what, lambda: dist.barrier(group=group))
-    return result if args.local_process_index == 0 else work()
+    own_turn = 0 if args.process_index == 0 else 1 if args.local_process_index == 0 else 2
+    told = result = None
+    for turn in range(3):
+        is_mine = turn == own_turn
+
+        def act(told=told):
+            taken = take(told) if told is not None else None
+            return work() if taken is None else taken
+
+        done, failure = _in_step(args, what, act if is_mine else None, group)
+        result = done if is_mine else result
+        told = _agree(args, what, failure, word(done) if turn == 0 and is_mine and not failure else told, group)
+    return result
 
 
-def _in_turn(args, work: Callable[[], T], what: str, is_first: bool, group) -> T | None:
-    """Do the work in the first process and tell the others how it went."""
-    outcome: list[str | None] = [None]
-    if is_first:
+def _in_step(args, what: str, work: Callable[[], T] | None, group) -> tuple[T | None, BaseException | None]:
+    """(result, error) of `work`, once every process is done with its own; None is for those who only wait.
+
+    Every few seconds all compare who is at work still: that is the sign of life, given by a thread beside the work.
+    """
+    done, result, failure = Event(), None, None
+
+    def compare() -> None:
+        pause = 0.01
+        while highest(0 if done.is_set() else 1, group):
+            done.wait(pause)
+            pause = min(2 * pause, LIFE_SIGN, args.ddp_timeout / 4)
+
+    if work is None:
+        done.set()
+        _wait(args, what, compare)
+        return None, None
+    with ThreadPoolExecutor(1) as beside:
+        signs = beside.submit(compare)
         try:
-            return work()
+            result = work()
         except BaseException as error:
-            outcome = [one_line(error)]
-            raise
-        finally:
-            dist.broadcast_object_list(outcome, src=0, group=group)
-    _wait(args, what, lambda: dist.broadcast_object_list(outcome, src=0, group=group))
-    if outcome[0] is not None:
-        raise UserError(outcome[0])
-    return None
+            failure = error
+        done.set()
+    if failure is not None and signs.exception() is not None:
+        raise failure
+    _wait(args, what, signs.result)
+    return result, failure
+
+
+def _agree(args, what: str, failure: BaseException | None, word: object, group) -> object:
+    """The first process's word, in all of them; where one has failed each raises its own error, or that one's words."""
+    said: list = [None] * args.world_size
+    words = None if failure is None else one_line(failure)
+    _wait(args, what, lambda: dist.all_gather_object(said, (words, word), group=group))
+    if failure is not None:
+        raise failure
+    for words, _ in said:
+        if words is not None:
+            raise UserError(words)
+    return said[0][1]
 
 
 def leave() -> None:
@@ -83,7 +129,7 @@ def _wait(args, what: str, wait: Callable[[], object]) -> None:
         wait()
     except RuntimeError as error:  # gloo's only kind, for a silent process as for a dead one
         raise lost(
-            args, f"{what}: waited for the other processes (at most ddp_timeout={args.ddp_timeout} s)"
+            args, f"{what}: waited for the other processes, without a sign of life for ddp_timeout={args.ddp_timeout} s"
         ) from error
 
 

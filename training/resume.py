@@ -9,9 +9,8 @@ from .checkpoints import reading
 from .continuing import read_run, refuse_fixed, taken_up
 from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
-from .processes import one_process_first
 from .recipe import Recipe
-from .run import build_model, corpus_of_run, run
+from .run import build_model, by_the_first, corpus_of_run, run
 
 CHANGEABLE_MODEL = ("block_size", "max_position_embeddings", "attn_implementation")
 
@@ -25,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     lay_over(recipe, flags)
     args = recipe.training_arguments()
     with taken_up(run_dir, wanted, args) as checkpoint:
-        corpus = one_process_first(args, lambda: corpus_of_run(recipe), "prepare")
+        corpus = by_the_first(args, lambda: corpus_of_run(recipe))
         if checkpoint is None:
             run(recipe, build_model(recipe, corpus, args), corpus, args)
         else:

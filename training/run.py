@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import set_seed
@@ -13,12 +15,12 @@ from modeling import GPTForCausalLM
 from .agreement import first_decides
 from .callbacks import mend_metrics
 from .checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, stopped_early
-from .corpus import Corpus, load_corpus, prepare
+from .corpus import Corpus, corpus_at, load_corpus, prepare, whereabouts
 from .datatrove_tokens import holds_datatrove, load_datatrove
 from .errors import UserError
 from .inputs import inputs_named_by, record_inputs, refuse_other_inputs
 from .lock import claimed
-from .processes import is_lost_process, leave, lost
+from .processes import is_lost_process, leave, lost, one_process_first
 from .recipe import Recipe
 from .report import next_steps, write_report
 from .sampling import prompt_tensor, sample_text
@@ -27,6 +29,8 @@ from .sources import named_sources
 from .streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .tokenizers import add_nothing
 from .trainer import GPTTrainer
+
+T = TypeVar("T")
 
 
 def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
@@ -77,6 +81,14 @@ def corpus_of_run(recipe: Recipe) -> Corpus:
         corpus = open_corpus(recipe)
     refuse_other_inputs(recipe.output_dir, corpus.inputs)
     return corpus
+
+
+def by_the_first(args, work: Callable[[], T]) -> T:
+    """What `work` opens or prepares, in every process: once one has prepared a corpus, the others take its word for it.
+
+    They would hash all of the text again, else. Chats and pairs, which lie nowhere prepared, each process reads.
+    """
+    return one_process_first(args, work, "prepare", word=whereabouts, take=corpus_at)
 
 
 def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint: str | None = None) -> None:
