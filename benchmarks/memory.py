@@ -42,7 +42,7 @@ def step(model, optimizer, args, micro_batches: int) -> None:
     for _ in range(micro_batches):
         ids = torch.randint(0, model.config.vocab_size, shape, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = model(input_ids=ids, shift_labels=ids).loss
+            loss = model(input_ids=ids, shift_labels=ids, return_logits=False).loss
         loss.backward()
     optimizer.step()
     optimizer.zero_grad()

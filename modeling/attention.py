@@ -5,7 +5,6 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat import CACHE_NAME, KVSharingDict
-from .dropout import dropout as random_dropout
 from .positions import POSITIONS
 
 
@@ -23,7 +22,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         lowest = torch.finfo(scores.dtype).min  # float32's would round to -inf, and a row of them to NaN
         scores = scores + attention_mask.clamp(min=lowest).to(scores.dtype)
     weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)  # float32 inside, whatever goes in
-    weights = random_dropout(weights, dropout, module.training)
+    weights = module.drop(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -33,6 +32,8 @@ class SoftmaxAttention(nn.Module):
     A layer whose `kv_sharing_modes` entry is "reuse" has no key and value projections: it reads those of its source
     layer from the `shared_key_values` that travel through the forward.
     """
+
+    drop = staticmethod(nn.functional.dropout)  # the eager backend's
 
     def __init__(self, config, layer_idx: int):
         super().__init__()

@@ -46,7 +46,7 @@ class GPTConfig(PreTrainedConfig):
     initializer_range: standard deviation of linear weights; `embedding_initializer_range` of embeddings (default: the
         same); residual_init: `scaled` divides the output projections' by sqrt(2 * layers) (GPT-2), `zero` zeroes them;
         zero_init_head zeroes an untied head.
-    logit_softcap: c in `c * tanh(logits / c)`; label_smoothing: share of the target spread over the vocabulary.
+    logit_softcap: c in `c * tanh(logits / c)`.
 
     nanoGPT's names (`n_embd`, `n_layer`, `n_head`, `n_kv_head`, `block_size`, `dropout`) are accepted and readable.
     Values that do not fit together raise huggingface_hub's StrictDataclassClassValidationError, caused by a ValueError
@@ -111,13 +111,13 @@ class GPTConfig(PreTrainedConfig):
     residual_init: str = "scaled"
     zero_init_head: bool = False
     logit_softcap: float | int | None = None
-    label_smoothing: float | int = 0.0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("label_smoothing", None)  # of older Acorns: it belongs to the training, not to the model
         if self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)  # transformers fills defaults in: not in the caller's
         for alias in kwargs.keys() & self.attribute_map.keys():
@@ -197,7 +197,7 @@ class GPTConfig(PreTrainedConfig):
     def validate_sizes(self):
         """Refuse sizes, rates and ranges outside their range."""
         self._refuse_below_one("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
-        for field in ("embedding_dropout", "attention_dropout", "residual_dropout", "label_smoothing"):
+        for field in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")
         for field in ("initializer_range", "embedding_initializer_range", "norm_eps"):

@@ -18,7 +18,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import SoftmaxAttention
 from .compat import CACHE_NAME, KVSharingDict, given_cache, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
-from .dropout import Dropout
 from .loss import causal_lm_loss
 from .positions import POSITIONS, NoPositions
 
@@ -67,7 +66,7 @@ class PreNormBlock(GradientCheckpointingLayer):
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config)
         self.attn_norm = NORMS[config.norm](config)
         self.mlp_norm = NORMS[config.norm](config)
-        self.dropout = Dropout(config.residual_dropout)
+        self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """hidden_states: (batch, tokens, hidden_size), positional so that checkpointing sees its gradient."""
@@ -175,7 +174,7 @@ class GPTModel(GPTPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = POSITIONS[config.position_encoding](config)
         self.embed_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
-        self.dropout = Dropout(config.embedding_dropout)
+        self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(BLOCKS[config.norm_order](config, i) for i in range(config.num_hidden_layers))
         self.final_norm = NORMS[config.norm](config) if config.norm_order == "pre" else nn.Identity()
         self.gradient_checkpointing = False
@@ -277,14 +276,17 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
+        label_smoothing: float = 0.0,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, tokens, vocabulary) and, with labels, the loss in nats a token.
 
-        labels are shifted here, shift_labels are taken as they are; -100 counts nowhere. In training with labels the
-        logits are not returned: keeping them would keep their memory. logits_to_keep: compute only the last so many.
+        labels are shifted here, shift_labels are taken as they are; -100 counts nowhere. return_logits=False returns
+        the loss alone, which saves the memory of the logits. label_smoothing: share of the target spread over the
+        vocabulary. logits_to_keep: compute only the last so many.
         """
         has_labels = labels is not None or shift_labels is not None
         cache = given_cache(cache, past_key_values)
@@ -306,11 +308,10 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if has_labels:
-            smoothing = self.config.label_smoothing if self.training else 0.0
-            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch, smoothing)
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch, label_smoothing)
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=None if has_labels and self.training else logits,
+            logits=None if has_labels and not return_logits else logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},

@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line_on_stderr(here, command: list[str], named: str) -
         ("--preset gpt5", "unknown preset 'gpt5'"),
         ("--optimizer adamv", "optimizer='adamv'"),
         ("--compile_scope all", "compile_scope='all'"),
-        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1"),
+        ("--label_smoothing_factor 1", "label_smoothing_factor=1.0"),
         ("--sampling shufled", "sampling='shufled'"),
         ("--validation_fraction 0", "validation_fraction=0.0"),
         ("--validation_fraction 1.5", "validation_fraction=1.5"),

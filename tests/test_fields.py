@@ -22,7 +22,7 @@ KINDS = (GPTTrainingArguments, FinetuneTrainingArguments)
 LISTS = (TAKES_EFFECT, REFUSED.keys(), TRANSFORMERS)
 OTHER = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 1.0}
 # What a number is refused for elsewhere, or what is no number although it says so.
-UNRANGED = {"label_smoothing_factor", "local_rank", "eval_accumulation_steps", "neftune_noise_alpha"}
+UNRANGED = {"local_rank", "eval_accumulation_steps", "neftune_noise_alpha"}
 
 
 def other_value(field):

@@ -50,7 +50,6 @@ HELD = {  # the variants of ours that stock GPT-2 can hold
     "zero_head",
     "normal_residual_init",
     "zero_residual_init",
-    "label_smoothing",
     "one_layer",
 }
 

@@ -33,7 +33,6 @@ HELD = {  # our variants that nanoGPT can hold, once they have its GELU
     "no_bias",
     "normal_residual_init",
     "zero_residual_init",
-    "label_smoothing",
     "one_layer",
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import cache_utils
 
 from modeling import GPTForCausalLM, GPTModel
+from training.fast_dropout import use_fast_dropout
 
 from .variants import VARIANTS, random_model, tiny_config
 
@@ -67,10 +68,11 @@ def test_no_label_is_no_loss(ids: torch.Tensor) -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-def test_logits_are_not_kept_in_training(ids: torch.Tensor) -> None:
+def test_logits_come_with_the_loss_unless_asked_not_to(ids: torch.Tensor) -> None:
     model = build("gpt2").train()
-    assert model(ids, labels=ids).logits is None
-    assert model(ids, shift_labels=ids).logits is None
+    assert torch.equal(model(ids, labels=ids).logits, model(ids).logits)
+    assert model(ids, labels=ids, return_logits=False).logits is None
+    assert model(ids, shift_labels=ids, return_logits=False).loss == model(ids, shift_labels=ids).loss
     assert model(ids).logits.shape == (3, 16, 61)
     assert model(ids, labels=ids).past_key_values is None
     assert model.eval()(ids, labels=ids).logits.shape == (3, 16, 61)
@@ -190,6 +192,8 @@ def test_prompt_lookup_generates_the_same(name: str, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])
 def test_dropout_drops_its_rate_and_keeps_the_mean(rate: float) -> None:
     model = random_model(tiny_config(dropout=rate)).train()
+    assert type(model.model.dropout) is type(model.model.layers[0].dropout) is torch.nn.Dropout  # what travels
+    use_fast_dropout(model)
     for module in (model.model.dropout, model.model.layers[0].dropout):
         states = torch.ones(300, 333, requires_grad=True)
         dropped = module(states)

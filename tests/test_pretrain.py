@@ -212,7 +212,7 @@ def test_gradient_checkpointing_changes_nothing(grown, folder) -> None:
 def test_label_smoothing_is_for_training_only(folder) -> None:
     still = ["--learning_rate", "0", "--max_steps", "4", "--lr_scheduler_type", "constant_with_warmup"]
     plain = metrics(grow(folder, *still, name="sharp"))[0]
-    smooth = metrics(grow(folder, *still, "--label_smoothing", "0.3", name="smooth"))[0]
+    smooth = metrics(grow(folder, *still, "--label_smoothing_factor", "0.3", name="smooth"))[0]
     assert smooth["eval_loss"] == plain["eval_loss"]
     assert smooth["train_loss"] != pytest.approx(plain["train_loss"], rel=1e-6)
 

@@ -278,3 +278,10 @@ def test_every_key_has_a_type_that_can_be_read() -> None:
             except Exception as error:
                 unreadable.append((key, error))
     assert unreadable == []
+
+
+def test_the_smoothing_of_an_older_recipe_is_training_s(tmp_path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("model: {n_layer: 1, label_smoothing: 0.1}\n", encoding="utf-8")
+    recipe = load_recipe_file(str(path))
+    assert (recipe.model, recipe.training) == ({"n_layer": 1}, {"label_smoothing_factor": 0.1})

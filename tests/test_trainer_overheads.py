@@ -13,6 +13,7 @@ from training.callbacks import read_metrics
 from training.corpus import prepare
 from training.dataset import TrainingRows
 from training.errors import UserError
+from training.fast_dropout import FastDropout, fast_dropout
 from training.trainer import GPTTrainer, StepSampler
 
 from .tiny_runs import BATCH, CONTEXT, checkpoints, go_on, grow, write_text
@@ -211,3 +212,9 @@ def test_a_second_signal_is_the_ordinary_one(make_trainer) -> None:
     assert handlers() == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_cpu_trains_with_its_cheap_dropout(make_trainer) -> None:
+    model = make_trainer().model
+    assert all(type(module) is FastDropout for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    assert all(layer.self_attn.drop is fast_dropout for layer in model.model.layers)

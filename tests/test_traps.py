@@ -7,8 +7,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from modeling import GPTForCausalLM
-from training.arguments import GPTTrainingArguments
-from training.errors import UserError
 from training.optimizers import decay_groups
 
 from .variants import VARIANTS, random_model, tiny_config
@@ -77,16 +75,12 @@ def smoothed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing
 @pytest.mark.parametrize("chunk_elements", [2**26, 61 * 5], ids=["whole", "chunked"])
 def test_label_smoothing_is_of_the_shifted_labels(ids, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modeling.loss.CHUNK_ELEMENTS", chunk_elements)
-    model, labels = random_model(tiny_config(label_smoothing=0.3)), ids.clone()
+    model, labels = random_model(tiny_config()), ids.clone()
     labels[0, 4:7] = -100
     logits = model(ids).logits
-    torch.testing.assert_close(model.train()(ids, labels=labels).loss, smoothed_cross_entropy(logits, labels, 0.3))
-    torch.testing.assert_close(model.eval()(ids, labels=labels).loss, smoothed_cross_entropy(logits, labels, 0.0))
-
-
-def test_the_smoothing_of_trainer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"label_smoothing_factor=0\.1 .*label_smoothing"):
-        GPTTrainingArguments(output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    for smoothing in (0.3, 0.0):
+        loss = model(ids, labels=labels, label_smoothing=smoothing).loss
+        torch.testing.assert_close(loss, smoothed_cross_entropy(logits, labels, smoothing))
 
 
 # 3. Weight decay reaches every norm whose name transformers does not know.

@@ -81,7 +81,6 @@ VARIANTS: dict[str, dict] = {
     "normal_residual_init": {"residual_init": "normal"},
     "zero_residual_init": {"residual_init": "zero"},
     "logit_softcap": {"logit_softcap": 2.0},
-    "label_smoothing": {"label_smoothing": 0.1},
     "one_layer": {"num_hidden_layers": 1},
     "modern": {
         "position_encoding": "rope",

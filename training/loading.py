@@ -72,7 +72,7 @@ def load_model_tokenizer(name: str, config, needs_end_of_text: bool = True):
     size = text_config(config).vocab_size
     if len(tokenizer) > size:
         raise UserError(
-            f"tokenizer {name!r}: its {len(tokenizer)} entries do not fit the model's vocab_size={size}: "
+            f"{name}: the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {size}: "
             "they do not belong together"
         )
     return add_nothing(tokenizer) if config.model_type in OUR_TYPES else tokenizer

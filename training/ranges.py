@@ -66,7 +66,7 @@ RANGES = {
     **_same(Range(1, 10**9, whole=True), "ddp_timeout ddp_bucket_cap_mb"),
     **_same(POSITIVE, "num_train_epochs peak_flops lora_alpha loraplus_lr_ratio"),
     **_same(NOT_NEGATIVE, "learning_rate muon_learning_rate weight_decay max_grad_norm adam_epsilon eval_delay"),
-    **_same(SHARE, "adam_beta1 adam_beta2 muon_momentum lora_dropout"),
+    **_same(SHARE, "adam_beta1 adam_beta2 muon_momentum lora_dropout label_smoothing_factor"),
     "dataloader_num_workers": Range(0, 1024, whole=True),
     # data
     **_same(COUNT, "shard_size validation_characters tokenizer_vocab_size"),

@@ -30,6 +30,7 @@ GOES_WITH = {name: other for name, (other, _) in NEEDS.items()} | {
     "lr_scheduler_kwargs": "lr_scheduler_type",
     "greater_is_better": "metric_for_best_model",
 }
+MOVED = {("model", "label_smoothing"): ("training", "label_smoothing_factor")}  # keys of older recipes
 # Keys of the model section that are not fields of GPTConfig.
 MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
 
@@ -158,6 +159,7 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
         if not isinstance(values or {}, dict):
             raise UserError(f"{path}: section {section} must hold `key: value` lines")
         for key, value in (values or {}).items():
+            section, key = MOVED.get((section, key), (section, key))
             try:
                 getattr(recipe, section)[key] = check(section, key, value, kind)
             except UserError as error:

@@ -12,6 +12,8 @@ from transformers import EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
+from modeling import GPTForCausalLM
+
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from .callbacks import ConsoleTable, StopOnSignal
 from .checkpoints import SAVING, STATE, move_in, processes_of, reading, rotate, seal, write_beside
@@ -19,6 +21,7 @@ from .corpus import Corpus
 from .dataset import EvaluationRows, Rows, collate_rows
 from .errors import UserError, is_disk_full
 from .evaluation import evaluate_rows
+from .fast_dropout import use_fast_dropout
 from .hardware import flops_per_token
 from .inputs import Inputs
 from .optimizers import build_optimizer
@@ -73,6 +76,8 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
             processing_class=corpus.tokenizer,
         )
         self._is_one_cpu = args.world_size == 1 and args.device.type == "cpu"
+        if args.device.type == "cpu":
+            use_fast_dropout(model)
         self._all_parameters = list(model.parameters()) if self._is_one_cpu else []
         self._choose_callbacks()
         if args.compile_blocks:
@@ -198,6 +203,12 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         if loss.device.type == "cpu" and not torch.isfinite(loss):
             self._stop_on_nan(loss.item())
         return loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """As in Trainer, from the loss alone, with a smoothing that Trainer's own would lay on unshifted labels."""
+        if isinstance(self.model, GPTForCausalLM):
+            inputs = {**inputs, "return_logits": False, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _light_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """Trainer's step without its walk over the modules, which no device's work hides on a CPU."""
