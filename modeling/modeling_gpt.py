@@ -301,11 +301,8 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, keep])
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        logits = self._softcapped(self.lm_head(outputs.last_hidden_state[:, keep]))
         loss = None
         if has_labels:
             loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch, label_smoothing)
@@ -316,6 +313,10 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def _softcapped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 __all__ = ["GPTForCausalLM", "GPTModel"]
