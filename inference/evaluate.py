@@ -20,7 +20,7 @@ from training.loading import load_model_and_tokenizer
 from training.recipe import load_run_recipe
 from training.run import corpus_of_run
 from training.sampling import context_left
-from training.sources import documents
+from training.sources import documents, named_sources
 from training.tokenizers import encode_documents, read_alike
 
 EPILOG = """examples:
@@ -113,6 +113,8 @@ def tokens_of_text(flags, tokenizer) -> tuple[TokenArray, int]:
     for name, text in documents(data):
         pieces += [encode_documents(tokenizer, [text], [name])[0].astype(np.uint32), end]
         num_bytes += len(text.encode())
+    if not num_bytes:
+        raise UserError(f"{named_sources(data)[0]}: the source holds no text at all; name one that does")
     return TokenArray(np.concatenate(pieces)), num_bytes
 
 

@@ -53,7 +53,7 @@ def read_prompt(prompt: str) -> str:
         return prompt
     path = Path(prompt.removeprefix("FILE:"))
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt FILE:{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -8,7 +8,15 @@ from transformers import AutoTokenizer
 
 from finetune import conversations
 from finetune.arguments import FinetuneDataArguments
-from finetune.chat_files import Conversation, Pair, check_turns, conversations_of_text, find_format, read_conversations
+from finetune.chat_files import (
+    Conversation,
+    Pair,
+    check_turns,
+    conversations_of_text,
+    find_format,
+    read_conversations,
+    read_pairs,
+)
 from finetune.conversations import (
     PLAIN_TEMPLATE,
     encode_conversation,
@@ -274,3 +282,105 @@ def test_masks_are_boolean_arrays_of_the_ids_length(tokenizer) -> None:
     assert example.ids.shape == example.counts.shape
     assert torch.from_numpy(example.ids).dtype == torch.int64
     assert isinstance(example, conversations.Example)
+
+
+# turns of tools, and templates that are no good
+
+
+TOOL_TURNS = [
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "add(2, 3)"},
+    {"role": "tool", "content": "RESULT 5"},
+    {"role": "assistant", "content": "It is 5."},
+]
+
+
+def test_turns_of_tools_are_context_and_not_in_the_loss(tokenizer) -> None:
+    example = encode_messages(tokenizer, TOOL_TURNS, "here")
+    assert "RESULT 5" in tokenizer.decode(example.ids)
+    counted = tokenizer.decode(example.ids[example.counts])
+    assert "add(2, 3)" in counted and "It is 5." in counted and "RESULT" not in counted
+
+
+def test_a_template_without_turns_of_tools_gives_them_as_the_users() -> None:
+    tokenizer = build_tokenizer("byte")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.role }}: {{ m.content }}\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    example = encode_messages(tokenizer, TOOL_TURNS, "here")
+    assert "user: RESULT 5\n" in tokenizer.decode(example.ids)
+    assert "RESULT" not in tokenizer.decode(example.ids[example.counts])
+
+
+OTHER_SHAPES = {
+    "sharegpt": {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "openai calls": {
+        "messages": [
+            {"role": "developer", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+            {"role": "ipython", "content": {"sum": 5}},
+            {"role": "assistant", "content": "b"},
+        ]
+    },
+    "sharegpt calls": {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": "add"},
+            {"from": "observation", "value": "5"},
+            {"from": "gpt", "value": "b"},
+        ]
+    },
+    "trl": {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    "a cell": {"messages": json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])},
+}
+ITS_ROLES = {
+    "sharegpt": "system user assistant",
+    "openai calls": "system user assistant tool assistant",
+    "sharegpt calls": "user assistant tool assistant",
+    "trl": "user assistant",
+    "a cell": "user assistant",
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+def test_other_shapes_of_chats(tmp_path, shape: str) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(OTHER_SHAPES[shape]) + "\n")
+    data = FinetuneDataArguments(data_files=[str(path)])
+    assert find_format(data) == "chat"
+    (found,) = read_conversations(data, {})
+    assert " ".join(message["role"] for message in found.messages) == ITS_ROLES[shape]
+    assert found.messages[-1]["content"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"instruction": "i", "input": "x", "output": "o", "text": "t"}, ("i\n\nx\n\n", "o")),
+        ({"instruction": "i", "input": None, "output": "o"}, ("i\n\n", "o")),
+        ({"instruction": "i", "output": "o"}, ("i\n\n", "o")),
+        ({"instruction": "i", "context": "c", "response": "o", "category": "k"}, ("i\n\nc\n\n", "o")),
+        ({"question": "q", "answer": "a"}, ("q\n\n", "a")),
+        ({"prompt": "p ", "response": "r"}, ("p ", "r")),
+        ({"prompt": "p", "completion": " c", "instruction": "i", "output": "o"}, ("p", " c")),
+    ],
+)
+def test_the_commonest_pairs_are_known(tmp_path, row: dict, pair: tuple) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    data = FinetuneDataArguments(data_files=[str(path)])
+    assert find_format(data) == "pairs"
+    assert [tuple(found)[1:] for found in read_pairs(data, {})] == [pair]
+
+
+def test_a_template_that_never_ends_is_stopped(monkeypatch) -> None:
+    monkeypatch.setattr(conversations, "RENDER_SECONDS", 0.3)
+    tokenizer = build_tokenizer("byte")
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"^here: the tokenizer's chat template has not come to an end in 0.3 seconds"):
+        encode_messages(tokenizer, MESSAGES, "here")
+    tokenizer.chat_template = "{{ 1 // 0 }}"
+    with pytest.raises(UserError, match=r"here: the tokenizer's chat template refuses it: .*zero"):
+        encode_messages(tokenizer, MESSAGES, "here")

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -338,3 +339,36 @@ def test_one_document_is_split_by_position(capsys):
     corpus = prepare(arguments(text_files=["text.txt"], validation_by="documents"))
     assert corpus.manifest["splits"]["validation"]["bytes"] == 20
     assert "validation_by=position" in capsys.readouterr().err
+
+
+# --- files that change meanwhile --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [{"text_files": ["text.txt"]}, {"data_files": ["rows.jsonl"]},
+                                    {"mixture": [{"text_files": ["text.txt"], "weight": 1}],
+                                     "validation_by": "documents"}], ids=["text", "table", "mixture"])  # fmt: skip
+def test_a_file_that_grows_meanwhile_gives_no_tokens(monkeypatch, source):
+    write_tokens, changed = corpus_module.write_tokens, "rows.jsonl" if "data_files" in source else "text.txt"
+
+    def growing(*args):
+        with open(changed, "a") as file:
+            file.write('{"text": "more"}\n')
+        return write_tokens(*args)
+
+    monkeypatch.setattr(corpus_module, "write_tokens", growing)
+    with pytest.raises(UserError, match=f"{changed} was written to while it was being prepared"):
+        prepare(arguments(data_dir="x", **source))
+    assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl", "text.txt"]
+    monkeypatch.setattr(corpus_module, "write_tokens", write_tokens)
+    assert prepare(arguments(data_dir="x", **source)).manifest["sources"]
+
+
+def test_a_file_that_was_touched_meanwhile_is_the_same_file(monkeypatch):
+    write_tokens = corpus_module.write_tokens
+
+    def touching(*args):
+        os.utime("text.txt", (1, 1))
+        return write_tokens(*args)
+
+    monkeypatch.setattr(corpus_module, "write_tokens", touching)
+    assert prepare(arguments(text_files=["text.txt"])).manifest["splits"]["train"]["tokens"] == 180

@@ -32,6 +32,18 @@ def starts(rows) -> list[int]:
     return [int(rows[index]["input_ids"][0]) for index in range(len(rows))]
 
 
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_a_shard_that_was_cut_is_one_line_and_no_signal(tmp_path, is_mapped):
+    tokens = shards(tmp_path, 50_000, 20_000)
+    if is_mapped:
+        tokens.window(0, 50_000)
+    with open(tokens.paths[1], "r+b") as file:
+        file.truncate(100)
+    assert not is_mapped or tokens.window(0, 20_000)[-1] == 19_999
+    with pytest.raises(UserError, match=r"train-00001.bin: was 40,000 bytes long and is 100 now; bring"):
+        tokens.window(30_000, 9)
+
+
 def test_windows_cross_shard_borders(tmp_path):
     tokens = shards(tmp_path, 50)
     assert len(tokens) == 50 and len(tokens.paths) == 8

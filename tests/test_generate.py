@@ -3,6 +3,8 @@
 import json
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -186,7 +188,22 @@ def test_values_that_can_not_be_are_refused(run, flag: str, value: str) -> None:
     assert value.removeprefix("FILE:") in message or flag in ("max_new_tokens", "num_samples")
 
 
+def test_a_prompt_that_is_not_utf8_is_refused(run, write, tmp_path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"caf\xe9")
+    assert "not UTF-8 at byte 3" in refused(generate.main, str(run), "--prompt", f"FILE:{path}")
+    assert "is not UTF-8 (at character 1)" in refused(generate.main, str(run), "--prompt", "a\udcff")
+    path.write_bytes("\ufeffthe fox".encode())
+    assert write("--temperature", "0", prompt=f"FILE:{path}") == write("--temperature", "0", prompt="the fox")
+
+
 # evaluate
+
+
+def test_a_table_without_rows_is_refused(run, tmp_path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    message = refused(evaluate.main, str(run), "--data_files", str(tmp_path / "none.parquet"))
+    assert "data_files: the source holds no text at all" in message
 
 
 def test_the_best_model_has_the_loss_of_its_run(run, figures) -> None:

@@ -73,6 +73,21 @@ def test_text_files_keep_every_character_but_a_byte_order_mark(folder):
     )
 
 
+def test_a_folder_is_listed_first_without_what_tools_fill(folder, monkeypatch, capsys):
+    for name in (".venv/lib/x.py", "env/lib/x.py", "node_modules/x.js", "__pycache__/x.txt", ".hidden.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("not mine")
+    (folder / "env/pyvenv.cfg").write_text("home = /usr")
+    monkeypatch.chdir(folder)
+    assert texts(text_files=["."]) == texts(text_files=["."]) == ["é\x0b\u2028x", "one\r\ntwo\rthree\n", "deep"]
+    said = capsys.readouterr().err
+    assert said.count("text_files='.': 3 text files, 29 bytes (1 binary ones left out)") == said.count("\n") <= 1
+    (folder / "hidden").mkdir()
+    (folder / "hidden/.a.txt").write_text("a")
+    with pytest.raises(UserError, match="text_files='hidden': the folder holds no text file"):
+        texts(text_files=["hidden"])
+
+
 def test_the_embedded_text_yields_to_a_named_one(folder):
     assert texts(dataset="python-stdlib", text_files=[f"{folder}/b.txt"]) == ["one\r\ntwo\rthree\n"]
 

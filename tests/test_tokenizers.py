@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training import tokenizers, train_tokenizer
 from training.errors import UserError
@@ -151,8 +151,27 @@ def test_main_trains_and_saves(tmp_path, capsys):
     train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "made")])
     assert len(load_tokenizer(str(tmp_path / "made"))) == 264
     assert "made: a bpe tokenizer, vocabulary 264." in capsys.readouterr().out
-    with pytest.raises(UserError, match="made': is not empty; name another --output_dir"):
-        train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "made")])
+    for taken in ("made", "a.txt"):
+        with pytest.raises(UserError, match=f"{taken}: is there already and not empty; name another"):
+            train_tokenizer.main([*flags, "--output_dir", str(tmp_path / taken)])
+
+
+def test_a_tokenizer_that_was_half_written_does_not_bar_the_way(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    flags = ["--tokenizer", "byte", "--text_files", str(tmp_path / "a.txt"), "--output_dir", str(tmp_path / "made")]
+    save = PreTrainedTokenizerFast.save_pretrained
+
+    def half(self, folder):
+        save(self, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", half)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer.main(flags)
+    assert not (tmp_path / "made").exists()
+    monkeypatch.undo()
+    train_tokenizer.main(flags)
+    assert len(load_tokenizer(str(tmp_path / "made"))) == 257
 
 
 # tiktoken, where its ids are provably the same

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .building import CORPUS, building_folder, built_aside, put_in_place
+from .building import CORPUS, STATE, building_folder, built_aside, put_in_place
 from .dataset import TokenShards
 from .errors import UserError, unknown
 from .files import sync_below, write_whole
@@ -235,6 +235,21 @@ def _prepared_with(data) -> Corpus:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
+def _refuse_changed_files(folder: Path, data, sources: dict) -> None:
+    """Refuse tokens of files that were written to after their fingerprint was taken; only such files are read again."""
+    changed = sorted({path for path, *_ in _files_in(sources) ^ _files_in(fingerprint_sources(data))})
+    if changed:
+        (folder / STATE).unlink(missing_ok=True)  # so that the folder goes, too
+        why = "was written to while it was being prepared; start again when nothing writes to it, or name a copy"
+        raise UserError(f"{named_sources(data)[0]}: {changed[0]} {why}")
+
+
+def _files_in(sources: dict) -> set[tuple]:
+    """Return (path, bytes, hash) of each local file in a fingerprint of sources."""
+    files = {(file["path"], file["bytes"], file["sha256"]) for file in sources.get("files", ())}
+    return files.union(*map(_files_in, sources.get("parts", ())))
+
+
 def _build(folder: Path, directory: Path, data, tokenizer, header: dict) -> None:
     """Prepare the text below `folder`, going on with what is there, and put it in the place of `directory`."""
     begun = time.monotonic()
@@ -251,6 +266,7 @@ def _build(folder: Path, directory: Path, data, tokenizer, header: dict) -> None
         "licence": licence_of(data),
     }
     manifest |= write_tokens(folder, state, data, saved, begun)
+    _refuse_changed_files(folder, data, header["sources"])
     write_whole(folder / CORPUS / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     sync_below(folder / CORPUS)
     if not put_in_place(folder / CORPUS, directory):

@@ -1,6 +1,7 @@
 """Token shards on disk → rows of a training batch, each computed from its index alone, so that resuming is O(1)."""
 
 import hashlib
+import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -90,8 +91,8 @@ class TokenShards(Tokens):
     def __init__(self, paths: Sequence[str | os.PathLike], dtype: str = "<u2"):
         self.paths = [os.fspath(path) for path in paths]
         self.dtype = np.dtype(dtype)
-        sizes = [os.path.getsize(path) // self.dtype.itemsize for path in self.paths]
-        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._sizes = [os.path.getsize(path) // self.dtype.itemsize for path in self.paths]
+        self._ends = np.cumsum(self._sizes, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.paths else 0
@@ -100,9 +101,22 @@ class TokenShards(Tokens):
         return {key: value for key, value in self.__dict__.items() if key != "_shards"}
 
     @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        # as plain arrays: slicing an np.memmap costs some microseconds more
-        return [np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray) for path in self.paths]
+    def _shards(self) -> list[tuple[np.ndarray, mmap.mmap]]:
+        """Each file as a plain array (slicing an np.memmap costs some microseconds more), and what maps it."""
+        return [self._mapped(shard) for shard in range(len(self.paths))]
+
+    def _mapped(self, shard: int) -> tuple[np.ndarray, mmap.mmap]:
+        with open(self.paths[shard], "rb") as file:
+            self._check_size(shard, os.fstat(file.fileno()).st_size)
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapping, self.dtype, self._sizes[shard]), mapping
+
+    def _check_size(self, shard: int, now: int) -> None:
+        """Refuse a file that was cut: the system kills, without a word, who reads what is no longer there."""
+        expected = self._sizes[shard] * self.dtype.itemsize
+        if now < expected:
+            why = f"was {expected:,} bytes long and is {now:,} now"
+            raise UserError(f"{self.paths[shard]}: {why}; bring the prepared tokens back, and resume the run")
 
     def _fill(self, row: np.ndarray, start: int) -> None:
         """Copy the tokens from `start` on into `row`, shard by shard."""
@@ -110,7 +124,9 @@ class TokenShards(Tokens):
         shard, filled = int(np.searchsorted(self._ends, start, side="right")), 0
         while filled < len(row):
             begin = start + filled - (int(self._ends[shard - 1]) if shard else 0)
-            piece = self._shards[shard][begin : begin + len(row) - filled]
+            tokens, mapping = self._shards[shard]
+            self._check_size(shard, mapping.size())
+            piece = tokens[begin : begin + len(row) - filled]
             row[filled : filled + len(piece)] = piece
             filled, shard = filled + len(piece), shard + 1
 

@@ -51,6 +51,11 @@ class TextPrinter(BaseStreamer):
 
 def prompt_tensor(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
     """Ids (1, tokens) of a prompt; refuses what the model cannot read whole."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        why = f"is not UTF-8 (at character {error.start})"
+        raise UserError(f"prompt={prompt!r}: {why}; type it in UTF-8, or give it as FILE:path") from error
     ids = encode_prompt(tokenizer, prompt)
     if len(ids) > context_length:
         raise UserError(f"prompt: {len(ids)} tokens do not fit the model's context of {context_length}; shorten it")

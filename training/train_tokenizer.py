@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from .errors import UserError, quiet_libraries, run_main
+from .errors import quiet_libraries, run_main
+from .files import new_directory
 from .help import wants_help
 from .recipe import Recipe, load_recipe, parse_flags
 from .shell import shell
@@ -19,11 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     recipe = recipe_or_flags(sys.argv[1:] if argv is None else argv)
     data = recipe.data_arguments()
     directory = Path(recipe.training.get("output_dir") or f"tokenizers/{recipe.name}")
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"output_dir={str(directory)!r}: is not empty; name another --output_dir")
-    texts = (text for _, text in documents(data))  # read once
-    tokenizer = build_tokenizer(data.tokenizer, lambda: texts, data.tokenizer_vocab_size)
-    tokenizer.save_pretrained(directory)
+    with new_directory(directory) as folder:  # whole or not at all: half a tokenizer would bar the way of the next
+        texts = (text for _, text in documents(data))  # read once
+        tokenizer = build_tokenizer(data.tokenizer, lambda: texts, data.tokenizer_vocab_size)
+        tokenizer.save_pretrained(folder)
     print(f"{directory}: a {data.tokenizer} tokenizer, vocabulary {len(tokenizer):,}.")
     print(f"Type next: {shell('acorn', 'prepare', 'RECIPE', tokenizer=directory)}")
 
