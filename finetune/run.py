@@ -1,7 +1,6 @@
 """From a finetuning recipe to a finished run: the base, its adapter, the rows, the loop, the report."""
 
 import dataclasses
-import gc
 import json
 import math
 from contextlib import nullcontext
@@ -174,19 +173,11 @@ def draw(trainer: FinetuneTrainer, prepared: Prepared) -> str:
         return sample_text(trainer.model, prepared.tokenizer, prepared.sample, trainer.args.seed)
 
 
-def make_room(trainer: FinetuneTrainer) -> None:
-    """Let go of the trained model, so that a GPU need not hold it and the best one together."""
-    if trainer.args.device.type != "cpu":
-        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = None
-        trainer.accelerator.free_memory()
-        gc.collect()
-
-
 def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared, sample_before: str) -> None:
     """Load the best from the root as anyone would, sample from it, write the report and say what to type next."""
     args, run_dir, sample = trainer.args, Path(trainer.args.output_dir), prepared.sample
     memory, facts = peak_memory(args.device), first_facts(trainer, prepared)
-    make_room(trainer)
+    trainer.make_room()
     trust = recipe.model_arguments().trust_remote_code
     load = load_causal_lm if trainer.adapter.adapter == "full" else load_adapter
     text = ""

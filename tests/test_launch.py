@@ -1,5 +1,6 @@
 """Launching: the files for accelerate, what is refused, and two processes that train as one does."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from training import pretrain, run
 from training.arguments import DataArguments, GPTTrainingArguments, fitting_micro_batches
 from training.corpus import corpus_at, prepare, whereabouts
 from training.errors import UserError
-from training.processes import check_launch
+from training.processes import check_launch, check_partitions
 from training.run import empty_model
 from training.trainer import GPTTrainer
 
@@ -38,6 +39,12 @@ def test_fsdp_is_the_second_version_as_the_launch_table_proves_it() -> None:
     assert config["fsdp_version"] == 2
     assert config["fsdp_activation_checkpointing"] is True
     assert config["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
+
+
+def test_what_nobody_could_run_says_so_first() -> None:
+    for name in ("zero.yaml", "multi-node.yaml", "multi-node.slurm"):
+        lines = (ROOT / "training" / "launch" / name).read_text(encoding="utf-8").splitlines()
+        assert any(line.startswith("# Untested: ") for line in lines[:2]), name
 
 
 def test_the_slurm_script_is_sound_shell() -> None:
@@ -69,6 +76,27 @@ def test_a_launch_that_would_be_another_is_refused(monkeypatch, variables, flags
     with pytest.raises(UserError, match=named) as caught:
         check_launch(**flags)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "optimizer", "named"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "muon", "optimizer='muon': DeepSpeed's ZeRO cuts flat pieces"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "muon", "fsdp_version=1: makes one flat row"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "adamw", "fsdp_version=1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "muon", None),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "adamw", None),
+        ({}, "muon", None),
+    ],
+)
+def test_flat_pieces_are_refused_where_matrices_are_needed(monkeypatch, variables, optimizer, named) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    args = arguments_of(monkeypatch, optimizer=optimizer)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=named) if named else contextlib.nullcontext():
+        check_partitions(args)
 
 
 @pytest.mark.parametrize(

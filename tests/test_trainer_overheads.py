@@ -1,11 +1,13 @@
 """What Trainer does in a step and Acorn's trainer does not, and what it leaves as it found it."""
 
 import signal
+import weakref
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from finetune import finetune
 from modeling import GPTConfig, GPTForCausalLM
 from training import trainer as trainer_module
 from training.arguments import DataArguments, GPTTrainingArguments
@@ -16,6 +18,7 @@ from training.errors import UserError
 from training.fast_dropout import FastDropout, fast_dropout
 from training.trainer import GPTTrainer, StepSampler
 
+from .tiny_bases import TINY, save, stock_model
 from .tiny_runs import BATCH, CONTEXT, checkpoints, go_on, grow, write_text
 
 
@@ -218,3 +221,26 @@ def test_a_cpu_trains_with_its_cheap_dropout(make_trainer) -> None:
     model = make_trainer().model
     assert all(type(module) is FastDropout for module in model.modules() if isinstance(module, torch.nn.Dropout))
     assert all(layer.self_attn.drop is fast_dropout for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_what_was_trained_is_gone_before_the_best_model_is_loaded(tmp_path, monkeypatch, verb) -> None:
+    """Model, gradients and optimizer: a GPU that they fill has no room for a second model."""
+    known, left, make_room = [], [], GPTTrainer.make_room
+
+    def spied(self) -> None:
+        known.extend(map(weakref.ref, [self.model, self.optimizer, self.optimizer.optimizer, *self.model.parameters()]))
+        make_room(self)
+        left.extend(type(held()) for held in known if held() is not None)
+
+    monkeypatch.setattr(GPTTrainer, "make_room", spied)
+    run_dir = grow(tmp_path) if verb == "pretrain" else None
+    if verb == "finetune":
+        save(stock_model(), tmp_path / "base")
+        write_text(tmp_path)
+        flags = ["--text_files", str(tmp_path / "text.txt"), "--data_dir", str(tmp_path / "tokens"), *TINY]
+        run_dir = tmp_path / "tuned"
+        finetune.main([str(tmp_path / "base"), *flags, "--output_dir", str(run_dir)])
+    assert len(known) > 10
+    assert left == []
+    assert (run_dir / "sample.txt").read_text(encoding="utf-8"), "the best model wrote it"

@@ -39,6 +39,18 @@ def check_launch(use_cpu: bool = False, fsdp: bool = False) -> None:
         )
 
 
+def check_partitions(args) -> None:
+    """Refuse to share out a model in flat pieces where its matrices are needed: FSDP1 always, ZeRO under Muon."""
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    version = os.environ.get("FSDP_VERSION", "1") if by_launcher else (args.fsdp_config or {}).get("version", 2)
+    if (by_launcher or args.fsdp) and str(version) != "2":
+        why = "makes one flat row of a block's weights, from which neither Muon nor a checkpoint has its matrices"
+        raise UserError(f"fsdp_version={version}: {why}; use 2, as training/launch/fsdp.yaml does")
+    if args.optimizer == "muon" and (args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true"):
+        why = "DeepSpeed's ZeRO cuts flat pieces of all weights, and Muon orthogonalises whole matrices"
+        raise UserError(f"optimizer='muon': {why}; use adamw, or shard by training/launch/fsdp.yaml")
+
+
 def _hides_all_gpus(visible: str | None) -> bool:
     return visible is not None and all(entry.strip() in ("", "-1") for entry in visible.split(","))
 

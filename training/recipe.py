@@ -18,7 +18,7 @@ from .arguments import CardArguments, DataArguments, GPTTrainingArguments, Sampl
 from .choices import NEEDS
 from .errors import UserError, one_line, unknown
 from .files import write_whole
-from .processes import check_launch
+from .processes import check_launch, check_partitions
 from .shell import shell
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -71,11 +71,13 @@ class Recipe:
             raise UserError("use_cpu=False: this machine has no accelerator; leave it out")
         use_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
         try:
-            return self.sections["training"](**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
+            args = self.sections["training"](**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
         except (ValueError, TypeError) as error:
             words = one_line(error)
             named = [f"{key}={value!r}" for key, value in self.training.items() if str(value) in words.split()]
             raise UserError(f"training: {', '.join(named) + ': ' if named else ''}{words}") from error
+        check_partitions(args)
+        return args
 
     def model_config(self, **overrides) -> GPTConfig:
         """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""

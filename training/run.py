@@ -108,6 +108,7 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     if checkpoint is not None and stopped_early(Path(checkpoint), args.early_stopping_patience):
         args.max_steps = read_state(Path(checkpoint))["global_step"]  # nothing to train, but perhaps to report
     trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, data, sample)
+    del model  # the trainer's alone, so that it can let go of it
     if is_streamed(data):
         trainer.add_callback(StreamPosition(trainer))
     with claimed(Path(args.output_dir), args):
@@ -178,6 +179,7 @@ def leave_resumable(trainer: GPTTrainer) -> None:
 def finish(recipe: Recipe, trainer: GPTTrainer) -> None:
     """Load the best model, sample from it, write the report and say what to type next."""
     run_dir, sample = Path(trainer.args.output_dir), trainer.sample
+    trainer.make_room()
     model = GPTForCausalLM.from_pretrained(run_dir).to(trainer.args.device)
     text = sample_text(model, trainer.corpus.tokenizer, sample, trainer.args.seed) if sample.max_new_tokens else ""
     write_report(run_dir, recipe, text)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, Trainer, set_seed
@@ -371,6 +372,15 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         if self.is_world_process_zero():
             print(f"{before} → {self.args.world_size} processes: the samples of each step stay, dropout (if any) "
                   "draws other masks than the unbroken run", file=sys.stderr)  # fmt: skip
+
+    def make_room(self) -> None:
+        """Let go of model, gradients and optimizer, so that the device need not hold them beside the next model."""
+        self.model = self.model_wrapped = self.deepspeed = self.optimizer = self.lr_scheduler = None
+        self._all_parameters = []
+        for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
+            setattr(self.callback_handler, name, None)
+        self.accelerator.free_memory()
+        clear_device_cache(garbage_collection=True)
 
     def _stop_on_nan(self, loss: float) -> None:
         raise UserError(
