@@ -18,6 +18,7 @@ ROPE_NEEDS = {  # rope_type: what rope_parameters must hold beside rope_theta
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+OLD_MODEL_TYPE = "gpt"
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt.GPTConfig",
     "AutoModel": "modeling_gpt.GPTModel",
@@ -53,7 +54,7 @@ class GPTConfig(PreTrainedConfig):
     that names field, value and mend; values of a wrong type its StrictDataclassFieldValidationError.
     """
 
-    model_type = "gpt"
+    model_type = "acorn_gpt"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "n_embd": "hidden_size",
@@ -115,6 +116,14 @@ class GPTConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """As in transformers; models that older Acorns saved call themselves by a name that is anybody's."""
+        config, kwargs = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == OLD_MODEL_TYPE:
+            config["model_type"] = cls.model_type
+        return config, kwargs
 
     def __post_init__(self, **kwargs):
         kwargs.pop("label_smoothing", None)  # of older Acorns: it belongs to the training, not to the model

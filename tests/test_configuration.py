@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling import PRESETS, GPTConfig, GPTForCausalLM
+from training.loading import load_config
 
 from .variants import VARIANTS, tiny_config
 
@@ -140,7 +142,7 @@ def test_json_keeps_everything(name: str, tmp_path: Path) -> None:
     config = tiny_config(**VARIANTS[name], dropout=0.1)
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["model_type"] == "gpt"
+    assert saved["model_type"] == "acorn_gpt"
     assert set(saved["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     for argument, value in VARIANTS[name].items():
         if argument != "rope_parameters":
@@ -183,9 +185,15 @@ def test_unknown_attention_backend_is_refused() -> None:
         GPTForCausalLM(tiny_config(attn_implementation="nonsense"))
 
 
-def test_a_configuration_of_an_older_acorn_loads(tmp_path) -> None:
-    """It names the smoothing of its training, which is not the model's."""
+def test_a_configuration_of_an_older_acorn_loads(tmp_path, caplog, monkeypatch) -> None:
+    """It calls itself by another name, and names the smoothing of its training, which is not the model's."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that a warning is seen here
     tiny_config().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"label_smoothing": 0.1}), encoding="utf-8")
-    assert "label_smoothing" not in GPTConfig.from_pretrained(tmp_path).to_dict()
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"label_smoothing": 0.1, "model_type": "gpt"}), encoding="utf-8"
+    )
+    config = GPTConfig.from_pretrained(tmp_path)
+    assert "label_smoothing" not in config.to_dict()
+    assert config.model_type == load_config(str(tmp_path)).model_type == config.to_dict()["model_type"] == "acorn_gpt"
+    assert not caplog.records

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling import GPTConfig, GPTForCausalLM
 from modeling.compat import CACHE_NAME
+from modeling.configuration_gpt import OLD_MODEL_TYPE
 
 from .errors import UserError, one_line, unknown
 from .files import read_json
@@ -21,7 +22,7 @@ from .pickles import UNREADABLE
 from .tokenizers import add_nothing, load_tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OUR_TYPES = (GPTConfig.model_type,)
+OUR_TYPES = (GPTConfig.model_type, OLD_MODEL_TYPE)
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_RECORD = "base_model.json"  # beside an adapter: which base it was trained on, and how to know it again
 

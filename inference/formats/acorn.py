@@ -1,10 +1,11 @@
-"""Acorn's own: a run directory, one of its checkpoints, or any directory or Hub id with `model_type: gpt`."""
+"""Acorn's own: a run directory, one of its checkpoints, or any directory or Hub id with our `model_type`."""
 
 from pathlib import Path
 
 import torch
 
 from modeling import GPTConfig, GPTForCausalLM
+from training.loading import OUR_TYPES
 
 from .base import Format, Loaded, Source, load_strictly, save_tokenizer
 
@@ -15,7 +16,7 @@ class Acorn(Format):
     title = "Acorn"
 
     def recognises(self, source: Source) -> bool:
-        return source.config.get("model_type") == GPTConfig.model_type
+        return source.config.get("model_type") in OUR_TYPES
 
     def load(self, source: Source) -> Loaded:
         return Loaded(load_strictly(GPTForCausalLM, source.name))
