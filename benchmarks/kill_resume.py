@@ -1,12 +1,13 @@
 """Does a run that was killed anywhere and resumed end as the run that was left alone? Prints one JSON line.
 
     python benchmarks/kill_resume.py --kills 20 --seed 0 [--processes 1 2] [--optimizer adamw] [--dropout 0.1]
+    python benchmarks/kill_resume.py --kinds full lora dora chats prompt --processes 1 2     the same of finetuning
 
 One run is left alone. Then so many runs are grown, killed by SIGKILL (each up to three times: at the start, anywhere,
 while a checkpoint or the best model is written, or at the very end), resumed to the end, and held against the first one
 bit by bit: weights, optimizer state, random state, every logged loss and every line of metrics.jsonl. After each kill
-every checkpoint must be whole. The model is tiny, in fp32 on the CPU, with dropout, within accumulation cycles, and the
-text is passed through more than twice. Exit code 1 if any differs.
+every checkpoint must be whole. The model is tiny, in fp32 on the CPU, with dropout (in finetuning the base's), within
+accumulation cycles, and the text is passed through more than twice. Exit code 1 if any differs.
 """
 
 import argparse
@@ -28,10 +29,12 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from training.callbacks import read_metrics
 from training.checkpoints import damage, list_checkpoints
 from training.errors import run_main
+from training.tokenizers import build_tokenizer
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -41,10 +44,21 @@ ENVIRONMENT = {
 }
 # Saving, evaluating and logging at different steps, so that a kill falls between each two of them.
 FLAGS = (
-    "--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --per_device_train_batch_size 2 --tokens_per_step 256 "
-    "--eval_steps 6 --save_steps 4 --logging_steps 5 --warmup_steps 10 --learning_rate 1e-2 --bf16 false "
-    "--use_cpu true --sampling shuffled --max_new_tokens 8"
+    "--block_size 32 --per_device_train_batch_size 2 --tokens_per_step 256 --eval_steps 6 --save_steps 4 "
+    "--logging_steps 5 --warmup_steps 10 --learning_rate 1e-2 --bf16 false --use_cpu true --max_new_tokens 8"
 )
+PRETRAINING = "shakespeare-char-cpu --n_layer 2 --n_embd 32 --n_head 2 --sampling shuffled --text_files text.txt"
+# what is killed: what follows the verb; all but the first are finetuned from a stock GPT-2 with dropout
+KINDS = {
+    "pretrain": PRETRAINING,
+    "full": "base --text_files text.txt --adapter full",
+    "lora": "base --text_files text.txt --adapter lora --r 4",
+    "dora": "base --text_files text.txt --adapter dora --r 4 --lora_dropout 0.1",
+    "chats": "base --text_files chat.txt --adapter lora --r 4 --packing false",
+    "prompt": "base --text_files text.txt --adapter prompt --num_virtual_tokens 4",
+}
+MODULES = {"pretrain": ("training.pretrain", "training.resume"), "finetune": ("finetune.finetune", "finetune.resume")}
+PRELOADED = [*MODULES["pretrain"], *MODULES["finetune"], "matplotlib.figure", "matplotlib.backends.backend_agg"]
 TIMED = ("tokens_per_second", "mfu", "seconds")  # of a metrics row: the clock's, not the model's
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
 
@@ -182,22 +196,27 @@ def has_begun(log: Path, after: int = 0) -> bool:
 
 
 class Experiment:
-    """Runs of one recipe in one workspace, on so many processes."""
+    """Runs of one kind in one workspace, on so many processes."""
 
-    def __init__(self, workspace: Path, processes: int, flags: argparse.Namespace):
-        self.workspace, self.processes, self.launcher = workspace, processes, LAUNCHERS[flags.launcher]
+    def __init__(self, workspace: Path, processes: int, flags: argparse.Namespace, kind: str = "pretrain"):
+        self.kind, self.workspace, self.processes, self.launcher = kind, workspace, processes, LAUNCHERS[flags.launcher]
         self.steps, self.chance = flags.steps, random.Random(f"{flags.seed} {processes}")
-        self.argv = ["shakespeare-char-cpu", "--text_files", "text.txt", *FLAGS.split()]
-        self.argv += ["--max_steps", str(flags.steps), "--optimizer", flags.optimizer, "--dropout", str(flags.dropout)]
+        self.argv = [*KINDS[kind].split(), *FLAGS.split(), "--max_steps", str(flags.steps)]
+        self.modules = MODULES["pretrain" if kind == "pretrain" else "finetune"]
         workspace.mkdir(parents=True, exist_ok=True)
         (workspace / "text.txt").write_text(some_text(), encoding="utf-8")
+        if kind == "pretrain":
+            self.argv += ["--optimizer", flags.optimizer, "--dropout", str(flags.dropout)]
+        else:
+            make_base(workspace / "base", flags.dropout)
+            (workspace / "chat.txt").write_text(some_chats(), encoding="utf-8")
         self.sigkills, self.half_written = Counter(), 0
 
     def start(self, name: str):
         """Grow the run, or go on with it where there is something to go on with."""
         begun = (self.workspace / name / "recipe.yaml").exists()
-        verb, argv = ("resume", [name]) if begun else ("pretrain", [*self.argv, "--output_dir", name])
-        return self.launcher(self.workspace, f"training.{verb}", argv, self.processes, self.log(name))
+        argv = [name] if begun else [*self.argv, "--output_dir", name]
+        return self.launcher(self.workspace, self.modules[begun], argv, self.processes, self.log(name))
 
     def log(self, name: str) -> Path:
         return self.workspace / f"{name}.log"
@@ -250,7 +269,10 @@ class Experiment:
         self.sigkills.update(killed)
         wrong = self.differences(name)
         said = f"differs in {wrong}" if wrong else "equal"
-        print(f"{self.processes} process(es), run {number}: killed {', '.join(killed)}: {said}", file=sys.stderr)
+        print(
+            f"{self.kind}, {self.processes} process(es), run {number}: killed {', '.join(killed)}: {said}",
+            file=sys.stderr,
+        )
         if not wrong:
             shutil.rmtree(self.workspace / name)
         return not wrong
@@ -266,14 +288,19 @@ def facts(run_dir: Path, steps: int) -> dict:
     last = run_dir / f"checkpoint-{steps}"
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
     return {
-        "weights": load_file(last / "model.safetensors"),
-        "best weights": load_file(run_dir / "model.safetensors"),
+        "weights": weights_in(last),
+        "best weights": weights_in(run_dir),
         "optimizer": torch.load(last / "optimizer.pt", weights_only=True),
         "random states": [torch.load(path, weights_only=False)["cpu"] for path in sorted(last.glob("rng_state*.pth"))],
         "losses": [{key: entry.get(key) for key in LOGGED} for entry in state["log_history"] if "loss" in entry],
         "metrics": [{key: value for key, value in row.items() if key not in TIMED} for row in read_metrics(run_dir)],
         "best step": state["best_global_step"],
     }
+
+
+def weights_in(directory: Path) -> dict[str, torch.Tensor]:
+    """A model's weights, or an adapter's."""
+    return {name: weight for path in directory.glob("*.safetensors") for name, weight in load_file(path).items()}
 
 
 def same(a, b) -> bool:
@@ -294,9 +321,26 @@ def some_text() -> str:
     return " ".join(chance.choice(words) for _ in range(2500))
 
 
-def measure(processes: int, flags: argparse.Namespace, workspace: Path) -> dict:
-    """All the trials on so many processes."""
-    experiment = Experiment(workspace / str(processes), processes, flags)
+def some_chats() -> str:
+    """Sixty questions and answers of differing length."""
+    words = some_text().split()
+    turns = [(words[n : n + n % 5 + 2], words[n + 9 : n + 9 + n % 7 + 1]) for n in range(0, 600, 10)]
+    return "\n\n".join(f"User: {' '.join(asked)}?\nAssistant: {' '.join(told)}." for asked, told in turns) + "\n"
+
+
+def make_base(directory: Path, dropout: float) -> None:
+    """A tiny random stock GPT-2 with a byte tokenizer."""
+    torch.manual_seed(0)
+    ends = {"eos_token_id": 256, "bos_token_id": 256, "pad_token_id": 256}
+    dropouts = {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, **ends, **dropouts)
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    build_tokenizer("byte").save_pretrained(directory)
+
+
+def measure(kind: str, processes: int, flags: argparse.Namespace, workspace: Path) -> dict:
+    """All the trials of a kind on so many processes."""
+    experiment = Experiment(workspace / kind / str(processes), processes, flags, kind)
     timing = experiment.leave_alone()
     equal = sum(experiment.trial(number, timing) for number in range(1, flags.kills + 1))
     return {
@@ -310,7 +354,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="runs that are killed, for each number of processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="how many: 1, 2, or both in turn (1 2)")
-    parser.add_argument("--optimizer", default="muon")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["pretrain"], help="what is killed")
+    parser.add_argument("--optimizer", default="muon", help="of pretraining; finetuning has adamw")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=120)
     launcher = "fork from a process that has imported all (quick), or start commands (torchrun for several processes)"
@@ -318,17 +363,21 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, help="keep the runs that differ here (default: a temporary folder)")
     flags = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    multiprocessing.set_forkserver_preload(["training.pretrain", "training.resume"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["HF_MODULES_CACHE"] = temporary
         workspace = (flags.workspace or Path(temporary)).absolute()
-        results = {str(processes): measure(processes, flags, workspace) for processes in flags.processes}
+        results = {
+            f"{kind}, {processes} process(es)": measure(kind, processes, flags, workspace)
+            for kind in flags.kinds
+            for processes in flags.processes
+        }
     totals = {what: sum(result[what] for result in results.values()) for what in ("kills", "equal", "sigkills")}
     settings = {name: getattr(flags, name) for name in ("optimizer", "dropout", "steps", "seed", "launcher")}
     seconds = round(time.perf_counter() - begin, 1)
     line = {"benchmark": "kill_resume", **totals, **settings, "torch": torch.__version__, "seconds": seconds}
-    print(json.dumps({**line, "by_processes": results}))
+    print(json.dumps({**line, "by_kind": results}))
     sys.exit(totals["equal"] != totals["kills"])
 
 

@@ -33,7 +33,7 @@ def quick_starts():
     """Processes forked from one that has imported everything; the environment as it was afterwards."""
     with patch.dict(os.environ):
         os.environ.update(kill_resume.ENVIRONMENT)
-        multiprocessing.set_forkserver_preload(["training.pretrain", "training.resume"])
+        multiprocessing.set_forkserver_preload(kill_resume.PRELOADED)
         yield
 
 
@@ -59,7 +59,21 @@ def test_killed_and_resumed_is_as_left_alone(monkeypatch, capsys) -> None:
     line = kills(monkeypatch, capsys, "--kills", "2", "--seed", "1", "--steps", "24")
     assert line["kills"] == line["equal"] == 2
     assert line["sigkills"] >= 2
-    assert line["by_processes"]["1"]["half_written_checkpoints"] == 0
+    assert line["by_kind"]["pretrain, 1 process(es)"]["half_written_checkpoints"] == 0
+
+
+def test_a_killed_adapter_is_as_left_alone_on_a_base_with_dropout(monkeypatch, capsys) -> None:
+    line = kills(monkeypatch, capsys, "--kinds", "lora", "--kills", "1", "--seed", "1", "--steps", "12")
+    assert line["kills"] == line["equal"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("kind", [kind for kind in kill_resume.KINDS if kind != "pretrain"])
+def test_every_kind_of_finetuning_is_killed(monkeypatch, capsys, kind: str, processes: str) -> None:
+    flags = ["--kinds", kind, "--processes", processes, "--kills", "2", "--steps", "24"]
+    line = kills(monkeypatch, capsys, *flags)
+    assert line["kills"] == line["equal"] == 2
 
 
 @pytest.mark.slow
