@@ -18,7 +18,7 @@ messages_column block_size packing validation_fraction validation_by sampling to
 """
 TRAINING_FLAGS = """
 output_dir max_steps num_train_epochs tokens_per_step per_device_train_batch_size gradient_accumulation_steps
-learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 activation_checkpointing eval_steps
+learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm precision activation_checkpointing eval_steps
 save_total_limit early_stopping_patience seed report_to push_to_hub hub_model_id
 """
 EXAMPLES = """examples:

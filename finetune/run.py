@@ -16,8 +16,17 @@ from training.errors import UserError
 from training.files import read_json, write_whole
 from training.hardware import context_of, peak_memory
 from training.inputs import refuse_other_inputs
-from training.loading import fingerprint, load_adapter, load_causal_lm, load_config, load_model_tokenizer
+from training.loading import (
+    fingerprint,
+    in_native_dtype,
+    load_adapter,
+    load_causal_lm,
+    load_config,
+    load_model_tokenizer,
+    refuse_emulated_dtype,
+)
 from training.lock import claimed
+from training.precision import trained_in
 from training.processes import leave
 from training.run import begin, by_the_first, train
 from training.sampling import prompt_tensor, sample_text
@@ -47,7 +56,9 @@ class Prepared:
 def prepare_data(recipe: FinetuneRecipe, args, is_resumed: bool = False) -> Prepared:
     """Tokenizer, data and prompt; wrong ones are refused before the weights are read."""
     model, data, adapter = recipe.model_arguments(), recipe.data_arguments(), recipe.adapter_arguments()
-    quantization(adapter.adapter)  # refuses what this machine cannot do
+    quantization(adapter.adapter, args.precision)  # refuses what this machine cannot do
+    if not args.force_precision:
+        refuse_emulated_dtype(model.dtype, args.device.type)
     config = load_config(model.model_name_or_path, model.trust_remote_code)
     tokenizer = load_model_tokenizer(data.tokenizer or model.model_name_or_path, config)
     context = context_of(config) - virtual_tokens(adapter)
@@ -78,10 +89,12 @@ def load_base(recipe: FinetuneRecipe, args, checkpoint: str | None):
     if Path(name).is_dir():
         name = str(Path(name).absolute())  # an adapter names its base, wherever it is loaded from
     is_whole_again = checkpoint is not None and adapter.adapter == "full"
-    options = quantization(adapter.adapter)
+    options = quantization(adapter.adapter, args.precision)
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     base = load_causal_lm(checkpoint if is_whole_again else name, model.dtype, model.trust_remote_code, **options)
+    if model.dtype == "auto" and not args.force_precision:
+        base = in_native_dtype(base, args.device.type)
     known = None if adapter.adapter == "qlora" or is_whole_again else fingerprint(base)
     if not model.attn_implementation and args.device.type == "cpu" and args.bf16:
         base.set_attn_implementation("eager")  # the backward pass of fused attention is slower in bf16 on CPUs
@@ -137,12 +150,11 @@ def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None
 def introduce(recipe: FinetuneRecipe, trainer: FinetuneTrainer) -> str:
     """Three lines before the table: the model and what is trained of it, the data, the plan."""
     args, (trained, total) = trainer.args, count_parameters(trainer.model)
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     return (
         f"{recipe.name}: {trainer.adapter.adapter} on {trainer.base[0]}, {trained:,} of {total:,} parameters trained "
         f"({trained / total:.2%})\n{describe(trainer.corpus)}\n"
         f"{args.max_steps:,} steps of {trainer.rows_per_step:,} rows of {trainer.context_length:,} tokens on "
-        f"{args.world_size} × {args.device.type}, {precision}, {args.optimizer} → {args.output_dir}"
+        f"{args.world_size} × {args.device.type}, {trained_in(trainer)}, {args.optimizer} → {args.output_dir}"
     )
 
 

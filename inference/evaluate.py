@@ -16,7 +16,8 @@ from training.corpus import Corpus
 from training.dataset import EvaluationRows
 from training.errors import FlagParser, UserError, quiet_libraries, run_main
 from training.evaluation import evaluate_rows
-from training.loading import load_model_and_tokenizer
+from training.loading import best_device, load_model_and_tokenizer
+from training.precision import refuse_emulated
 from training.recipe import load_run_recipe
 from training.run import corpus_of_run
 from training.sampling import context_left
@@ -47,7 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--block_size", type=int, help="window length [the model's context]")
     parser.add_argument("--per_device_eval_batch_size", type=int, default=32, help="windows a batch [%(default)s]")
-    parser.add_argument("--bf16", action="store_true", help="compute the logits in bf16")
+    parser.add_argument("--bf16", action="store_true", help="compute the logits in bf16 (without: in what was saved)")
+    parser.add_argument("--force_precision", action="store_true", help="take a dtype that the device only emulates")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that a Hub id brings")
     return parser.parse_args(argv)
 
@@ -58,7 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     if flags.per_device_eval_batch_size < 1:
         raise UserError(f"per_device_eval_batch_size={flags.per_device_eval_batch_size}: must be at least 1")
     quiet_libraries()
-    model, tokenizer = load_model_and_tokenizer(flags.model, trust_remote_code=flags.trust_remote_code)
+    if flags.bf16 and not flags.force_precision:
+        mend = "leave it out, or insist with --force_precision"
+        refuse_emulated("--bf16", best_device().type, torch.bfloat16, mend)
+    model, tokenizer = load_model_and_tokenizer(flags.model, "auto", flags.trust_remote_code, flags.force_precision)
     limit = context_left(model)
     context_length = flags.block_size or limit
     if not 1 <= context_length <= limit:

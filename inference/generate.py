@@ -8,7 +8,7 @@ import torch
 from transformers import set_seed
 
 from training.errors import FlagParser, UserError, quiet_libraries, run_main
-from training.loading import load_model_and_tokenizer
+from training.loading import best_device, load_model_and_tokenizer, refuse_emulated_dtype
 from training.sampling import (
     TextPrinter,
     context_left,
@@ -41,7 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=None, help="sample among the likeliest that hold this share")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less [%(default)s]")
     parser.add_argument("--seed", type=int, default=1337, help="of the draws [%(default)s]")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [%(default)s]")
+    dtypes = "auto (as saved; float32 where the device only emulates that), float32, bfloat16 or float16 [%(default)s]"
+    parser.add_argument("--dtype", default="auto", help=dtypes)
+    parser.add_argument("--force_precision", action="store_true", help="take a dtype that the device only emulates")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that a Hub id brings")
     parser.add_argument("--no_stream", action="store_true", help="write each sample when it is whole, all in one batch")
     return parser.parse_args(argv)
@@ -70,7 +72,11 @@ def main(argv: list[str] | None = None) -> None:
         flags.temperature, flags.top_k, flags.top_p, repetition_penalty=flags.repetition_penalty
     )
     prompt = read_prompt(flags.prompt)
-    model, tokenizer = load_model_and_tokenizer(flags.model, flags.dtype, flags.trust_remote_code)
+    if not flags.force_precision:
+        refuse_emulated_dtype(flags.dtype, best_device().type)
+    model, tokenizer = load_model_and_tokenizer(
+        flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
+    )
     ids = prompt_tensor(tokenizer, prompt, context_left(model)).to(model.device)
     set_seed(flags.seed)
     write = write_batch if flags.no_stream else write_streamed

@@ -13,7 +13,8 @@ from . import variants
 VOCABULARY, CONTEXT = 257, 64
 TINY = words(
     "--max_steps 6 --eval_steps 3 --per_device_train_batch_size 4 --block_size 40 "
-    "--tokens_per_step none --warmup_steps 0 --learning_rate 1e-2 --max_new_tokens 8 --validation_fraction 0.2"
+    "--tokens_per_step none --warmup_steps 0 --learning_rate 1e-2 --max_new_tokens 8 --validation_fraction 0.2 "
+    "--precision fp32"
 )
 OURS = {
     "gpt": {},

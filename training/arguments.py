@@ -4,15 +4,18 @@ import math
 import sys
 from dataclasses import dataclass, field, fields
 
+from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .choices import RISING, check_choices, check_needs, check_schedule, settle_metric
+from .compiling import plan_compilation
 from .errors import UserError
 from .fields import refuse_other_values
 from .hub import check_hub_arguments
 from .model_card import check_language, check_license
 from .optimizers import OPTIMIZERS
+from .precision import ACCELERATE, choose
 from .ranges import check_numbers
 
 
@@ -99,6 +102,10 @@ class GPTTrainingArguments(TrainingArguments):
     muon_learning_rate: float = _say("Learning rate of the hidden matrices under muon.", 0.02)
     muon_momentum: float = _say("Momentum of the hidden matrices under muon.", 0.95)
     early_stopping_patience: int | None = _say("Stop after so many evaluations without a better validation loss.")
+    precision: str = _say("auto (bf16 where the device multiplies it natively, else fp32), fp32, bf16 or fp16.", "auto")
+    force_precision: bool = _say("Take the precision asked for even where the device only emulates it.", False)
+    bf16: bool | None = _say("The same as --precision bf16; false: as fp32.")
+    fp16: bool | None = _say("The same as --precision fp16.")
     compile_scope: str = _say("With --torch_compile: blocks (quick to compile) or model.", "blocks")
     peak_flops: float | None = _say("Peak FLOP/s of the device, for MFU (known GPUs need none).")
 
@@ -162,12 +169,14 @@ class GPTTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         check_schedule(self)
-        self.compile_blocks = self.torch_compile and self.compile_scope == "blocks"
-        if self.compile_blocks:
-            self.torch_compile = False  # the trainer compiles the blocks in place; accelerate would wrap the whole
+        self.compile_blocks = plan_compilation(self)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file has no use for a bar
-        super().__post_init__()
+        self.precision, self.precision_reason = choose(self)
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        # transformers takes the launcher's word where neither of the two is set.
+        with patch_environment(ACCELERATE_MIXED_PRECISION=ACCELERATE[self.precision]):
+            super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one GPU; DataParallel would be slower than it and split every batch
 

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers.integrations import integration_utils
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
@@ -29,6 +30,7 @@ CHOICES = {
     "log_level": trainer_log_levels,
     "log_level_replica": trainer_log_levels,
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO],
     "dataloader_multiprocessing_context": multiprocessing.get_all_start_methods(),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl"),
     "debug": ("underflow_overflow",),

@@ -73,8 +73,8 @@ def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
     """Bytes a device: float32 weights, gradients and optimizer state, and what a step needs beside them at its peak.
 
     Half precision keeps a copy of the matrices while a micro-batch is worked on; Muon's step holds its updates in
-    float32, and of the largest stack of equal shapes a few bfloat16 copies, when the activations are gone. Without
-    accumulation the gradients come while the activations go.
+    float32, and of the largest stack of equal shapes a few copies in the run's precision, when the activations are
+    gone. Without accumulation the gradients come while the activations go.
     """
     parameters = model.num_parameters()
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
@@ -83,7 +83,7 @@ def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
     stacks = Counter()
     for p in matrices if hidden else []:
         stacks[tuple(sorted(p.shape))] += p.numel()
-    step = 4 * hidden + 10 * max(stacks.values(), default=0)
+    step = 4 * hidden + (10 if is_half else 20) * max(stacks.values(), default=0)
     copies = 2 * matrix_parameters(model.config) if is_half else 0
     worked_on = copies + micro_batch * activation_bytes(model.config, is_half, args.gradient_checkpointing)
     worked_on += loss_bytes(micro_batch * model.config.vocab_size, 2 if is_half else 4)

@@ -4,8 +4,9 @@ import sys
 
 from .costs import SHARDED, Estimate, estimate_recipe
 from .errors import FlagParser, UserError, run_main, unknown
-from .hardware import GPUS
+from .hardware import GPUS, WITHOUT_BF16
 from .help import wants_help
+from .precision import fit_precision
 from .recipe import Recipe, load_recipe
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if flags.num_gpus < 1 or not 0 < flags.mfu <= 1:
         raise UserError(f"--num_gpus={flags.num_gpus} --mfu={flags.mfu}: at least 1, and in (0, 1]")
     recipe = load_recipe("estimate", others)
+    fit_precision(recipe.training, flags.gpu not in WITHOUT_BF16)
     estimate = estimate_recipe(recipe, flags.num_gpus, flags.sharding)
     print(report(recipe, estimate, flags.gpu, flags.num_gpus, flags.mfu))
 

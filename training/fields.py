@@ -14,8 +14,8 @@ TAKES_EFFECT = frozenset(
     optimizer muon_learning_rate muon_momentum early_stopping_patience compile_scope peak_flops tokens_per_step
     output_dir max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size
     gradient_accumulation_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
-    adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor
-    seed data_seed full_determinism bf16 fp16 tf32 use_cpu auto_find_batch_size
+    adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor seed data_seed full_determinism
+    precision force_precision bf16 fp16 tf32 use_cpu auto_find_batch_size
     average_tokens_across_devices activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
     gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
     eval_strategy eval_steps eval_delay eval_on_start save_strategy save_steps save_total_limit save_only_model

@@ -8,8 +8,8 @@ from .arguments import CardArguments, DataArguments, GPTTrainingArguments, Sampl
 
 TRAINING_FLAGS = """
 output_dir max_steps num_train_epochs tokens_per_step per_device_train_batch_size gradient_accumulation_steps optimizer
-learning_rate
-muon_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 torch_compile compile_scope
+learning_rate muon_learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm precision force_precision
+torch_compile torch_compile_mode torch_compile_backend compile_scope
 activation_checkpointing eval_steps save_steps save_total_limit early_stopping_patience seed report_to
 push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push
 """

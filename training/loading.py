@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling import GPTConfig, GPTForCausalLM
@@ -18,7 +18,7 @@ from modeling.configuration_gpt import OLD_MODEL_TYPE
 from .errors import UserError, one_line, unknown
 from .files import read_json
 from .hardware import text_config
-from .pickles import UNREADABLE
+from .precision import is_native, refuse_emulated
 from .tokenizers import add_nothing, load_tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,13 +40,26 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
     options |= {} if is_ours else {"trust_remote_code": trust_remote_code}
     try:
         model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True, **options)
-    except (*UNREADABLE, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         why = one_line(error)
         if "Unrecognized configuration class" in why:
             why = "it is no causal language model (none of transformers' AutoModelForCausalLM)"
         raise UserError(f"model {name!r} cannot be loaded: {why}") from error
     refuse_torn(name, report)
     return model
+
+
+def refuse_emulated_dtype(dtype: str, device_type: str) -> None:
+    """Refuse to load weights in what the device only emulates; `auto` is for `in_native_dtype`."""
+    if isinstance(DTYPES.get(dtype), torch.dtype):
+        mend = "take --dtype float32, or insist with --force_precision"
+        refuse_emulated(f"dtype={dtype}", device_type, DTYPES[dtype], mend)
+
+
+def in_native_dtype(model, device_type: str):
+    """`model` as it was saved, or in float32 where the device only emulates what it was saved in."""
+    is_kept = getattr(model, "is_quantized", False) or is_native(device_type, model.dtype)
+    return model if is_kept else model.float()
 
 
 def load_config(name: str, trust_remote_code: bool = False):
@@ -79,12 +92,23 @@ def load_model_tokenizer(name: str, config, needs_end_of_text: bool = True):
     return add_nothing(tokenizer) if config.model_type in OUR_TYPES else tokenizer
 
 
-def load_model_and_tokenizer(name: str, dtype: str = "auto", trust_remote_code: bool = False):
-    """(model in eval mode on the best device, tokenizer); an adapter's directory gives its base with it on top."""
-    load = load_adapter if is_adapter(name) else load_causal_lm
+def best_device() -> torch.device:
+    """The accelerator, where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def load_model_and_tokenizer(
+    name: str, dtype: str = "auto", trust_remote_code: bool = False, force_precision: bool = False
+):
+    """(model in eval mode on the best device, tokenizer); an adapter's directory gives its base with it on top.
+
+    dtype: `auto` is what was saved, or float32 where the device only emulates that and `force_precision` is not set.
+    """
+    load, device = load_adapter if is_adapter(name) else load_causal_lm, best_device()
     model = load(str(name), dtype, trust_remote_code)
     tokenizer = load_model_tokenizer(tokenizer_home(str(name)), model.config, needs_end_of_text=False)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    if dtype == "auto" and not force_precision:
+        model = in_native_dtype(model, device.type)
     return model.to(device).eval(), tokenizer
 
 
@@ -132,27 +156,9 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
         )
     try:
         with without_warnings():
-            make_room_for_tokens(base, Path(directory))
             return with_cache_names(PeftModel.from_pretrained(base, directory))
-    except UNREADABLE as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"adapter {directory}: does not fit {base_name}: {one_line(error)}") from error
-
-
-def make_room_for_tokens(base, directory: Path) -> None:
-    """Give the base the rows that an adapter was trained with: for tokens added to its tokenizer, as AutoPeft does.
-
-    The new rows come with the adapter, where PEFT saved its embeddings; a base is never made smaller.
-    """
-    embedding = base.get_input_embeddings()
-    name, rows = next(name for name, module in base.named_modules() if module is embedding), [embedding.weight.shape[0]]
-    if (directory / "tokenizer_config.json").is_file():
-        rows.append(len(load_tokenizer(str(directory), needs_end_of_text=False)))
-    for path in directory.glob("adapter_model.safetensors"):
-        with safe_open(path, framework="numpy") as tensors:
-            kept = [key for key in tensors.keys() if key.endswith(f".{name}.weight")]  # noqa: SIM118
-            rows += [tensors.get_slice(key).get_shape()[0] for key in kept]
-    if max(rows) > rows[0]:
-        base.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def with_cache_names(adapted):

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .precision import newton_schulz_dtype
+
 # Coefficients of the quintic Newton–Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -20,14 +22,14 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Push the singular values of each matrix towards one, by Newton–Schulz in bfloat16.
+def orthogonalize(matrices: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Push the singular values of each matrix towards one, by Newton–Schulz in `dtype`.
 
-    matrices: (count, rows, columns). Returns the same shape in bfloat16.
+    matrices: (count, rows, columns). Returns the same shape in `dtype`.
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     if is_tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -42,12 +44,14 @@ class Muon(torch.optim.Optimizer):
 
     Momentum of the hidden matrices is orthogonalised before it is applied (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/); matrices of equal shape, transposed ones too, go through one stacked
-    Newton–Schulz. The step is scaled by sqrt(max(1, rows / columns)) as in the original.
+    Newton–Schulz. The step is scaled by sqrt(max(1, rows / columns)) as in the original. precision: the run's; under
+    auto Newton–Schulz is in what the parameters' device multiplies natively.
     """
 
-    def __init__(self, groups: list[dict], adamw_kwargs: dict):
+    def __init__(self, groups: list[dict], adamw_kwargs: dict, precision: str = "auto"):
         super().__init__(groups, {"weight_decay": 0.0, "momentum": 0.95, "use_muon": False})
         self._adamw = torch.optim.AdamW([g for g in self.param_groups if not g["use_muon"]], **adamw_kwargs)
+        self._dtype = newton_schulz_dtype(precision, self.param_groups[0]["params"][0].device)
         for group, filled in zip(self._adamw_groups(), self._adamw.param_groups, strict=True):
             group.update({key: value for key, value in filled.items() if key not in group})
 
@@ -85,7 +89,7 @@ class Muon(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for indices in self._same_shape(updates).values():
-            stacked = orthogonalize(torch.stack([_wide(_whole(updates[i])) for i in indices]))
+            stacked = orthogonalize(torch.stack([_wide(_whole(updates[i])) for i in indices]), dtype=self._dtype)
             for i, update in zip(indices, stacked, strict=True):
                 rows, columns = parameters[i].shape
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -136,7 +140,7 @@ def build_muon(model: nn.Module, args) -> torch.optim.Optimizer:
         {"params": hidden, "weight_decay": args.weight_decay, **muon},
         {"params": rest, "weight_decay": 0.0, "lr": args.learning_rate, "use_muon": False},
     ]
-    return Muon([group for group in groups if group["params"]], _adamw_kwargs(args))
+    return Muon([group for group in groups if group["params"]], _adamw_kwargs(args), getattr(args, "precision", "auto"))
 
 
 def _adamw_kwargs(args) -> dict:

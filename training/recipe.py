@@ -18,6 +18,7 @@ from .arguments import CardArguments, DataArguments, GPTTrainingArguments, Sampl
 from .choices import NEEDS
 from .errors import UserError, one_line, unknown
 from .files import write_whole
+from .precision import KEYS as PRECISION_KEYS
 from .processes import check_launch, check_partitions
 from .shell import shell
 
@@ -115,6 +116,8 @@ class Recipe:
             other = GOES_WITH[key]
             if other in flags and flags[other] != self.training.get(other, getattr(self.sections["training"], other)):
                 del self.training[key]
+        for key in PRECISION_KEYS if flags.keys() & set(PRECISION_KEYS) else ():  # three keys for one thing
+            self.training.pop(key, None)
 
     def save(self, path: Path) -> None:
         """Write the recipe where `load_recipe_file` finds it again; addresses in it without what may be a secret."""
@@ -174,7 +177,10 @@ def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
     if not (run_dir / "recipe.yaml").is_file():
         what = "has no recipe.yaml, so it is no run directory" if run_dir.is_dir() else "does not exist"
         raise UserError(f"{run_dir} {what}: name a directory that `acorn pretrain` made, such as runs/quickstart")
-    return load_recipe_file(str(run_dir / "recipe.yaml"), kind)
+    recipe = load_recipe_file(str(run_dir / "recipe.yaml"), kind)
+    if not recipe.training.keys() & set(PRECISION_KEYS):
+        recipe.training["precision"] = "fp32"  # of a run that an Acorn began which took it without a word
+    return recipe
 
 
 @functools.cache

@@ -20,6 +20,8 @@ from .datatrove_tokens import holds_datatrove, load_datatrove
 from .errors import UserError
 from .inputs import inputs_named_by, record_inputs, refuse_other_inputs
 from .lock import claimed
+from .precision import record as record_precision
+from .precision import trained_in
 from .processes import is_lost_process, leave, lost, one_process_first
 from .recipe import Recipe
 from .report import next_steps, write_report
@@ -137,6 +139,7 @@ def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
     # Kept as tokens a step, so that a resume on more or fewer processes takes the same steps.
     recipe.training["tokens_per_step"] = args.tokens_per_step
     recipe.training.pop("gradient_accumulation_steps", None)
+    record_precision(recipe.training, args)
     recipe.save(run_dir / "recipe.yaml")
     if checkpoint is None:
         record_inputs(run_dir, trainer.inputs)
@@ -158,12 +161,11 @@ def train(trainer: GPTTrainer, checkpoint: str | None) -> None:
 def describe(recipe: Recipe, trainer: GPTTrainer) -> str:
     """Two lines before the table: the model and the plan."""
     args, config = trainer.args, trainer.model.config
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     return (
         f"{recipe.name}: {trainer.model.num_parameters():,} parameters, {config.num_hidden_layers} layers of "
         f"{config.hidden_size}, context {trainer.context_length}, vocabulary {config.vocab_size:,}\n"
         f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens on {args.world_size} × {args.device.type}, "
-        f"{precision}, {args.optimizer}, attention {config._attn_implementation} → {args.output_dir}"
+        f"{trained_in(trainer)}, {args.optimizer}, attention {config._attn_implementation} → {args.output_dir}"
     )
 
 
