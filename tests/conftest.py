@@ -15,6 +15,8 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from training import reading  # noqa: E402
+
 from . import variants  # noqa: E402
 
 torch.set_num_threads(1)  # the models are too small to share out, and pytest-xdist fills the cores
@@ -22,8 +24,9 @@ torch.set_num_threads(1)  # the models are too small to share out, and pytest-xd
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Make every test draw the same numbers whatever ran before it."""
+    """Make every test draw the same numbers, and say the same, whatever ran before it."""
     torch.manual_seed(1337)
+    reading.say_once.cache_clear()
 
 
 @pytest.fixture

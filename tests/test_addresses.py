@@ -31,3 +31,8 @@ def test_texts_errors_and_commands_lose_it_too() -> None:
         "a": ["http://h/", {"b": 1}],
         "c": None,
     }
+
+
+def test_an_error_of_a_data_loaders_worker_is_its_one_line() -> None:
+    told = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+    assert str(UserError(f"{told}training.errors.UserError: a.bin: was 4 bytes long\n")) == "a.bin: was 4 bytes long"

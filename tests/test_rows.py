@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import signal
 import zipfile
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import pytest
 
 from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import find_format, read_conversations, read_pairs
+from training import workers
 from training.corpus import prepare
 from training.errors import UserError
 from training.rows import format_of
 from training.sources import Bookmark, documents, numbered_parts
 
-from .small_corpora import arguments
+from .small_corpora import arguments, killed_after, prepared
 
 CASES = Path(__file__).parents[2] / "shared/cases"
 TEXTS = ['a, "b"', "two\nlines", "x\u2028y\u0085z\x0b\x0c", "é\r\nü", "3"]
@@ -170,6 +172,32 @@ def test_rows_without_text_are_none_and_leave_no_split_empty():
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), "none.parquet")
     with pytest.raises(UserError, match="data_files: the source holds no text at all"):
         prepare(arguments(data_files=["none.parquet"], data_dir="none", **BYTES))
+
+
+def test_bad_rows_of_a_killed_preparation_are_counted_once():
+    lines = [json.dumps({"text": f"row {number} " * 9}) if number % 7 else "{oh" for number in range(300)]
+    Path("some.jsonl").write_text("\n".join(lines))
+    options = {"data_files": ["some.jsonl"], "on_bad_file": "skip", "validation_by": "documents", **BYTES}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(workers, "BATCH_CHARACTERS", 700)
+        unbroken = prepared("unbroken", **options)
+        assert killed_after(3, data_dir="killed", **options) == -signal.SIGKILL
+        assert prepared("killed", **options) == unbroken
+    left_out = json.loads(Path("killed/manifest.json").read_text())["left_out"]["rows of some.jsonl"]
+    assert left_out.startswith("43, the first: line 1: is not JSON")
+
+
+def test_a_folder_of_tables_and_a_data_set_of_them():
+    Path("set").mkdir()
+    for number, kind in enumerate(("csv", "jsonl")):
+        Path(f"set/{kind}").mkdir()
+        Path(f"set/{kind}/train-{number}.{kind}.gz").write_bytes(gzip.compress(FORMATS[kind]))
+        Path(f"set/{kind}/README").write_text("no table")
+        assert texts(data_files=[f"set/{kind}"]) == texts(dataset=f"set/{kind}") == TEXTS
+    assert texts(data_files=["set"]) == TEXTS * 2
+    Path("none").mkdir()
+    with pytest.raises(UserError, match="data_files='none': the folder holds no table"):
+        texts(data_files=["none"])
 
 
 CHATS = {

@@ -14,11 +14,11 @@ import numpy as np
 
 from .building import CORPUS, STATE, building_folder, built_aside, put_in_place
 from .dataset import TokenShards
-from .errors import UserError, unknown
+from .errors import UserError
 from .files import sync_below, write_whole
 from .inputs import digest, text_digest
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
-from .reading import BAD_FILE_POLICIES, sha256
+from .reading import check_policy, sha256
 from .sources import documents, fingerprint_sources, licence_of, named_sources
 from .splitting import SPLITS, check_split_options
 from .tokenizers import BUILDERS, build_tokenizer, load_tokenizer, tokenizer_hash
@@ -179,8 +179,7 @@ def check_options(data) -> None:
     for name, what in (("shard_size", "token"), ("num_proc", "process")):
         if getattr(data, name) < 1:
             raise UserError(f"{name}={getattr(data, name)}: must be at least 1 {what}")
-    if data.on_bad_file not in BAD_FILE_POLICIES:
-        raise unknown("on_bad_file", data.on_bad_file, BAD_FILE_POLICIES)
+    check_policy(data)
 
 
 def describe(data, tokenizer=None) -> dict:

@@ -28,7 +28,10 @@ class UserError(Exception):
     """A mistake the person can mend: one line with the field, the value and the mend; addresses without secrets."""
 
     def __init__(self, message: str = ""):
-        super().__init__(public_text(str(message)))
+        line = str(message)
+        if line.startswith("Caught UserError in DataLoader"):  # torch hands on a worker's error as its whole traceback
+            line = line.strip().rpartition("UserError: ")[2]
+        super().__init__(public_text(line))
 
 
 class LostProcess(UserError):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from .addresses import is_address, public_name
-from .errors import UserError, one_line
+from .errors import UserError, one_line, unknown
 
 BAD_FILE_POLICIES = ("stop", "skip")
 
@@ -40,13 +40,19 @@ class Size(NamedTuple):
     bytes: int | None = None
 
 
+def check_policy(data) -> None:
+    """Refuse a policy for bad files and rows that there is not."""
+    if data.on_bad_file not in BAD_FILE_POLICIES:
+        raise unknown("on_bad_file", data.on_bad_file, BAD_FILE_POLICIES)
+
+
 def leave_out(data, left_out: dict, name: str, error: UserError) -> None:
     """Raise the error about a file, or, with on_bad_file=skip, say it once and remember it in `left_out`."""
     if data.on_bad_file == "stop":
         raise error
     if name not in left_out:
         left_out[name] = str(error)
-        say(f"left out: {error}")
+        say_once(f"left out: {error}")
 
 
 def leave_row_out(data, left_out: dict, field: str, name: str, row, why: str) -> None:
@@ -62,7 +68,7 @@ def leave_row_out(data, left_out: dict, field: str, name: str, row, why: str) ->
     entry = left_out.setdefault(f"rows of {name}", {"why": f"{row.place}: {why}", "rows": []})
     rows, place = entry["rows"], bisect.bisect_left(entry["rows"], row.number)
     if not rows:
-        say(f"left out: {error}")
+        say_once(f"left out: {error}")
     if rows[place : place + 1] != [row.number]:
         rows.insert(place, row.number)
 
@@ -80,7 +86,7 @@ def say(line: str) -> None:
         sys.stderr.flush()
 
 
-say_once = functools.cache(say)
+say_once = functools.cache(say)  # what is read several times, or pass after pass, is said about once
 
 
 def as_list(field: str, entries: list[str] | str) -> list[str]:

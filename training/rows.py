@@ -37,11 +37,15 @@ class Row(NamedTuple):
 Reader = Callable[[Path, str, list[str] | None, int], Iterator[Row]]
 
 
+def is_named_as_table(name: str) -> bool:
+    """Say whether a file's name ends as a table's, compressed or not."""
+    return Path(without_compression(name)).suffix.lower() in ENDINGS
+
+
 def format_of(path: Path, name: str) -> str | None:
     """Return the format of a table's file, by the ending of its name or else by its first bytes; None for no table."""
-    by_name = ENDINGS.get(Path(without_compression(name)).suffix.lower())
-    if by_name:
-        return by_name
+    if is_named_as_table(name):
+        return ENDINGS[Path(without_compression(name)).suffix.lower()]
     try:
         with open_bytes(path) as file:
             head = file.read(1024)
@@ -155,6 +159,8 @@ def _csv_rows(path: Path, name: str, columns: list[str] | None, first: int, deli
     with _open_text(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(reader, None) or []
+        if why := _what_is_wrong("".join(header)):
+            raise ValueError(f"its header {why}")
         while True:
             line, why = reader.line_num + 1, ""
             try:

@@ -9,8 +9,29 @@ from pathlib import Path
 
 from .compression import is_compressed
 from .errors import UserError, one_line, unknown
-from .reading import Files, Part, Size, as_list, fingerprint_files, leave_out, leave_row_out, match_files
-from .rows import ENDINGS, Row, bad_file_errors, format_of, missing_column, open_parquet, read_rows, text_of
+from .reading import (
+    Files,
+    Part,
+    Size,
+    as_list,
+    files_below,
+    fingerprint_files,
+    leave_out,
+    leave_row_out,
+    match_files,
+    say_once,
+)
+from .rows import (
+    ENDINGS,
+    Row,
+    bad_file_errors,
+    format_of,
+    is_named_as_table,
+    missing_column,
+    open_parquet,
+    read_rows,
+    text_of,
+)
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion, which also exists where a script was the data set
 MEND = "mend the file, or leave out what is bad with --on_bad_file skip"
@@ -38,7 +59,7 @@ def find_data_files(entries: list[str] | str) -> Files:
     """Resolve files, globs and addresses to (name, local path), each once, and refuse what is no table."""
     found: dict[Path, str] = {}
     for entry in as_list("data_files", entries):
-        for name, path in match_files("data_files", entry):
+        for name, path in _tables_below(Path(entry)) if Path(entry).is_dir() else match_files("data_files", entry):
             found.setdefault(path, name)
     for path, name in found.items():
         if not path.stat().st_size:
@@ -48,6 +69,16 @@ def find_data_files(entries: list[str] | str) -> Files:
             raise UserError(f"data_files={name!r}: is no table that is known ({kinds}, compressed or not); "
                             "or use text_files")  # fmt: skip
     return [(name, path) for path, name in found.items()]
+
+
+def _tables_below(folder: Path) -> Files:
+    """List the files of a folder whose endings are those of tables, and say how much that is."""
+    files = [path for path in files_below("data_files", folder) if is_named_as_table(path.name)]
+    if not files:
+        raise UserError(f"data_files={str(folder)!r}: the folder holds no table ({', '.join(ENDINGS)}); name one")
+    size = sum(path.stat().st_size for path in files)
+    say_once(f"data_files={str(folder)!r}: {len(files):,} tables, {size:,} bytes")
+    return [(str(path), path) for path in files]
 
 
 def _names_and_paths(files: Files) -> tuple[list[str], Callable[[str], Path]]:
