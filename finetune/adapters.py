@@ -17,6 +17,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -72,15 +73,41 @@ def find_targets(wanted: list[str] | None, model: nn.Module) -> list[str]:
             raise UserError("target_modules: the model has no linear layers in blocks; name some, or take adapter=full")
         return found
     refuse_unmatched("target_modules", wanted, model, nn.Linear | Conv1D | nn.Embedding)
+    refuse_tied_targets(wanted, model)
     return wanted
+
+
+def names(wanted: str, module: str) -> bool:
+    """Whether a wanted name is that of a module, as PEFT reads it: the whole of it or its end."""
+    return module == wanted or module.endswith(f".{wanted}")
+
+
+def tied_pair(model: nn.Module) -> tuple[str, ...]:
+    """The names of the head and of the embedding where the two are one tensor, and nothing where they are not."""
+    pair = model.get_output_embeddings(), model.get_input_embeddings()
+    if None in pair or pair[0].weight is not pair[1].weight:
+        return ()
+    known = {id(module): name for name, module in model.named_modules()}
+    return tuple(known[id(module)] for module in pair)
+
+
+def refuse_tied_targets(wanted: list[str], model: nn.Module) -> None:
+    """Raise a UserError where a target is one of a tied pair: the adapter would change that one and not the other."""
+    pair = tied_pair(model)
+    for target in wanted:
+        if any(names(target, name) for name in pair):
+            raise UserError(
+                f"target_modules={target!r}: {' and '.join(pair)} are one tensor, and an adapter on one leaves the "
+                f"other as it was; leave it out, or train them whole (adapter=lora, --modules_to_save {leaf(pair[0])})"
+            )
 
 
 def refuse_unmatched(field: str, wanted: list[str], model: nn.Module, kinds) -> None:
     """Raise a UserError that lists what there is, where a name matches no module of these kinds."""
-    names = [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
+    known = [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
     for name in wanted:
-        if not any(there == name or there.endswith(f".{name}") for there in names):
-            there = ", ".join(sorted({leaf(there) for there in names}))
+        if not any(names(name, there) for there in known):
+            there = ", ".join(sorted({leaf(there) for there in known}))
             raise UserError(f"{field}={name!r}: matches nothing in this model; there are {there}")
 
 
@@ -103,30 +130,44 @@ def lora(arguments, model: nn.Module, **variant) -> LoraConfig:
 
 
 def trained_whole(arguments, model: nn.Module) -> dict:
-    """PEFT's arguments for modules that are trained beside the adapter; tied embeddings stay tied."""
-    if not arguments.modules_to_save:
-        return {}
-    refuse_unmatched("modules_to_save", arguments.modules_to_save, model, nn.Module)
-    is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return {"modules_to_save": arguments.modules_to_save, "ensure_weight_tying": is_tied}
+    """PEFT's arguments for modules that are trained beside the adapter; either name of a tied pair trains the pair."""
+    wanted, pair = arguments.modules_to_save or [], tied_pair(model)
+    refuse_unmatched("modules_to_save", wanted, model, nn.Module)
+    for name in wanted:
+        around = [f"{module}." for module, _ in model.named_modules() if module and names(name, module)]
+        if any(of_pair.startswith(tuple(around)) for of_pair in pair):
+            both = " and ".join(pair)
+            raise UserError(f"modules_to_save={name!r}: holds one of {both}, which are one tensor; name parts of it")
+    tied = [name for name in wanted if any(names(name, of_pair) for of_pair in pair)]
+    if not tied:
+        return {"modules_to_save": wanted} if wanted else {}
+    known = [leaf(name) for name in pair if leaf(name) in EMBEDDING_LAYER_NAMES]
+    if arguments.adapter == "ia3" or not known:
+        who = "ia3" if arguments.adapter == "ia3" else "PEFT, for such names,"
+        raise UserError(
+            f"modules_to_save={tied[0]!r}: {' and '.join(pair)} are one tensor, and {who} cannot train them as one; "
+            "take adapter=full, or lora on a model that names them embed_tokens and lm_head"
+        )
+    return {"modules_to_save": [*(name for name in wanted if name not in tied), known[0]], "ensure_weight_tying": True}
 
 
 def ia3(arguments, model: nn.Module) -> IA3Config:
     """Learned factors on keys, values and the MLP's hidden layer (arXiv 2205.05638)."""
     targets, feedforward = arguments.target_modules, arguments.feedforward_modules
     if targets is None:
-        names = linear_layers(model)
+        layers = linear_layers(model)
         fitting = [
-            pair for pair in IA3_NAMES if all(any(name.endswith(f".{target}") for name in names) for target in pair[0])
+            pair for pair in IA3_NAMES if all(any(names(target, layer) for layer in layers) for target in pair[0])
         ]
         if not fitting:
-            there = ", ".join(sorted({leaf(name) for name in names}))
+            there = ", ".join(sorted({leaf(layer) for layer in layers}))
             raise UserError(
                 "target_modules: name the keys, the values and the MLP's second layer, the last of them as "
                 f"--feedforward_modules too; there are {there}"
             )
         targets, feedforward = fitting[0]
     refuse_unmatched("target_modules", targets, model, nn.Linear | Conv1D)
+    refuse_tied_targets(targets, model)
     if not set(feedforward or ()) <= set(targets):
         raise UserError(f"feedforward_modules={feedforward}: each must be among target_modules={targets}")
     return IA3Config(
@@ -134,7 +175,7 @@ def ia3(arguments, model: nn.Module) -> IA3Config:
         target_modules=targets,
         feedforward_modules=feedforward or [],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        modules_to_save=arguments.modules_to_save,
+        **trained_whole(arguments, model),
     )
 
 

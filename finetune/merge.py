@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from training.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
 from training.files import new_directory
@@ -48,13 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     if config.is_prompt_learning:
         kind = str(config.peft_type).split(".")[-1].lower()
         raise UserError(f"{directory}: {kind} adds virtual tokens and changes no weights, so there is nothing to merge")
+    untie_adapted(adapted)
     ids = torch.randint(
         text_config(adapted.config).vocab_size, (2, min(TOKENS, context_of(adapted.config))), generator=seeded()
     )
     unmerged = logits(adapted, ids)
+    was_tied = bool(getattr(adapted.config, "tie_word_embeddings", False))
     merged = adapted.merge_and_unload(safe_merge=True)
-    untie_if_changed(merged)
-    # Where the embeddings are trained apart from a tied head, PEFT leaves the two different.
+    tie_as_found(merged, was_tied)
     difference = write(merged, out, directory, flags, lambda model: float((logits(model, ids) - unmerged).abs().max()))
     print(f"largest difference of logits, unmerged and merged, on {ids.numel()} random ids: {difference:.2e}")
     print(f"The model is in {out}. Next:\n  {shell('acorn', 'generate', out)} --prompt …")
@@ -81,13 +83,20 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def untie_if_changed(model) -> None:
-    """Say in the config that head and embedding are two, where the adapter changed one of a tied pair."""
+def untie_adapted(model) -> None:
+    """Give head and embedding a weight each where an adapter lies on one of a tied pair: that one alone it changes."""
+    layers = [model.get_output_embeddings(), model.get_input_embeddings()]
+    head, embedding = (getattr(layer, "base_layer", layer) for layer in layers)
+    if head is not None and [head, embedding] != layers and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def tie_as_found(model, was_tied: bool) -> None:
+    """Say in the config whether head and embedding are one, by their weights: what PEFT says of them may be wrong."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if not getattr(model.config, "tie_word_embeddings", False) or head is None:
-        return
-    if head.weight.data_ptr() != embedding.weight.data_ptr() and not torch.equal(head.weight, embedding.weight):
-        model.config.tie_word_embeddings = False
+    if was_tied and head is not None:
+        model.config.tie_word_embeddings = torch.equal(head.weight, embedding.weight)
+        model.tie_weights()
 
 
 def write(model, out: Path, directory: Path, flags, compare) -> float:

@@ -123,7 +123,8 @@ def test_every_linear_layer_of_the_blocks_without_being_told(name: str, expected
 
 
 def test_targets_that_are_named() -> None:
-    adapted = attach(stock_model(), arguments("lora", target_modules=["c_attn", "wte"]), "somewhere")
+    untied = stock_model(tie_word_embeddings=False)
+    adapted = attach(untied, arguments("lora", target_modules=["c_attn", "wte"]), "somewhere")
     changed = {key.split(".lora")[0].split(".")[-1] for key, p in adapted.named_parameters() if p.requires_grad}
     assert changed == {"c_attn", "wte"}
 
@@ -137,14 +138,52 @@ def test_targets_that_match_nothing_are_refused_with_what_there_is(name: str, ta
     assert "c_attn, c_fc, c_proj" in str(caught.value)
 
 
-def test_modules_trained_whole_stay_tied() -> None:
-    adapted = moved(attach(stock_model(), arguments("lora", modules_to_save=["lm_head"]), "somewhere"))
+PAIRS = [("gpt2", "lm_head"), ("gpt2", "wte"), ("gpt2", "transformer.wte"), ("gpt", "embed_tokens"), ("gpt", "lm_head")]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize(("base", "name"), PAIRS)
+def test_either_name_trains_the_tied_pair(base: str, name: str, adapter: str, tmp_path) -> None:
+    model = BASES[base]()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    adapted = moved(attach(model, arguments(adapter, modules_to_save=[name]), "somewhere"))
+    head, embedding = adapted.get_output_embeddings(), adapted.get_input_embeddings()
+    assert head.weight is embedding.weight
+    assert not torch.equal(head.weight, state["lm_head.weight"]), "it is trained"
     expected = logits(adapted)
+    adapted.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(BASES[base](), tmp_path)), expected)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=1e-4)
-    assert torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)
-    with pytest.raises(UserError, match="modules_to_save='head'"):
-        attach(stock_model(), arguments("lora", modules_to_save=["head"]), "somewhere")
+    assert torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("lora", {"modules_to_save": ["head"]}, "modules_to_save='head'"),
+        ("lora", {"modules_to_save": ["transformer"]}, "name parts of it"),
+        ("ia3", {"modules_to_save": ["lm_head"]}, "are one tensor"),
+        ("ia3", {"modules_to_save": ["wte"]}, "are one tensor"),
+        ("ia3", {"target_modules": ["c_attn", "lm_head"], "feedforward_modules": []}, "are one tensor"),
+        ("lora", {"target_modules": ["c_attn", "wte"]}, "--modules_to_save lm_head"),
+        ("dora", {"target_modules": ["transformer.wte"]}, "--modules_to_save lm_head"),
+        ("lora", {"target_modules": ["c_attn", "lm_head"]}, "--modules_to_save lm_head"),
+    ],
+)
+def test_half_of_a_tied_pair_is_refused(name: str, settings: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        attach(stock_model(), arguments(name, **settings), "somewhere")
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["c_attn", "wte"]}, {"modules_to_save": ["wte"]}])
+def test_where_they_are_two_each_is_its_own(settings: dict) -> None:
+    adapted = attach(stock_model(tie_word_embeddings=False), arguments("lora", **settings), "somewhere")
+    trained = {key for key, p in adapted.named_parameters() if p.requires_grad}
+    assert any("wte" in key for key in trained)
+    assert not any("lm_head" in key for key in trained)
+    expected = logits(moved(adapted))
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_ia3_on_an_unknown_model_asks_for_names() -> None:

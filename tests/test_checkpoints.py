@@ -1,5 +1,6 @@
 """A checkpoint is written whole or not at all; a damaged one is found out, named and passed over."""
 
+import io
 import json
 import os
 import shutil
@@ -7,6 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save as safetensors_bytes
 
 from training import resume
 from training.callbacks import append_metrics, mend_metrics, read_metrics
@@ -23,10 +27,23 @@ from training.checkpoints import (
 )
 from training.errors import UserError
 
+from .foreign import Trap
 from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights
 
+
+def pickled(content: object) -> bytes:
+    """What torch.save would write."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 ALONE = SimpleNamespace(world_size=1, process_index=0, should_save=True)
-FILES = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 200, "part/0.bin": b"a shard"}
+FILES = {
+    "model.safetensors": safetensors_bytes({"weights": torch.zeros(100)}),
+    "optimizer.pt": pickled({"moments": torch.zeros(200)}),
+    "part/0.bin": b"a shard",
+}
 
 
 def make_checkpoint(run_dir: Path, step: int, best: int | None = None) -> Path:
@@ -281,3 +298,50 @@ def test_mending_changes_nothing_that_is_whole(tmp_path) -> None:
     before = (tmp_path / "metrics.jsonl").stat()
     mend_metrics(tmp_path)
     assert (tmp_path / "metrics.jsonl").stat() == before
+
+
+# files that nobody vouches for
+
+
+def _without_manifest(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+
+
+def _with_a_manifest_of_its_own(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+    checkpoint.rename(aside := checkpoint.with_name(".saving-again"))
+    seal(aside, checkpoint)
+
+
+@pytest.mark.parametrize("vouched", [_without_manifest, _with_a_manifest_of_its_own])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["hostile", "cut off"])
+def test_what_is_damaged_or_unsafe_is_one_line_and_nothing_runs(copy, name: str, kind: str, vouched) -> None:
+    checkpoint, trap = copy / "checkpoint-8", copy.parent / "trap"
+    raw = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(pickled({"state": Trap(trap)}) if kind == "hostile" else raw[: len(raw) // 2])
+    vouched(checkpoint)
+    before = contents(copy)
+    message = refused(resume.main, str(copy), "--checkpoint", "checkpoint-8", "--max_steps", "12")
+    assert name in message
+    assert "--checkpoint last" in message
+    assert contents(copy) == before
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("optimizer.pt", {}), ("scheduler.pt", [1]), ("rng_state.pth", {"python": 3})]
+)
+def test_what_opens_and_is_no_state_is_one_line(copy, name: str, content) -> None:
+    torch.save(content, copy / "checkpoint-8" / name)
+    _without_manifest(copy / "checkpoint-8")
+    message = refused(resume.main, str(copy), "--max_steps", "12")
+    assert "checkpoint-8" in message
+    assert "cannot be taken up" in message
+
+
+def test_weights_of_another_shape_are_one_line(copy) -> None:
+    path = copy / "checkpoint-8" / "model.safetensors"
+    save_file({name: weight[..., :-1].contiguous() for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    _without_manifest(copy / "checkpoint-8")
+    assert "checkpoint-8" in refused(resume.main, str(copy), "--max_steps", "12")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from inference.formats import FORMATS
@@ -85,6 +86,31 @@ def test_our_variants(name: str, ids, tmp_path) -> None:
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # no code of ours is needed
     assert type(stock) is GPT2LMHeadModel
     close(stock(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."], ids=["as on the Hub", "with the head"])
+@torch.no_grad()
+def test_masks_that_older_versions_saved_are_no_weights(prefix: str, tmp_path) -> None:
+    """transformers 2.9 to 4.29 kept its causal masks in the file, where OpenAI's models on the Hub have them still."""
+    stock, ids = stock_gpt2(), torch.randint(257, (2, 24))
+    stock.save_pretrained(tmp_path)
+    state = {name.removeprefix("transformer."): weight for name, weight in stock.transformer.state_dict().items()}
+    for layer in range(stock.config.n_layer):
+        state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.uint8).tril()
+        state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(
+        {prefix + name: weight for name, weight in state.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    close(GPT2.to_acorn(GPT2.load(open_source(str(tmp_path))))(ids).logits, stock(ids).logits)
+
+
+def test_a_weight_without_a_place_is_refused(tmp_path) -> None:
+    stock = stock_gpt2()
+    stock.save_pretrained(
+        tmp_path, state_dict={**stock.state_dict(), "transformer.h.0.attn.c_attn.gate": torch.ones(2)}
+    )
+    with pytest.raises(UserError, match="no place in the model"):
+        GPT2.load(open_source(str(tmp_path)))
 
 
 def test_a_window_as_long_as_the_context_is_none() -> None:

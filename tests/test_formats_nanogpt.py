@@ -54,7 +54,7 @@ def stock_of(checkpoint: dict) -> GPT2LMHeadModel:
     return stock
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @torch.no_grad()
 def test_in(bias: bool, prefix: str, tmp_path) -> None:
@@ -77,9 +77,25 @@ def test_masks_are_no_weights(tmp_path) -> None:
     checkpoint = nanogpt_of(stock)
     for layer in range(SHAPE["n_layer"]):  # what nanoGPT saves where torch has no fused attention
         checkpoint["model"][f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+        checkpoint["model"][f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     ours = NANOGPT.to_acorn(NANOGPT.load(open_source(str(write_checkpoint(tmp_path, checkpoint)))))
     ids = torch.randint(61, (2, 24))
     close(ours(ids).logits, stock(ids).logits)
+
+
+def test_numpys_numbers_are_numbers(tmp_path) -> None:
+    """train.py's kin keep losses and sizes as numpy gave them; older numpy names itself otherwise in a pickle."""
+    stock = stock_gpt2(vocab_size=61, activation_function="gelu")
+    checkpoint = nanogpt_of(stock)
+    checkpoint["best_val_loss"], checkpoint["config"] = np.float64(1.5), {"lr": np.float32(1e-3), "name": np.str_("x")}
+    checkpoint["model_args"] |= {"n_layer": np.int64(SHAPE["n_layer"]), "dropout": np.float64(0.1)}
+    source = open_source(str(write_checkpoint(tmp_path, checkpoint)))
+    assert type(source.checkpoint["model_args"]["n_layer"]) is int
+    assert NANOGPT.to_acorn(NANOGPT.load(source)).config.num_hidden_layers == SHAPE["n_layer"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)
+    raw = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert open_source(str(tmp_path)).checkpoint["best_val_loss"] == 1.5
 
 
 @pytest.mark.parametrize("name", VARIANTS)

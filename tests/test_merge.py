@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import finetune, merge
 from inference import generate
-from training.errors import UserError
 from training.loading import load_model_and_tokenizer
 
 from .chat_fixture import chat_text
@@ -78,18 +78,62 @@ def test_tied_embeddings(folder, how: str, module: str, tmp_path) -> None:
     run = tuned(folder, "lora", "gpt2", how, module)
     merge.main([str(run), str(tmp_path / "out")])
     expected = logits(load_model_and_tokenizer(str(run))[0])
-    torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5
-    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    assert merged.config.tie_word_embeddings
+
+
+def others_adapter(folder: Path, base: str = "gpt2", **settings) -> Path:
+    """An adapter that PEFT made without us, its weights made up."""
+    model = BASES[base]()
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, fan_in_fan_out=base == "gpt2", **settings)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / base)
+    adapted.save_pretrained(folder / "others")
+    return folder / "others"
 
 
 @pytest.mark.parametrize("module", ["lm_head", "wte"])
-def test_low_rank_changes_of_tied_embeddings_are_refused(folder, module: str, tmp_path) -> None:
-    """PEFT changes one of the two and a merged, tied model would change both: nothing is written then."""
-    run = tuned(folder, "lora", "gpt2", "--target_modules", module)
-    with pytest.raises(UserError, match="nothing is written"):
-        merge.main([str(run), str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+@pytest.mark.filterwarnings("ignore")
+def test_others_low_rank_changes_of_half_a_tied_pair_are_merged(folder, module: str, tmp_path) -> None:
+    """PEFT merges them into the one tensor of both; the model that was trained has two."""
+    save(BASES["gpt2"](), tmp_path / "gpt2")
+    adapter = others_adapter(tmp_path, target_modules=["c_attn", module])
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(adapter))
+    merge.main([str(adapter), str(tmp_path / "out")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+    assert not merged.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("rows", [260, 320], ids=["added", "padded"])
+@pytest.mark.parametrize("base", ["gpt2", "gpt"])
+@pytest.mark.filterwarnings("ignore")
+def test_others_adapters_with_added_tokens(base: str, rows: int, tmp_path) -> None:
+    """What AutoPeft loads, and what it does not where the rows were padded, we load and merge."""
+    save(BASES[base](), tmp_path / base)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / base)
+    tokenizer.add_tokens(["<one>", "<two>", "<three>"])
+    model = BASES[base]()
+    model.resize_token_embeddings(rows)
+    names = ["c_attn"] if base == "gpt2" else ["q_proj"]
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, fan_in_fan_out=base == "gpt2", target_modules=names)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / base)
+    adapted.save_pretrained(tmp_path / "others", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "others")
+    expected = logits(adapted)
+    loaded, known = load_model_and_tokenizer(str(tmp_path / "others"))
+    assert len(known) == 260
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+    merge.main([str(tmp_path / "others"), str(tmp_path / "out")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    assert merged.config.vocab_size == rows
 
 
 def test_half_precision_and_the_chat_template_are_kept(folder, tmp_path) -> None:

@@ -4,18 +4,22 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from .agreement import together
-from .errors import UserError, unknown
+from .errors import UserError, one_line, unknown
 from .files import sync, write_whole
+from .pickles import UNREADABLE, refuse_unreadable
 from .shell import shell
 
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
 # What a killed process leaves: folders that grow, that gave way to a new one of their name, that are on their way out.
 SAVING, REPLACED, REMOVING = ".saving-", ".replaced-", ".removing-"
+# What is read of a checkpoint that a run goes on from, beside JSON; training_args.bin is written and never read.
+STATE_FILES = ("*.safetensors", "*.pt", "*.pth", "optimizer*.bin", "pytorch_model*.bin", "adapter_model.bin")
 # The files of a run that write_whole makes, under another name first.
 WRITTEN_WHOLE = ("recipe.yaml", "inputs.json", "metrics.jsonl", "loss.png", "sample.txt", "README.md")
 
@@ -146,8 +150,13 @@ def sweep(run_dir: Path) -> None:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None when each file is what was written."""
-    if not (checkpoint / MANIFEST).is_file():
-        return _damage_without_manifest(checkpoint)
+    what = (
+        _damage_by_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else _damage_without_manifest(checkpoint)
+    )
+    return what or _unreadable(checkpoint)
+
+
+def _damage_by_manifest(checkpoint: Path) -> str | None:
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         sizes = {checkpoint / name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
@@ -174,6 +183,28 @@ def _damage_without_manifest(checkpoint: Path) -> str | None:
         return f"{STATE} cannot be read"
     print(f"{checkpoint} has no {MANIFEST}, as an earlier Acorn left it: taken unverified", file=sys.stderr)
     return None
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    """A manifest vouches for what it lists alone: what training will read must open, and run no code."""
+    try:
+        for path in sorted(path for pattern in STATE_FILES for path in checkpoint.glob(pattern)):
+            refuse_unreadable(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{checkpoint}/")
+    return None
+
+
+@contextmanager
+def reading(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Make one line of whatever loading a part of a checkpoint raises: what opens may still not be what is wanted."""
+    try:
+        yield
+    except (*UNREADABLE, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{checkpoint}: its {what} cannot be taken up ({one_line(error)}): damaged, or of another run; go on from "
+            "another one by --checkpoint"
+        ) from error
 
 
 def find_checkpoint(run_dir: Path, wanted: str) -> Path | None:

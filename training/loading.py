@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling import GPTConfig, GPTForCausalLM
@@ -18,6 +18,7 @@ from modeling.configuration_gpt import OLD_MODEL_TYPE
 from .errors import UserError, one_line, unknown
 from .files import read_json
 from .hardware import text_config
+from .pickles import UNREADABLE
 from .precision import is_native, refuse_emulated
 from .tokenizers import add_nothing, load_tokenizer
 
@@ -40,7 +41,7 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
     options |= {} if is_ours else {"trust_remote_code": trust_remote_code}
     try:
         model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, ImportError) as error:
         why = one_line(error)
         if "Unrecognized configuration class" in why:
             why = "it is no causal language model (none of transformers' AutoModelForCausalLM)"
@@ -156,9 +157,27 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
         )
     try:
         with without_warnings():
+            make_room_for_tokens(base, Path(directory))
             return with_cache_names(PeftModel.from_pretrained(base, directory))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise UserError(f"adapter {directory}: does not fit {base_name}: {one_line(error)}") from error
+
+
+def make_room_for_tokens(base, directory: Path) -> None:
+    """Give the base the rows that an adapter was trained with: for tokens added to its tokenizer, as AutoPeft does.
+
+    The new rows come with the adapter, where PEFT saved its embeddings; a base is never made smaller.
+    """
+    embedding = base.get_input_embeddings()
+    name, rows = next(name for name, module in base.named_modules() if module is embedding), [embedding.weight.shape[0]]
+    if (directory / "tokenizer_config.json").is_file():
+        rows.append(len(load_tokenizer(str(directory), needs_end_of_text=False)))
+    for path in directory.glob("adapter_model.safetensors"):
+        with safe_open(path, framework="numpy") as tensors:
+            kept = [key for key in tensors.keys() if key.endswith(f".{name}.weight")]  # noqa: SIM118
+            rows += [tensors.get_slice(key).get_shape()[0] for key in kept]
+    if max(rows) > rows[0]:
+        base.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def with_cache_names(adapted):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from modeling import GPTConfig, GPTForCausalLM
 
+from .checkpoints import reading
 from .continuing import read_run, refuse_fixed, taken_up
 from .errors import UserError, quiet_libraries, run_main
 from .help import wants_help
@@ -45,14 +46,16 @@ def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:
     """The checkpoint's model, with a changed context length or attention backend if the flags say so."""
     names = {"block_size": "max_position_embeddings"}
     changes = {names.get(key, key): recipe.model[key] for key in CHANGEABLE_MODEL if key in recipe.model}
-    config = GPTConfig.from_pretrained(checkpoint)
+    with reading(checkpoint, "config.json"):
+        config = GPTConfig.from_pretrained(checkpoint)
     context = changes.get("max_position_embeddings", config.max_position_embeddings)
     if config.position_encoding == "learned" and context != config.max_position_embeddings:
         raise UserError(
             f"block_size={context}: learned positions are fixed at {config.max_position_embeddings}; "
             "only rope, sinusoidal and none can change it"
         )
-    return GPTForCausalLM.from_pretrained(checkpoint, **changes)
+    with reading(checkpoint, "weights"):
+        return GPTForCausalLM.from_pretrained(checkpoint, **changes)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from modeling import GPTForCausalLM
 
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from .callbacks import ConsoleTable, StopOnSignal
-from .checkpoints import SAVING, STATE, move_in, processes_of, rotate, seal, write_beside
+from .checkpoints import SAVING, STATE, move_in, processes_of, reading, rotate, seal, write_beside
 from .corpus import Corpus
 from .dataset import EvaluationRows, Rows, collate_rows
 from .errors import UserError, is_disk_full
@@ -154,7 +154,8 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         groups = [{key: v for key, v in group.items() if key != "params"} for group in self.optimizer.param_groups]
         rates = list(getattr(schedule, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with reading(checkpoint, "optimizer's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if not hasattr(schedule, "lr_lambdas"):  # a rate that follows the losses is state, not an argument
             for group in groups:
                 group.pop("lr")
@@ -352,6 +353,10 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         self._tr_loss += losses[self.args.process_index] if is_same else math.fsum(losses) / len(losses)
         self._globalstep_last_logged = since
 
+    def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
+        with reading(checkpoint, "weights"):
+            super()._load_from_checkpoint(checkpoint, model)
+
     def _load_callback_state(self) -> None:
         """Counts go on where they were; Trainer would forget them, or build the callbacks anew from old arguments."""
         for callback in self.callback_handler.callbacks:
@@ -363,7 +368,8 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         """As in Trainer; on another number of processes, for which there are no states, dropout draws anew."""
         before = processes_of(Path(checkpoint)) if checkpoint else 0
         if before in (0, self.args.world_size):
-            return super()._load_rng_state(checkpoint)
+            with reading(checkpoint, "random state"):
+                return super()._load_rng_state(checkpoint)
         set_seed(self.args.seed + self.state.global_step)  # the seed alone would repeat the masks of the first steps
         if self.is_world_process_zero():
             print(f"{before} → {self.args.world_size} processes: the samples of each step stay, dropout (if any) "

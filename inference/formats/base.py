@@ -1,20 +1,17 @@
 """What a format is, what a name on the command line leads to, and the check of a file's tensors."""
 
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from modeling import GPTConfig, GPTForCausalLM
 from training.errors import UserError, one_line
+from training.pickles import UNREADABLE, read_pickle
 from training.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
 
 CHECKPOINT = "ckpt.pt"
@@ -119,31 +116,31 @@ def open_source(name: str) -> Source:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """What a torch.save file holds, tensors memory-mapped; a pickle that would run code is refused."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles of unusual kinds, which are refused
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"its pickle holds code ({named[1]})" if named else "it is no checkpoint of tensors, numbers and text"
-        raise UserError(f"{path}: {what}, and is refused; save the tensors alone") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AssertionError) as error:
-        raise UserError(f"{path}: is no whole checkpoint ({one_line(error)}); copy it again") from error
+    """What a ckpt.pt holds, with Python's numbers for numpy's in its arguments; one that would run code is refused."""
+    checkpoint = read_pickle(path)
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not all(torch.is_tensor(weight) for weight in model.values()):
         raise UserError(f"{path}: is no checkpoint of nanoGPT's kind, a dict with 'model' and 'model_args'")
+    args = checkpoint.get("model_args")
+    if isinstance(args, dict):
+        plain = {key: value.item() for key, value in args.items() if isinstance(value, np.generic)}
+        checkpoint["model_args"] = {**args, **plain}
     return checkpoint
 
 
-def load_strictly(model_class, name: str):
-    """`model_class.from_pretrained(name)` in float32 and eval mode; missing, extra or misshapen tensors are refused."""
+def load_strictly(model_class, name: str, no_weights: tuple[str, ...] = ()):
+    """`model_class.from_pretrained(name)` in float32 and eval mode; missing, extra or misshapen tensors are refused.
+
+    no_weights: how the names of buffers end that some versions saved beside the weights, and that say nothing.
+    """
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = model_class.from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{name}: can not be loaded: {one_line(error)}") from error
     misshapen = ((key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"])
-    refuse_tensors(name, info["missing_keys"], info["unexpected_keys"], misshapen)
+    extra = (key for key in info["unexpected_keys"] if not key.endswith(no_weights))
+    refuse_tensors(name, info["missing_keys"], extra, misshapen)
     # A file that holds two different matrices has the last word over a config that says they are one.
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.config.tie_word_embeddings = is_tied

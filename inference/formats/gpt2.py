@@ -11,7 +11,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from training.errors import UserError
 
 from .base import SPECIAL_IDS, Format, Loaded, Source, config_of, load_strictly, save_tokenizer
-from .layout import OBSTACLES, in_the_way, joints, to_ours, to_theirs
+from .layout import MASKS, OBSTACLES, in_the_way, joints, to_ours, to_theirs
 
 FIELDS = {  # ours: theirs
     "vocab_size": "vocab_size",
@@ -55,7 +55,7 @@ class GPT2(Format):
         return source.config.get("model_type") == GPT2Config.model_type
 
     def load(self, source: Source) -> Loaded:
-        model = load_strictly(GPT2LMHeadModel, source.name)
+        model = load_strictly(GPT2LMHeadModel, source.name, MASKS)
         return Loaded(model, generation_config=model.generation_config)
 
     @torch.no_grad()

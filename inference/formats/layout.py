@@ -24,6 +24,8 @@ IN_LAYER = {
 }
 JOINT = ("q_proj", "k_proj", "v_proj")  # theirs is one matrix, attn.c_attn, with these below one another
 KINDS = ("weight", "bias")
+# Buffers with the causal mask, which transformers 2.9 to 4.29 saved, and nanoGPT where torch has no fused attention.
+MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 def named_pairs(num_layers: int) -> Iterator[tuple[str, str]]:

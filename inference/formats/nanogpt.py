@@ -10,7 +10,7 @@ from training.errors import UserError
 from training.shell import shell
 
 from .base import CHECKPOINT, Format, Loaded, Source, check_tensors, config_of, special_ids
-from .layout import OBSTACLES, in_the_way, to_ours, to_theirs
+from .layout import MASKS, OBSTACLES, in_the_way, to_ours, to_theirs
 from .vocabulary import META, checkpoint_tokenizer, is_gpt2s, write_meta
 
 SIZES = {  # ours: nanoGPT's
@@ -21,8 +21,7 @@ SIZES = {  # ours: nanoGPT's
     "vocab_size": "vocab_size",
 }
 MODEL_ARGS = {*SIZES.values(), "bias", "dropout"}
-COMPILED = "_orig_mod."  # what torch.compile puts before every name
-MASK = ".attn.bias"  # a buffer with the causal mask, where torch has no fused attention
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of torch, around a model
 EPS = 1e-5
 NANOGPT_OBSTACLES = {
     **OBSTACLES,
@@ -33,13 +32,18 @@ NANOGPT_OBSTACLES = {
 }
 
 
+def unwrapped(name: str) -> str:
+    """A weight's name without those of torch.compile, DDP and the like, in whatever order they were put around it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 class Checkpoint:
     """The tensors of a ckpt.pt in float32, under their plain names, and its model_args."""
 
     def __init__(self, source: Source):
         self.name, self.args = source.name, source.checkpoint.get("model_args")
-        weights = {name.removeprefix(COMPILED): weight for name, weight in source.checkpoint["model"].items()}
-        self.weights = {name: weight.float() for name, weight in weights.items() if not name.endswith(MASK)}
+        weights = {unwrapped(name): weight for name, weight in source.checkpoint["model"].items()}
+        self.weights = {name: weight.float() for name, weight in weights.items() if not name.endswith(MASKS)}
 
 
 class NanoGPT(Format):
