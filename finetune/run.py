@@ -135,7 +135,7 @@ def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None
         kept = read_json(run_dir / FACTS, "remove it: it is made again, without the sample from before")
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
-        first_decides(args, lambda: begin(recipe, trainer, checkpoint))
+        trainer.best_is_gone = first_decides(args, lambda: begin(recipe, trainer, checkpoint))
         if trainer.is_world_process_zero():
             print(introduce(recipe, trainer), flush=True)
             if checkpoint is None:

@@ -18,6 +18,7 @@ from training.hub import (
 )
 from training.model_card import NOT_CHOSEN, check_license, model_card
 from training.report import facts_of
+from training.root import verify
 from training.shell import shell
 from training.uploads import Upload, is_own_file, refuse_no_model, sort_files
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     check_repo_id(flags.repo_id)
     check_license(flags.license)
     refuse_no_model(flags.directory)
+    verify(flags.directory)
     going, staying = sort_files(flags.directory)
     files = finish_files(flags.directory, going, card_of(flags.directory), flags.license, flags.base_model)
     print(listing(flags, files, staying) if flags.dry_run else summary(flags, files))

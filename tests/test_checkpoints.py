@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as safetensors_bytes
 
 from training import resume
-from training.callbacks import append_metrics, mend_metrics, read_metrics
+from training.callbacks import ROW, append_metrics, mend_metrics, read_metrics
 from training.checkpoints import (
     MANIFEST,
     STATE,
@@ -294,7 +294,7 @@ def test_a_half_written_line_is_cut_off(copy) -> None:
 def test_mending_changes_nothing_that_is_whole(tmp_path) -> None:
     mend_metrics(tmp_path)
     assert list_checkpoints(tmp_path) == [] and os.listdir(tmp_path) == []
-    append_metrics(tmp_path, {"step": 4})
+    append_metrics(tmp_path, dict.fromkeys(ROW, 1.0) | {"step": 4})
     before = (tmp_path / "metrics.jsonl").stat()
     mend_metrics(tmp_path)
     assert (tmp_path / "metrics.jsonl").stat() == before

@@ -1,6 +1,7 @@
 """What a person sees and can do while a run goes on: the progress bar, the table, metrics.jsonl, and stopping."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .agreement import highest
-from .errors import leave_terminal
+from .errors import UserError, leave_terminal, one_line
 from .files import write_whole
 from .hardware import PRECISIONS, device_peak_flops
 from .sampling import sample_text
@@ -227,19 +228,39 @@ def append_metrics(run_dir: str | os.PathLike, row: dict) -> None:
         os.fsync(file.fileno())
 
 
+# What a line of metrics.jsonl has at least.
+ROW = {"step", "tokens", "train_loss", "eval_loss", "bits_per_byte", "learning_rate", "seconds"}
+
+
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """The whole lines of metrics.jsonl; where a resumed run passed a step again, the later line counts."""
-    rows = [json.loads(line) for line in _whole_lines(Path(run_dir, METRICS_FILE)).splitlines()]
+    path = Path(run_dir, METRICS_FILE)
     latest: dict[int, dict] = {}
-    for row in rows:
+    for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
+        row = _read_row(path, number, line)
         latest = {step: kept for step, kept in latest.items() if step < row["step"]} | {row["step"]: row}
     return list(latest.values())
 
 
-def mend_metrics(run_dir: str | os.PathLike) -> None:
-    """Cut off a last line that a killed process left half-written, so that the next one starts on its own."""
+def _read_row(path: Path, number: int, line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+        if row.keys() >= ROW and isinstance(row["step"], int) and isinstance(row["eval_loss"], float):
+            return row
+        why = "not a row of figures"
+    except (ValueError, AttributeError) as error:
+        why = one_line(error)
+    raise UserError(f"{path} is damaged in line {number} ({why}): mend or remove that line")
+
+
+def mend_metrics(run_dir: str | os.PathLike, last_step: float = math.inf) -> None:
+    """Keep the whole lines up to a step: what comes after was half-written, or is of a course that the run left."""
     path = Path(run_dir, METRICS_FILE)
-    if path.is_file() and (whole := _whole_lines(path)) != path.read_bytes():
+    if not path.is_file():
+        return
+    lines = _whole_lines(path).splitlines(keepends=True)
+    kept = [line for number, line in enumerate(lines, 1) if _read_row(path, number, line)["step"] <= last_step]
+    if (whole := b"".join(kept)) != path.read_bytes():
         write_whole(path, whole)
 
 

@@ -21,7 +21,7 @@ SAVING, REPLACED, REMOVING = ".saving-", ".replaced-", ".removing-"
 # What is read of a checkpoint that a run goes on from, beside JSON; training_args.bin is written and never read.
 STATE_FILES = ("*.safetensors", "*.pt", "*.pth", "optimizer*.bin", "pytorch_model*.bin", "adapter_model.bin")
 # The files of a run that write_whole makes, under another name first.
-WRITTEN_WHOLE = ("recipe.yaml", "inputs.json", "metrics.jsonl", "loss.png", "sample.txt", "README.md")
+WRITTEN_WHOLE = ("recipe.yaml", "inputs.json", "metrics.jsonl", "loss.png", "sample.txt", "README.md", "manifest.json")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -85,17 +85,6 @@ def seal(aside: Path, checkpoint: Path) -> None:
     aside.rename(checkpoint)
     sync(checkpoint.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def move_in(aside: Path, root: Path, leave_out: tuple[str, ...] = ()) -> None:
-    """Move the files of `aside` into `root`, each over its namesake, and remove `aside`."""
-    files = [path for path in sorted(aside.iterdir()) if path.name not in leave_out]
-    for path in files:
-        sync(path)
-    for path in files:
-        path.replace(root / path.name)
-    sync(root)
-    shutil.rmtree(aside)
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Files written whole or not at all: under another name first, flushed to the disk, then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes so that no reader, and no power cut, ever meets half of it."""
     raw = content.encode("utf-8") if isinstance(content, str) else content
     replace_whole(path, lambda temporary: temporary.write_bytes(raw))
+
+
+HASH = b"# sha256 of the rest: "
+
+
+def write_with_hash(path: Path, text: str) -> None:
+    """Write a text whole, with its hash in a comment on top: half of a YAML file may be a YAML file, too."""
+    raw = text.encode("utf-8")
+    write_whole(path, HASH + hashlib.sha256(raw).hexdigest().encode() + b"\n" + raw)
+
+
+def check_hash(path: Path) -> None:
+    """Refuse a file that is not what `write_with_hash` wrote; one that carries no hash is taken."""
+    first, _, rest = path.read_bytes().partition(b"\n")
+    if first.startswith(HASH) and first[len(HASH) :] != hashlib.sha256(rest).hexdigest().encode():
+        raise UserError(
+            f"{path} is not what was written (its sha256 differs): copy it again, or, if you changed it on purpose, "
+            "remove its first line"
+        )
 
 
 def read_json(path: Path, mend: str = "copy the directory again") -> dict:

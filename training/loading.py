@@ -20,6 +20,7 @@ from .files import read_json
 from .hardware import text_config
 from .pickles import UNREADABLE
 from .precision import is_native, refuse_emulated
+from .root import verify
 from .tokenizers import add_nothing, load_tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +37,7 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    verify(Path(name))
     is_ours = Path(name).is_dir() and own_model_type(Path(name))
     loader = GPTForCausalLM if is_ours else AutoModelForCausalLM
     options |= {} if is_ours else {"trust_remote_code": trust_remote_code}
@@ -144,6 +146,7 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
     """The adapter in `directory` on its base, as a PeftModel; refuses a base that is gone or another."""
     from peft import PeftModel  # half a second that plain models need not wait for
 
+    verify(Path(directory))
     base_name = base_of(Path(directory))
     try:
         base = load_causal_lm(base_name, dtype, trust_remote_code)

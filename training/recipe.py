@@ -17,7 +17,7 @@ from .addresses import each_text, public_name, public_text
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .choices import NEEDS
 from .errors import UserError, one_line, unknown
-from .files import write_whole
+from .files import check_hash, write_with_hash
 from .precision import KEYS as PRECISION_KEYS
 from .processes import check_launch, check_partitions
 from .shell import shell
@@ -120,10 +120,10 @@ class Recipe:
             self.training.pop(key, None)
 
     def save(self, path: Path) -> None:
-        """Write the recipe where `load_recipe_file` finds it again; addresses in it without what may be a secret."""
+        """Write the recipe where `load_run_recipe` finds it again; addresses in it without what may be a secret."""
         public = {"data": each_text(self.data, public_name), "command": public_text(self.command)}
         text = yaml.safe_dump(dataclasses.asdict(self) | public, sort_keys=False, allow_unicode=True)
-        write_whole(path, text)
+        write_with_hash(path, text)
 
 
 def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
@@ -177,6 +177,7 @@ def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
     if not (run_dir / "recipe.yaml").is_file():
         what = "has no recipe.yaml, so it is no run directory" if run_dir.is_dir() else "does not exist"
         raise UserError(f"{run_dir} {what}: name a directory that `acorn pretrain` made, such as runs/quickstart")
+    check_hash(run_dir / "recipe.yaml")
     recipe = load_recipe_file(str(run_dir / "recipe.yaml"), kind)
     if not recipe.training.keys() & set(PRECISION_KEYS):
         recipe.training["precision"] = "fp32"  # of a run that an Acorn began which took it without a word

@@ -14,7 +14,7 @@ from modeling import GPTForCausalLM
 
 from .agreement import first_decides
 from .callbacks import mend_metrics
-from .checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, stopped_early
+from .checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, step_of, stopped_early
 from .corpus import Corpus, corpus_at, load_corpus, prepare, whereabouts
 from .datatrove_tokens import holds_datatrove, load_datatrove
 from .errors import UserError
@@ -25,6 +25,7 @@ from .precision import trained_in
 from .processes import is_lost_process, leave, lost, one_process_first
 from .recipe import Recipe
 from .report import next_steps, write_report
+from .root import follow_course
 from .sampling import prompt_tensor, sample_text
 from .shell import shell
 from .sources import named_sources
@@ -116,7 +117,7 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     with claimed(Path(args.output_dir), args):
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
-        first_decides(args, lambda: begin(recipe, trainer, checkpoint))
+        trainer.best_is_gone = first_decides(args, lambda: begin(recipe, trainer, checkpoint))
         if trainer.is_world_process_zero():
             print(describe(recipe, trainer), flush=True)
         train(trainer, checkpoint)
@@ -125,14 +126,19 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     leave()
 
 
-def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
-    """Make the run directory this run's: what it is grown from, and nothing that only a later part of it may say."""
+def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> bool:
+    """Make the run directory this run's: what it is grown from, and nothing that only a later part of it may say.
+
+    Returns whether the best model of the course that goes on is there no more.
+    """
     args, run_dir = trainer.args, Path(trainer.args.output_dir)
+    mend_metrics(run_dir, -1 if checkpoint is None else step_of(Path(checkpoint)))
+    best_is_gone = False
     if checkpoint is not None:
         set_aside_later(Path(checkpoint))
+        best_is_gone = not follow_course(Path(checkpoint))
     elif list_checkpoints(run_dir):  # another process grew a run here while this one prepared its corpus
         raise UserError(f"output_dir={run_dir} exists: continue it with `{shell('acorn', 'resume', run_dir)}`")
-    mend_metrics(run_dir)
     (run_dir / "README.md").unlink(missing_ok=True)  # written last, it says that the run is finished
     if trainer.corpus.directory is not None:  # a stream has none
         recipe.data["data_dir"] = str(trainer.corpus.directory.absolute())
@@ -143,6 +149,7 @@ def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> None:
     recipe.save(run_dir / "recipe.yaml")
     if checkpoint is None:
         record_inputs(run_dir, trainer.inputs)
+    return best_is_gone
 
 
 def train(trainer: GPTTrainer, checkpoint: str | None) -> None:

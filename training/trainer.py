@@ -17,7 +17,7 @@ from modeling import GPTForCausalLM
 
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from .callbacks import ConsoleTable, StopOnSignal
-from .checkpoints import SAVING, STATE, move_in, processes_of, reading, rotate, seal, write_beside
+from .checkpoints import SAVING, STATE, processes_of, reading, rotate, seal, write_beside
 from .corpus import Corpus
 from .dataset import EvaluationRows, Rows, collate_rows
 from .errors import UserError, is_disk_full
@@ -28,6 +28,7 @@ from .inputs import Inputs
 from .optimizers import build_optimizer
 from .precision import allow_tf32
 from .push_while_training import PushesToHub
+from .root import move_in
 from .sharding import SavesWhole, is_finite
 from .shell import shell
 
@@ -52,6 +53,8 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
     data, sample: DataArguments (how windows are drawn) and SampleArguments (whether samples are shown on the way).
     Raises UserError when the loss stops being a number; the checkpoints before that are kept.
     """
+
+    best_is_gone = False  # of a run that goes back: see root.follow_course
 
     def __init__(
         self,
@@ -145,6 +148,8 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         """As in Trainer, but the intervals are those of today's arguments, not the checkpoint's."""
         trained = super()._init_training_state(max_steps, *others)
         self.state.compute_steps(self.args, max_steps)
+        if self.best_is_gone:
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         return trained
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -281,7 +286,7 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         self._write_beside(
             aside,
             lambda: self.save_model(str(aside), _internal_call=True),
-            lambda: move_in(aside, root, leave_out=pickles),
+            lambda: move_in(aside, root, self.state.global_step, leave_out=pickles),
         )
 
     def _write_beside(self, aside: Path, write: Callable[[], object], finish: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 from modeling import GPTConfig, GPTForCausalLM
 from training.errors import UserError, one_line
 from training.pickles import UNREADABLE, read_pickle
+from training.root import verify
 from training.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
 
 CHECKPOINT = "ckpt.pt"
@@ -133,6 +134,7 @@ def load_strictly(model_class, name: str, no_weights: tuple[str, ...] = ()):
 
     no_weights: how the names of buffers end that some versions saved beside the weights, and that say nothing.
     """
+    verify(Path(name))
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = model_class.from_pretrained(name, **options)
