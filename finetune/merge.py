@@ -53,9 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     ids = torch.randint(
         text_config(adapted.config).vocab_size, (2, min(TOKENS, context_of(adapted.config))), generator=seeded()
     )
-    unmerged = logits(adapted, ids)
     was_tied = bool(getattr(adapted.config, "tie_word_embeddings", False))
-    merged = adapted.merge_and_unload(safe_merge=True)
+    try:
+        unmerged = logits(adapted, ids)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"{directory}: PEFT cannot merge this adapter: {one_line(error)}") from error
     tie_as_found(merged, was_tied)
     difference = write(merged, out, directory, flags, lambda model: float((logits(model, ids) - unmerged).abs().max()))
     print(f"largest difference of logits, unmerged and merged, on {ids.numel()} random ids: {difference:.2e}")

@@ -15,6 +15,7 @@ from inference import generate
 from training.loading import load_model_and_tokenizer
 
 from .chat_fixture import chat_text
+from .foreign import Trap
 from .tiny_bases import BASES, TINY, save
 from .tiny_runs import refused, write_text
 
@@ -134,6 +135,30 @@ def test_others_adapters_with_added_tokens(base: str, rows: int, tmp_path) -> No
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     assert merged.config.vocab_size == rows
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_itself_cannot_run_is_one_line(tmp_path) -> None:
+    save(BASES["gpt2"](), tmp_path / "gpt2")
+    adapter = others_adapter(tmp_path, target_modules=["c_attn"], init_lora_weights="olora")  # wrong for a Conv1D
+    assert "PEFT cannot merge this adapter" in refused(merge.main, str(adapter), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["hostile", "cut off", "empty"])
+def test_damaged_or_hostile_weights_are_one_line_and_nothing_runs(folder, kind: str, tmp_path) -> None:
+    shutil.copytree(tuned(folder, "lora"), tmp_path / "run")
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes({"cut off": raw[: len(raw) // 2], "empty": b""}.get(kind, raw))
+    if kind == "hostile":
+        path.unlink()
+        torch.save({"weight": Trap(tmp_path / "trap")}, path.with_suffix(".bin"))
+    message = refused(merge.main, str(tmp_path / "run"), str(tmp_path / "out"))
+    assert str(tmp_path / "run") in message
+    assert ("holds code" in message) == (kind == "hostile")
+    assert not (tmp_path / "trap").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_precision_and_the_chat_template_are_kept(folder, tmp_path) -> None:

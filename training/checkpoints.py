@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .agreement import together
-from .errors import UserError, one_line, unknown
+from .errors import UserError, unknown
 from .files import sync, write_whole
-from .pickles import UNREADABLE, refuse_unreadable
+from .pickles import UNREADABLE, in_words, refuse_unreadable
 from .shell import shell
 
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
@@ -191,7 +191,7 @@ def reading(checkpoint: str | None, what: str) -> Iterator[None]:
         yield
     except (*UNREADABLE, TypeError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{checkpoint}: its {what} cannot be taken up ({one_line(error)}): damaged, or of another run; go on from "
+            f"{checkpoint}: its {what} cannot be taken up ({in_words(error)}): damaged, or of another run; go on from "
             "another one by --checkpoint"
         ) from error
 

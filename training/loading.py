@@ -18,7 +18,7 @@ from modeling.configuration_gpt import OLD_MODEL_TYPE
 from .errors import UserError, one_line, unknown
 from .files import read_json
 from .hardware import text_config
-from .pickles import UNREADABLE
+from .pickles import UNREADABLE, in_words
 from .precision import is_native, refuse_emulated
 from .root import verify
 from .tokenizers import add_nothing, load_tokenizer
@@ -44,7 +44,7 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
     try:
         model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True, **options)
     except (*UNREADABLE, ImportError) as error:
-        why = one_line(error)
+        why = in_words(error)
         if "Unrecognized configuration class" in why:
             why = "it is no causal language model (none of transformers' AutoModelForCausalLM)"
         raise UserError(f"model {name!r} cannot be loaded: {why}") from error
@@ -163,7 +163,7 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
             make_room_for_tokens(base, Path(directory))
             return with_cache_names(PeftModel.from_pretrained(base, directory))
     except UNREADABLE as error:
-        raise UserError(f"adapter {directory}: does not fit {base_name}: {one_line(error)}") from error
+        raise UserError(f"adapter {directory}: is damaged, or does not fit {base_name}: {in_words(error)}") from error
 
 
 def make_room_for_tokens(base, directory: Path) -> None:

@@ -29,17 +29,19 @@ def read_pickle(path: Path) -> object:
         # about pickles of unusual kinds, which are refused
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(SAFE):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:global|class) (\S+)", str(error))
-        what = f"its pickle holds code ({named[1] or named[2]})" if named else "it holds more than tensors and numbers"
-        raise UserError(f"{path}: {what}, or it is damaged; it is refused, unread: save the tensors alone") from error
     except Exception as error:  # there is no end to what damaged bytes make torch raise
-        raise UserError(f"{path}: is no whole checkpoint ({_first_words(error)}); copy it again") from error
+        raise UserError(
+            f"{path}: is damaged or unsafe: {in_words(error)}; copy it again from a source you trust"
+        ) from error
 
 
-def _first_words(error: Exception) -> str:
-    """What torch's reader says, without its guesses."""
-    return one_line(error).split(". ")[0]
+def in_words(error: Exception) -> str:
+    """What a reader of weights raised, in a line; of a refused pickle what it holds, for torch advises to trust it."""
+    words = one_line(error)
+    if not isinstance(error, pickle.UnpicklingError) and "Weights only load failed" not in words:
+        return words.split(". ")[0]
+    named = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:global|class) (\S+)", str(error))
+    return f"its pickle holds {f'code ({named[1] or named[2]})' if named else 'more than tensors'}, and was refused"
 
 
 def refuse_unreadable(path: Path) -> None:
@@ -51,4 +53,4 @@ def refuse_unreadable(path: Path) -> None:
         with safe_open(path, framework="numpy"):
             pass
     except Exception as error:
-        raise UserError(f"{path}: is damaged ({one_line(error)}); copy it again") from error
+        raise UserError(f"{path}: is damaged: {in_words(error)}; copy it again") from error

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 
 from modeling import GPTConfig, GPTForCausalLM
 from training.errors import UserError, one_line
-from training.pickles import UNREADABLE, read_pickle
+from training.pickles import UNREADABLE, in_words, read_pickle
 from training.root import verify
 from training.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
 
@@ -139,7 +139,7 @@ def load_strictly(model_class, name: str, no_weights: tuple[str, ...] = ()):
     try:
         model, info = model_class.from_pretrained(name, **options)
     except UNREADABLE as error:
-        raise UserError(f"{name}: can not be loaded: {one_line(error)}") from error
+        raise UserError(f"{name}: can not be loaded: {in_words(error)}") from error
     misshapen = ((key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"])
     extra = (key for key in info["unexpected_keys"] if not key.endswith(no_weights))
     refuse_tensors(name, info["missing_keys"], extra, misshapen)
