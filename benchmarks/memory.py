@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from modeling import GPTForCausalLM
 from training.costs import config_of, estimate_recipe
-from training.dataset import EvaluationRows
+from training.dataset import EvaluationRows, TokenArray
 from training.evaluation import evaluate_rows
 from training.optimizers import build_optimizer
 from training.recipe import load_recipe
@@ -61,23 +61,11 @@ def peak_of_tensors(work: Callable[[], None], held: int) -> int:
     return held + max(totals) - (totals[0] - events[0]["args"]["Bytes"])
 
 
-class Drawn:
-    """As many random tokens as fill one batch of evaluation, read like TokenShards."""
-
-    def __init__(self, vocab_size: int, length: int):
-        self.ids = torch.randint(0, vocab_size, (length,)).numpy()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def window(self, start: int, length: int):
-        return self.ids[start : start + length]
-
-
 def evaluation_peak(model, args) -> float:
     """Bytes that one batch of evaluation takes beside what is there already."""
     context, device = model.config.max_position_embeddings, args.device
-    tokens = Drawn(model.config.vocab_size, args.per_device_eval_batch_size * context + 1)
+    length = args.per_device_eval_batch_size * context + 1
+    tokens = TokenArray(torch.randint(0, model.config.vocab_size, (length,)).numpy())
 
     def work() -> None:
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
