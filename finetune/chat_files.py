@@ -136,7 +136,7 @@ def pair_of(data, values: dict, where: str) -> Pair:
     if not isinstance(more, str):
         raise BadRow(f"column {columns[1]!r}: it holds {type(more).__name__}, not text")
     if not completion.strip():
-        raise BadRow("the completion is empty; fill it in or remove the row")
+        raise BadRow("the completion is empty")
     if columns[0] != data.prompt_column:
         prompt = "".join(f"{part.strip()}\n\n" for part in (prompt, more) if part.strip())
     return Pair(where, as_utf8(prompt), as_utf8(completion))
@@ -260,12 +260,11 @@ def check_turns(conversation: Conversation) -> Conversation:
         if role is None:
             raise BadRow(f"a chat begins with User: or System:, not {message['content'].strip()[:40]!r}{line}")
         if role not in expected:
-            whose = f"message {number}{line} is the {role}'s where the {expected[0]}'s turn is"
-            raise BadRow(f"{whose}; mend the order")
+            raise BadRow(f"message {number}{line} is the {role}'s where the {expected[0]}'s turn is")
         if not message["content"].strip():
-            raise BadRow(f"message {number}{line} ({role}) is empty; fill it in or remove it")
+            raise BadRow(f"message {number}{line} ({role}) is empty")
         before = role
     if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow("the conversation has no assistant turn, so there is nothing to learn; remove it")
+        raise BadRow("the conversation has no assistant turn, so there is nothing to learn")
     plain = [{"role": message["role"], "content": as_utf8(message["content"].strip())} for message in messages]
     return Conversation(where, plain)

@@ -143,6 +143,8 @@ def encode_conversation(tokenizer, conversation: Conversation, limit: int) -> li
     """
     where, messages = conversation
     whole = encode_messages(tokenizer, messages, where)
+    if not whole.counts[1:].any():
+        raise UserError(f"{where}: the tokenizer's chat template leaves no answer; give the tokenizer another")
     if len(whole.ids) <= limit + 1:
         return [whole]
     system = messages[:1] if messages[0]["role"] == "system" else []

@@ -381,6 +381,9 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch) -> None:
     tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"^here: the tokenizer's chat template has not come to an end in 0.3 seconds"):
         encode_messages(tokenizer, MESSAGES, "here")
+    tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(UserError, match="here: the tokenizer's chat template leaves no answer"):
+        encode_conversation(tokenizer, Conversation("here", MESSAGES), 40)
     tokenizer.chat_template = "{{ 1 // 0 }}"
     with pytest.raises(UserError, match=r"here: the tokenizer's chat template refuses it: .*zero"):
         encode_messages(tokenizer, MESSAGES, "here")

@@ -236,7 +236,7 @@ def test_a_missing_column_names_those_there_are(source):
 
 def test_a_column_that_is_no_text():
     write_parquet("rows.parquet", ["a", "b"], n=[1, 2])
-    with pytest.raises(UserError, match=r"rows.parquet': row 1: holds int in 'n', not text; name another column"):
+    with pytest.raises(UserError, match=r"rows.parquet': row 1: holds int in 'n', not text; mend it"):
         prepared("x", data_files=["rows.parquet"], text_column="n")
 
 

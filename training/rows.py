@@ -198,7 +198,7 @@ def text_of(value: Any, column: str) -> tuple[str, str]:
     if value is None:
         return "", ""
     if not isinstance(value, str):
-        return "", f"holds {type(value).__name__} in {column!r}, not text; name another column"
+        return "", f"holds {type(value).__name__} in {column!r}, not text"
     return value, _what_is_wrong(value)
 
 
