@@ -65,21 +65,6 @@ class GPTConfig(PreTrainedConfig):
         "block_size": "max_position_embeddings",
         "n_positions": "max_position_embeddings",
     }
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "final_norm": (["hidden_states"], ["hidden_states"]),
-    }
-
     vocab_size: int = 50257
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -145,6 +130,17 @@ class GPTConfig(PreTrainedConfig):
         if self.position_encoding != "rope" and (self.rope_parameters or {}).keys() <= {"rope_theta", "rope_type"}:
             self.rope_parameters = None  # transformers fills its defaults in, which would say "rope" to a reader
         self.auto_map = dict(AUTO_MAP)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How devices share each linear layer of a block; there is no plan for a pipeline of stages.
+
+        An inner stage would take what it receives for embeddings, and add positions to it again.
+        """
+        split = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+        widened = {"up_proj": "colwise", "down_proj": "rowwise", **({"gate_proj": "colwise"} if self.gated_mlp else {})}
+        attention = {f"layers.*.self_attn.{name}": how for name, how in split.items()}
+        return attention | {f"layers.*.mlp.{name}": how for name, how in widened.items()}
 
     @property
     def dropout(self) -> float | int:
