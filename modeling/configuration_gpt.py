@@ -228,11 +228,6 @@ class GPTConfig(PreTrainedConfig):
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             # Of a window of 1 a cache keeps the last 0 tokens, which transformers slices as all of them.
             raise ValueError(f"sliding_window={self.sliding_window}: sliding_attention needs a window of at least 2")
-        if self.sliding_window is not None and "sliding_attention" not in self.layer_types:
-            raise ValueError(
-                f"sliding_window={self.sliding_window}: no layer of layer_types slides; name sliding_attention there, "
-                "or drop the window"
-            )
         if self.kv_sharing_modes is not None:
             self._validate_kv_sharing()
 

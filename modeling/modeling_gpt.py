@@ -145,14 +145,15 @@ class GPTPreTrainedModel(PreTrainedModel):
             init.zeros_(linear.bias)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """As in transformers, but never reentrant: with shared keys and values that gives wrong gradients.
+        """As in transformers, but not reentrant unless asked to: with shared keys and values gradients would be wrong.
 
         This is the name that transformers 5.17 knows; the newer activation_checkpointing_enable comes here by itself.
         """
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if settings["use_reentrant"] and "reuse" in (self.config.kv_sharing_modes or ()):
             raise ValueError("use_reentrant=True: gradients of shared keys and values would be wrong; leave it out")
         without_warning = getattr(super(), "_activation_checkpointing_enable", super().gradient_checkpointing_enable)
-        return without_warning({"use_reentrant": False}, **kwargs)
+        return without_warning(settings, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; what is written always has the code, the whole `auto_map` and `use_cache=True`."""

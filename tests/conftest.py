@@ -22,6 +22,15 @@ from . import variants  # noqa: E402
 torch.set_num_threads(1)  # the models are too small to share out, and pytest-xdist fills the cores
 
 
+# Marks of transformers' own tests, which test_conformance.py runs.
+THEIR_MARKS = "accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test torch_compile_test".split()
+
+
+def pytest_configure(config) -> None:
+    for mark in THEIR_MARKS:
+        config.addinivalue_line("markers", mark)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Make every test draw the same numbers, and say the same, whatever ran before it."""

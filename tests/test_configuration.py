@@ -185,6 +185,12 @@ def test_unknown_attention_backend_is_refused() -> None:
         GPTForCausalLM(tiny_config(attn_implementation="nonsense"))
 
 
+def test_a_window_that_no_layer_has_is_allowed() -> None:
+    """As in transformers; it is there for who names a sliding layer later."""
+    config = tiny_config(sliding_window=1, layer_types=[FULL, FULL])
+    assert (config.sliding_window, config.layer_types) == (1, [FULL, FULL])
+
+
 def test_a_configuration_of_an_older_acorn_loads(tmp_path, caplog, monkeypatch) -> None:
     """It calls itself by another name, and names the smoothing of its training, which is not the model's."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that a warning is seen here

@@ -158,3 +158,15 @@ def test_reentrant_checkpointing_is_refused(switch: str) -> None:
     with pytest.raises(ValueError, match="use_reentrant"):
         getattr(model, switch)({"use_reentrant": True})
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+@every_switch
+def test_reentrant_checkpointing_without_shared_keys_is_exact(switch: str, ids: torch.Tensor) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = random_model(tiny_config()).train()
+        if checkpointing:
+            getattr(model, switch)({"use_reentrant": True})
+        model(ids, labels=ids).loss.backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(grads[1], grads[0])

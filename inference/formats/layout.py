@@ -108,7 +108,7 @@ OBSTACLES: dict[str, Obstacle] = {
     "gated_mlp": (lambda c: c.gated_mlp, "its MLP has no gate"),
     "head_dim": (lambda c: c.head_dim * c.num_attention_heads != c.hidden_size, "its heads share out hidden_size"),
     "sliding_window": (
-        lambda c: c.sliding_window is not None and c.sliding_window < c.max_position_embeddings,
+        lambda c: "sliding_attention" in c.layer_types and c.sliding_window < c.max_position_embeddings,
         "every layer sees the whole context",
     ),
     "kv_sharing_modes": (lambda c: "reuse" in (c.kv_sharing_modes or ()), "every layer has its own keys and values"),
