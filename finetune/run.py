@@ -34,7 +34,7 @@ from training.sampling import prompt_tensor, sample_text
 from .adapters import attach, count_parameters, quantization, virtual_tokens
 from .arguments import FinetuneRecipe
 from .data import Examples, as_prompt, describe, read_data
-from .probe import keeps_documents_apart
+from .probe import as_trained, keeps_documents_apart
 from .report import side_by_side, summary, write_report
 from .trainer import FinetuneTrainer, refuse_optimizer
 
@@ -105,7 +105,7 @@ def build_trainer(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: 
     """The trainer of a recipe: base, adapter and rows put together."""
     data, adapter = recipe.data_arguments(), recipe.adapter_arguments()
     base, name, known = load_base(recipe, args, checkpoint)
-    is_apart = keeps_documents_apart(base, name)
+    is_apart = keeps_documents_apart(base, name, **as_trained(base, args))
     refuse_optimizer(args, adapter, base)
     packing = data.packing and is_apart and not virtual_tokens(adapter)
     if data.packing and not packing and args.process_index == 0:

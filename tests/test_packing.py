@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.arguments import FinetuneTrainingArguments
 from finetune.conversations import Example
 from finetune.packing import ExampleRows, SeparatedRows, documents_of, pack
-from finetune.probe import keeps_documents_apart
+from finetune.probe import as_trained, keeps_documents_apart
 from training.dataset import IGNORED, EvaluationRows, TrainingRows, collate_rows
 from training.errors import UserError
 
@@ -108,6 +109,26 @@ def test_without_positions_they_would(base) -> None:
 
 def test_the_probe_knows_models_that_keep_documents_apart(base) -> None:
     assert keeps_documents_apart(base, "base") is True
+
+
+def test_the_probe_asks_as_training_will(monkeypatch, tmp_path) -> None:
+    """On its device, in its precision, so many rows at once: flash attention tells documents apart in single rows."""
+    seen = []
+    model = our_model()
+    forward = model.forward
+
+    def watched(**inputs):
+        seen.append((len(inputs["input_ids"]), torch.is_autocast_enabled("cpu"), inputs["input_ids"].device.type))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    for size, precision in ((1, "fp32"), (4, "bf16")):
+        options = {"per_device_train_batch_size": size, "per_device_eval_batch_size": 1, "force_precision": True}
+        args = FinetuneTrainingArguments(str(tmp_path), use_cpu=True, precision=precision, **options)
+        assert keeps_documents_apart(model, "base", **as_trained(model, args))
+        assert {rows for rows, _, _ in seen} == {min(size, 3)}
+        assert {where[1:] for where in seen} == {(precision == "bf16", "cpu")}
+        seen.clear()
 
 
 def test_the_probe_knows_models_that_do_not(monkeypatch) -> None:

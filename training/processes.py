@@ -51,6 +51,12 @@ def check_partitions(args) -> None:
         raise UserError(f"optimizer='muon': {why}; use adamw, or shard by training/launch/fsdp.yaml")
 
 
+def shares_weights_out(args) -> bool:
+    """Whether no process will hold the whole model: under FSDP or DeepSpeed, by argument or by launcher."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed or "true" in launched)
+
+
 def _hides_all_gpus(visible: str | None) -> bool:
     return visible is not None and all(entry.strip() in ("", "-1") for entry in visible.split(","))
 
