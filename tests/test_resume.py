@@ -14,7 +14,7 @@ from shlex import split as words
 import pytest
 import torch
 
-from training import resume
+from training import pretrain, resume
 from training.callbacks import StopOnSignal, read_metrics
 
 from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights, tiny_argv, write_text
@@ -279,7 +279,7 @@ def test_another_context(folder, recipe_key: str, flag: str) -> None:
         "--preset gpt2",
         "--dropout 0.5",
         "--tokenizer byte",
-        "--text_files text.txt",
+        "--text_files other.txt",
         "--validation_fraction 0.2",
         "--sampling shuffled",
         "--optimizer muon",
@@ -384,3 +384,21 @@ def test_a_folder_of_another_name_is_no_checkpoint(copy, capsys) -> None:
     (copy / "checkpoint-old").mkdir()
     go_on(copy, "--max_steps", "9")
     assert "from checkpoint-8" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_state_is_no_way_to_go_on_exactly(folder, capsys, monkeypatch) -> None:
+    """It is refused, or with a flag begun anew, on the schedule's own step."""
+    monkeypatch.chdir(folder)
+    run = grow(folder, "--save_only_model", "true", name="weights-only")
+    message = refused(resume.main, run.name, "--max_steps", "10")
+    assert "no optimizer's state and no schedule and no random state" in message and "--fresh_state true" in message
+    go_on(run, "--max_steps", "10", "--fresh_state", "true", "--save_only_model", "false")
+    assert "begun anew" in capsys.readouterr().err
+    unbroken = grow(folder, "--max_steps", "10", name="ten")
+    last = [metrics(path)[-1] for path in (run, unbroken)]
+    assert last[0]["step"] == last[1]["step"] == 10 and last[0]["learning_rate"] == last[1]["learning_rate"]
+    go_on(run, "--max_steps", "11")
+
+
+def test_replaying_the_data_is_refused(folder) -> None:
+    assert "ignore_data_skip" in refused(pretrain.main, *tiny_argv("--ignore_data_skip", "false", name="replayed"))

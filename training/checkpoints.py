@@ -40,6 +40,14 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
+def missing_state(checkpoint: Path) -> list[str]:
+    """What a checkpoint lacks of all that a run goes on exactly by, in words."""
+    kinds = {"optimizer's state": "optimizer.pt", "schedule": "scheduler.pt", "random state": "rng_state*.pth"}
+    if (checkpoint / "latest").is_file():  # DeepSpeed's own folder holds the first two
+        kinds = {"random state": kinds["random state"]}
+    return [what for what, pattern in kinds.items() if not any(checkpoint.glob(pattern))]
+
+
 def processes_of(checkpoint: Path) -> int:
     """How many processes wrote it, by their random states; 0 where none were saved."""
     return len(list(checkpoint.glob("rng_state*.pth")))

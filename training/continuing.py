@@ -1,29 +1,39 @@
 """What a run of any kind needs to go on: its recipe and today's flags, a checkpoint, its directory to itself."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from .addresses import public_name
 from .agreement import first_decides
-from .checkpoints import find_checkpoint
+from .checkpoints import find_checkpoint, missing_state
 from .errors import UserError
 from .lock import claimed
-from .recipe import Recipe, load_run_recipe, parse_flags
+from .recipe import Recipe, coerce, load_run_recipe, parse_flags
 from .shell import shell
 
 FIXED_TRAINING = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these
 
 
-def read_run(argv: list[str], kind: type[Recipe] = Recipe) -> tuple[Path, Recipe, str, dict[str, dict]]:
-    """(run directory, its recipe, which checkpoint, checked flags by section) of `acorn resume RUN_DIR …`."""
+class Wanted(NamedTuple):
+    """What a run is to go on from: a checkpoint's name, and whether its state may be missing."""
+
+    checkpoint: str = "last"
+    fresh_state: bool = False
+
+
+def read_run(argv: list[str], kind: type[Recipe] = Recipe) -> tuple[Path, Recipe, Wanted, dict[str, dict]]:
+    """(run directory, its recipe, what it goes on from, checked flags by section) of `acorn resume RUN_DIR …`."""
     if not argv or argv[0].startswith("-"):
         raise UserError("acorn resume needs a RUN_DIR, such as runs/quickstart")
     run_dir = Path(argv[0])
     recipe = load_run_recipe(run_dir, kind)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint", nargs="?", default="last")
+    parser.add_argument("--fresh_state", nargs="?", default="false", const="true")
     known, flags = parser.parse_known_args(argv[1:])
     if not known.checkpoint:
         raise UserError("--checkpoint: needs a value: last, best or checkpoint-N")
@@ -31,7 +41,7 @@ def read_run(argv: list[str], kind: type[Recipe] = Recipe) -> tuple[Path, Recipe
     recipe.command += f" && {shell('acorn', 'resume', *map(public_name, argv))}"
     checked = parse_flags(flags, kind)
     give_addresses_again(recipe, checked.get("data", {}))
-    return run_dir, recipe, known.checkpoint, checked
+    return run_dir, recipe, Wanted(known.checkpoint, coerce("fresh_state", known.fresh_state, bool)), checked
 
 
 def give_addresses_again(recipe: Recipe, data: dict) -> None:
@@ -50,11 +60,25 @@ def refuse_fixed(flags: dict[str, dict], verb: str, changeable_model: tuple[str,
         raise UserError(f"--{fixed[0]} cannot change in a run that has begun: start another with `acorn {verb}`")
 
 
+def choose(run_dir: Path, wanted: Wanted) -> Path | None:
+    """The checkpoint, which has all that a run goes on exactly by, or else it is said that it begins anew."""
+    checkpoint = find_checkpoint(run_dir, wanted.checkpoint)
+    missing = [] if checkpoint is None else missing_state(checkpoint)
+    if missing and not wanted.fresh_state:
+        raise UserError(
+            f"{checkpoint} holds no {' and no '.join(missing)} (saved with --save_only_model?): the run would go on as "
+            "another; --fresh_state true begins them anew"
+        )
+    if missing:
+        print(f"{checkpoint} holds no {' and no '.join(missing)}: begun anew", file=sys.stderr)
+    return checkpoint
+
+
 @contextmanager
-def taken_up(run_dir: Path, wanted: str, args) -> Iterator[Path | None]:
+def taken_up(run_dir: Path, wanted: Wanted, args) -> Iterator[Path | None]:
     """Have the run directory for oneself, and yield the checkpoint to go on from; None where it has none yet."""
     with claimed(run_dir, args):
-        checkpoint = first_decides(args, lambda: find_checkpoint(run_dir, wanted))
+        checkpoint = first_decides(args, lambda: choose(run_dir, wanted))
         if args.process_index == 0:
             where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
             print(f"resuming {run_dir} {where}", flush=True)

@@ -34,7 +34,7 @@ USAGES = {
         "acorn pretrain shakespeare-char-cpu --text_files my.txt --max_steps 500 --output_dir runs/mine",
     ),
     "resume": (
-        "acorn resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--flag value …]\n\n"
+        "acorn resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--fresh_state true] [--flag value …]\n\n"
         "Continue a run of any kind exactly where it stopped; flags may change what can change, such as --max_steps.",
         "acorn resume runs/quickstart --max_steps 1200",
     ),

@@ -17,7 +17,7 @@ from modeling import GPTForCausalLM
 
 from .arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from .callbacks import ConsoleTable, StopOnSignal
-from .checkpoints import SAVING, STATE, processes_of, reading, rotate, seal, write_beside
+from .checkpoints import SAVING, STATE, missing_state, processes_of, read_state, reading, rotate, seal, write_beside
 from .corpus import Corpus
 from .dataset import EvaluationRows, Rows, collate_rows
 from .errors import UserError, is_disk_full
@@ -159,8 +159,11 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         groups = [{key: v for key, v in group.items() if key != "params"} for group in self.optimizer.param_groups]
         rates = list(getattr(schedule, "base_lrs", []))
-        with reading(checkpoint, "optimizer's state"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if not set(missing_state(Path(checkpoint))) - {"random state"}:
+            with reading(checkpoint, "optimizer's state"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+        elif hasattr(schedule, "lr_lambdas"):  # a fresh optimizer, on the schedule's own step
+            schedule.last_epoch = read_state(Path(checkpoint))["global_step"]
         if not hasattr(schedule, "lr_lambdas"):  # a rate that follows the losses is state, not an argument
             for group in groups:
                 group.pop("lr")
