@@ -30,7 +30,21 @@ TINY = words(
 
 def tiny_argv(*flags: str, name: str = "run", recipe: str = RECIPE) -> list[str]:
     """What comes after `acorn pretrain` for a tiny run on text.txt; later flags win."""
-    return [recipe, "--text_files", "text.txt", *TINY, "--output_dir", name, *flags]
+    return [recipe, *latest("--text_files", "text.txt", *TINY, "--output_dir", name, *flags)]
+
+
+def latest(*argv: str) -> list[str]:
+    """Flags and their values, each flag once and as it was given last: Acorn takes none twice."""
+    flags: dict[str, list[str]] = {}
+    name = None
+    for word in argv:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            flags.pop(name, None)
+            flags[name] = [word]
+        else:
+            flags[name].append(word)
+    return [word for words in flags.values() for word in words]
 
 
 def write_text(folder: Path, text: str = TEXT, name: str = "text.txt") -> Path:

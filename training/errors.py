@@ -20,6 +20,18 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse, but a flag that is there twice is refused: the last one would win in silence."""
+        words = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        twice = [word for word in words if words.count(word) > 1 and self._is_single(word)]
+        if twice:
+            self.error(f"{twice[0]} is there twice: give it once")
+        return super().parse_known_args(args, namespace)
+
+    def _is_single(self, word: str) -> bool:
+        action = self._option_string_actions.get(word)
+        return action is not None and action.nargs != 0 and not isinstance(action, argparse._AppendAction)
+
     def error(self, message: str):
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")
 

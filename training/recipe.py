@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,10 @@ from .errors import UserError, one_line, unknown
 from .files import check_hash, write_with_hash
 from .precision import KEYS as PRECISION_KEYS
 from .processes import check_launch, check_partitions
+from .ranges import check_number
 from .shell import shell
+from .strict_yaml import dump, load
+from .values import coerce, from_words, refuse_ambiguous
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 FLAG_ORDER = ("data", "training", "model", "adapter", "sample", "card")  # where a flag that two sections know belongs
@@ -122,8 +124,7 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Write the recipe where `load_run_recipe` finds it again; addresses in it without what may be a secret."""
         public = {"data": each_text(self.data, public_name), "command": public_text(self.command)}
-        text = yaml.safe_dump(dataclasses.asdict(self) | public, sort_keys=False, allow_unicode=True)
-        write_with_hash(path, text)
+        write_with_hash(path, dump(dataclasses.asdict(self) | public))
 
 
 def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
@@ -150,9 +151,10 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
             raise UserError(f"recipe {name}: no such file")
         raise unknown("recipe", name, shipped_recipes(kind), "`acorn recipes` lists them; a path ends in .yaml.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a YAML file: {one_line(error)}") from error
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
@@ -161,14 +163,18 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
     for section, values in content.items():
         if section not in known_keys(kind):
             raise unknown("section", section, known_keys(kind), f"In {path}.")
-        if not isinstance(values or {}, dict):
+        values = {} if values is None else values
+        if not isinstance(values, dict):
             raise UserError(f"{path}: section {section} must hold `key: value` lines")
-        for key, value in (values or {}).items():
+        for key, value in values.items():
             section, key = MOVED.get((section, key), (section, key))
             try:
                 getattr(recipe, section)[key] = check(section, key, value, kind)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
+    names = [_one_name(key) for key in recipe.model]
+    if doubled := [key for key in recipe.model if names.count(_one_name(key)) > 1]:
+        raise UserError(f"{path}: {' and '.join(doubled)} are two names of one key: give it once")
     return recipe
 
 
@@ -208,20 +214,27 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe
         raise unknown(f"key in {section}", key, keys[section])
     if key == "preset" and value not in PRESETS:
         raise unknown("preset", value, PRESETS)
-    return coerce(key, value, keys[section][key])
+    value = coerce(key, value, keys[section][key])
+    check_number(_one_name(key), value, key)
+    refuse_ambiguous(key, value)
+    return value
 
 
 def parse_flags(argv: list[str], kind: type[Recipe] = Recipe) -> dict[str, dict]:
-    """`--key value …` and `--key=value` to checked values by section."""
-    keys, found = known_keys(kind), {}
-    for flag, values in _split_flags(argv):
+    """`--key value …` and `--key=value` to checked values by section; a list that is given twice is one list."""
+    keys, found, given = known_keys(kind), {}, {}
+    for flag, words in _split_flags(argv):
         section = next((s for s in FLAG_ORDER if flag in keys.get(s, ())), None)
         if section is None:
             raise unknown("flag", f"--{flag}", [f"--{key}" for s in keys.values() for key in s])
-        hint = keys[section][flag]
-        is_yaml = len(values) == 1 and values[0].startswith("[")
-        value = values if _is_list(hint) and not is_yaml else " ".join(values) if values else "true"
-        found.setdefault(section, {})[flag] = check(section, flag, value, kind)
+        value = check(section, flag, from_words(flag, words, keys[section][flag]), kind)
+        before = given.setdefault(_one_name(flag), flag)
+        values = found.setdefault(section, {})
+        if flag in values and isinstance(value, list):
+            value = values[flag] + value
+        elif flag in values or before != flag:
+            raise UserError(f"--{flag} is there twice{'' if before == flag else f' (as --{before})'}: give it once")
+        values[flag] = value
     return found
 
 
@@ -236,55 +249,6 @@ def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
         else:
             raise UserError(f"{token!r} is no flag: flags are --name value")
     return flags
-
-
-def coerce(key: str, value: typing.Any, hint: typing.Any) -> typing.Any:
-    """Turn a YAML value or a flag's string into the type of its field."""
-    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in kinds):
-        if type(None) in kinds:
-            return None
-        raise UserError(f"{key}: needs a value")
-    for kind in kinds:
-        converted = _convert(value, kind)
-        if converted is not None:
-            return converted
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
-    raise UserError(f"{key}={value!r}: expected {wanted}")
-
-
-def _convert(value: typing.Any, kind: typing.Any) -> typing.Any:
-    """`value` as `kind`, or None where it is not one."""
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        return value if isinstance(value, bool) else words.get(str(value).lower())
-    if isinstance(value, bool):
-        return None
-    if kind in (int, float):
-        try:  # YAML 1.1 reads 1e-3 as text
-            number = float(str(value).replace("_", ""))
-        except ValueError:
-            return None
-        return number if kind is float else int(number) if number.is_integer() else None
-    if kind is str:
-        return value if isinstance(value, str) else None
-    origin = typing.get_origin(kind) or kind
-    if origin in (list, dict) and isinstance(value, str):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            return None
-    if origin is list and not isinstance(value, list):
-        value = [value]
-    return value if isinstance(origin, type) and isinstance(value, origin) else None
-
-
-def _is_union(hint) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _is_list(hint) -> bool:
-    return typing.get_origin(hint) is list or any(typing.get_origin(k) is list for k in typing.get_args(hint))
 
 
 def _canonical(keys: dict) -> dict:
