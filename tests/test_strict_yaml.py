@@ -61,7 +61,7 @@ def test_what_is_refused(text: str, named: str, tmp_path) -> None:
     with pytest.raises(yaml.YAMLError, match=named):
         load(text)
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="mine.yaml") as caught:
+    with pytest.raises(UserError, match="mine") as caught:
         load_recipe_file(str(tmp_path / "mine.yaml"))
     assert "\n" not in str(caught.value)
     assert time.process_time() - before < 10, "a few lines hang nothing"
@@ -101,7 +101,7 @@ def test_words_that_yaml_1_1_takes_for_switches(tmp_path) -> None:
     ],
 )
 def test_what_a_recipe_can_not_say(text: str, named: str, tmp_path) -> None:
-    with pytest.raises(UserError, match="mine.yaml") as caught:
+    with pytest.raises(UserError, match="mine") as caught:
         recipe(tmp_path, text)
     assert named in str(caught.value)
 
