@@ -135,6 +135,7 @@ def load_finetune_recipe(argv: list[str]) -> FinetuneRecipe:
         adapter = flags.get("adapter", {}).get("adapter", AdapterArguments.adapter)
         recipe = FinetuneRecipe(name=f"{Path(name).name}-{adapter}", model={"model_name_or_path": name})
     recipe.update(flags)
+    recipe.check()
     recipe.command = shell("acorn", "finetune", *map(public_name, argv))
     fit_adapter(recipe, flags.get("adapter", {}))
     return recipe

@@ -18,6 +18,7 @@ from training.errors import FlagParser, UserError, quiet_libraries, run_main
 from training.evaluation import evaluate_rows
 from training.loading import best_device, load_model_and_tokenizer
 from training.precision import refuse_emulated
+from training.ranges import check_numbers
 from training.recipe import load_run_recipe
 from training.run import corpus_of_run
 from training.sampling import context_left
@@ -58,15 +59,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the metrics as one JSON line."""
     flags = parse(argv)
-    if flags.per_device_eval_batch_size < 1:
-        raise UserError(f"per_device_eval_batch_size={flags.per_device_eval_batch_size}: must be at least 1")
+    check_numbers(flags)
     quiet_libraries()
     if flags.bf16 and not flags.force_precision:
         mend = "leave it out, or insist with --force_precision"
         refuse_emulated("--bf16", best_device().type, torch.bfloat16, mend)
     model, tokenizer = load_model_and_tokenizer(flags.model, "auto", flags.trust_remote_code, flags.force_precision)
     limit = context_left(model)
-    context_length = flags.block_size or limit
+    context_length = limit if flags.block_size is None else flags.block_size
     if not 1 <= context_length <= limit:
         raise UserError(f"block_size={context_length}: must be between 1 and the model's context, {limit}")
     if flags.text_files or flags.data_files or flags.dataset:

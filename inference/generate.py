@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from training.errors import FlagParser, UserError, quiet_libraries, run_main
 from training.loading import best_device, load_model_and_tokenizer, refuse_emulated_dtype
+from training.ranges import check_numbers
 from training.sampling import (
     TextPrinter,
     context_left,
@@ -65,6 +66,7 @@ def read_prompt(prompt: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Write samples to stdout."""
     flags = parse(argv)
+    check_numbers(flags)
     if flags.max_new_tokens < 1 or flags.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples must be at least 1")
     quiet_libraries()

@@ -15,7 +15,7 @@ from training.datatrove_tokens import holds_datatrove, load_datatrove, read_toke
 from training.errors import UserError
 from training.tokenizers import build_tokenizer, encode_documents
 
-from .tiny_runs import TEXT, checkpoints, metrics, refused, same_weights, tiny_argv
+from .tiny_runs import TEXT, checkpoints, latest, metrics, refused, same_weights, tiny_argv
 
 DOCUMENTS = [TEXT[place : place + 60 + place % 41] for place in range(0, 3000, 75)]
 
@@ -96,7 +96,7 @@ def test_a_run_and_its_resume(tokenizer, capsys) -> None:
     """The recipe's own source gives way to the directory, and a resumed run finds it again."""
     write(tokenizer)
     argv = [word for word in tiny_argv() if word not in ("--text_files", "text.txt")]
-    pretrain.main([*argv, *words("--data_dir tokens --tokenizer made --save_total_limit 9")])
+    pretrain.main(latest(*argv, *words("--data_dir tokens --tokenizer made --save_total_limit 9")))
     assert "tokens: " in capsys.readouterr().out
     assert checkpoints(Path("run")) == [4, 8] and metrics(Path("run"))[-1]["bits_per_byte"] > 0
     resume.main(words("run --checkpoint checkpoint-4 --max_steps 9"))

@@ -23,7 +23,7 @@ from training.tokenizers import build_tokenizer
 
 from .chat_fixture import chat_text
 from .tiny_bases import BASES, TINY, save, stock_model
-from .tiny_runs import checkpoints, contents, refused, write_text
+from .tiny_runs import checkpoints, contents, latest, refused, write_text
 from .two_processes import launch
 
 CHAT = ["--text_files", "chat.txt"]
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def tune(folder: Path, base: str, *flags: str, name: str) -> Path:
     """Finetune in `folder` and return the run directory; later flags win."""
     with contextlib.chdir(folder):
-        finetune.main([base, *TINY, "--output_dir", name, *flags])
+        finetune.main(latest(base, *TINY, "--output_dir", name, *flags))
     return folder / name
 
 
@@ -197,7 +197,7 @@ def test_two_processes_have_the_losses_of_one(folder) -> None:
     flags = [*CHAT, "--max_steps", "4", "--eval_steps", "1"]
     one = tune(folder, "gpt2", *flags, name="one")
     halves = ["--per_device_train_batch_size", "2", "--output_dir", "two"]
-    done = launch("-m", "finetune.finetune", "gpt2", *TINY, *flags, *halves, cwd=folder)
+    done = launch("-m", "finetune.finetune", *latest("gpt2", *TINY, *flags, *halves), cwd=folder)
     assert "2 × cpu" in done.stdout
     for key in ("train_loss", "eval_loss"):
         first, second = ([row[key] for row in read_metrics(run) if row[key]] for run in (one, folder / "two"))
@@ -290,7 +290,7 @@ def test_mistakes_are_one_line(folder, tuned, monkeypatch, argv: list[str], word
     before = contents(tuned)
     flags = [] if not argv or argv[0].startswith("--") else TINY
     name = ["--output_dir", "refused"] if flags and "--output_dir" not in argv else []
-    assert words in refused(finetune.main, *argv[:1], *flags, *name, *argv[1:])
+    assert words in refused(finetune.main, *latest(*argv[:1], *flags, *name, *argv[1:]))
     assert contents(tuned) == before
     assert not list(folder.glob("refused/checkpoint-*"))
     shutil.rmtree(folder / "refused", ignore_errors=True)

@@ -17,7 +17,7 @@ from training.loading import load_model_and_tokenizer
 from .chat_fixture import chat_text
 from .foreign import Trap
 from .tiny_bases import BASES, TINY, save
-from .tiny_runs import refused, write_text
+from .tiny_runs import latest, refused, write_text
 
 CHAT = ["--text_files", "chat.txt"]
 MERGED = ["lora", "rslora", "dora", "pissa", "loraplus", "ia3"]
@@ -39,7 +39,8 @@ def tuned(folder: Path, adapter: str, base: str = "gpt2", *flags: str) -> Path:
     name = "-".join([base, adapter, *flags]).replace("--", "")
     if not (folder / name).exists():
         with contextlib.chdir(folder):
-            finetune.main([base, *CHAT, *TINY, "--adapter", adapter, "--max_steps", "3", *flags, "--output_dir", name])
+            argv = [base, *CHAT, *TINY, "--adapter", adapter, "--max_steps", "3", *flags, "--output_dir", name]
+            finetune.main(latest(*argv))
     return folder / name
 
 

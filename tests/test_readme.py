@@ -10,6 +10,7 @@ import pytest
 
 import acorn
 
+from .tiny_runs import latest
 from .two_processes import launch
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def commands(block: str) -> list[list[str]]:
 def shrunk(command: list[str]) -> list[str]:
     """The README's pretraining commands with a smaller model: the words are what is tested, not the training."""
     shapes = {"pretrain": [*TINY[:6], "--bf16", "false"], "finetune": ["--bf16", "false"]}
-    return [*command, *shapes.get(command[1], [])]
+    return latest(*command, *shapes.get(command[1], []))
 
 
 def launched(command: list[str], folder: Path) -> str:

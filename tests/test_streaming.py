@@ -18,7 +18,7 @@ from training.errors import UserError
 from training.sources import numbered_documents
 from training.streaming import Mark, is_streamed, stream_corpus
 
-from .tiny_runs import TEXT, checkpoints, go_on, metrics, refused, same_weights, tiny_argv
+from .tiny_runs import TEXT, checkpoints, go_on, latest, metrics, refused, same_weights, tiny_argv
 
 CONTEXT, HELD = 16, 130
 DOCUMENTS = [TEXT[place : place + 40 + place % 37] for place in range(0, 1500, 60)]
@@ -152,7 +152,7 @@ def test_a_mixture_does_not_train_on_what_validates(folder) -> None:
 def grow(name: str, *flags: str) -> Path:
     """Pretrain on the stream and return the run directory."""
     argv = [word for word in tiny_argv(name=name) if word not in ("--text_files", "text.txt")]
-    pretrain.main([*argv, *STREAMED, *words("--lr_scheduler_type constant_with_warmup"), *flags])
+    pretrain.main(latest(*argv, *STREAMED, *words("--lr_scheduler_type constant_with_warmup"), *flags))
     return Path(name)
 
 
@@ -232,7 +232,7 @@ def test_parquet_shards_go_on_without_reading_those_before(folder, monkeypatch) 
 )
 def test_refusals(folder, flags: str, named: str) -> None:
     argv = [word for word in tiny_argv() if word not in ("--text_files", "text.txt")]
-    assert named in refused(pretrain.main, *argv, *STREAMED, *words(flags))
+    assert named in refused(pretrain.main, *latest(*argv, *STREAMED, *words(flags)))
     assert not Path("run").exists() and not Path("corpora").exists()
 
 
@@ -247,5 +247,6 @@ def test_a_directory_for_the_tokens_means_preparation(folder) -> None:
     assert is_streamed(arguments())
     assert not is_streamed(arguments(data_dir="tokens"))
     argv = [word for word in tiny_argv() if word not in ("--text_files", "text.txt")]
-    pretrain.main([*argv, *words("--text_files docs --streaming --tokenizer byte --data_dir tokens --max_steps 2")])
+    more = words("--text_files docs --streaming --tokenizer byte --data_dir tokens --max_steps 2")
+    pretrain.main(latest(*argv, *more))
     assert Path("tokens/manifest.json").is_file()

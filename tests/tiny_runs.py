@@ -34,9 +34,9 @@ def tiny_argv(*flags: str, name: str = "run", recipe: str = RECIPE) -> list[str]
 
 
 def latest(*argv: str) -> list[str]:
-    """Flags and their values, each flag once and as it was given last: Acorn takes none twice."""
-    flags: dict[str, list[str]] = {}
-    name = None
+    """Words, then flags and their values, each flag once and as it was given last: Acorn takes none twice."""
+    flags: dict[str, list[str]] = {"": []}
+    name = ""
     for word in argv:
         if word.startswith("--"):
             name = word.partition("=")[0]

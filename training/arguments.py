@@ -8,7 +8,7 @@ from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .choices import RISING, check_choices, check_needs, check_schedule, settle_metric
+from .choices import RISING, check_choices, check_names, check_needs, check_schedule, settle_metric
 from .compiling import plan_compilation
 from .errors import UserError
 from .fields import refuse_other_values
@@ -64,6 +64,7 @@ class DataArguments:
     def __post_init__(self):
         check_numbers(self)
         check_policy(self)
+        check_names(self)
 
 
 @dataclass

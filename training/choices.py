@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import math
 import multiprocessing
+from pathlib import Path
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -34,6 +35,7 @@ CHOICES = {
     "dataloader_multiprocessing_context": multiprocessing.get_all_start_methods(),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl"),
     "debug": ("underflow_overflow",),
+    "sampling": ("random", "shuffled"),
 }
 # What does nothing without another argument: the field, and the one that it needs.
 NEEDS = {
@@ -52,15 +54,24 @@ SCHEDULE_GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_e
 REHEARSED = 100  # steps of a schedule that is tried out
 
 
-def check_choices(args) -> None:
-    """Refuse a name that is in no table, and one whose package is not installed."""
+def check_names(args) -> None:
+    """Refuse a name that is in no table."""
     for name, known in CHOICES.items():
         given = getattr(args, name, None)
         for value in given if isinstance(given, list) else [given]:
             value = getattr(value, "value", value)  # of an enumeration
             if value is not None and value not in known:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")
+
+
+def check_choices(args) -> None:
+    """Refuse a name that is in no table, and one whose file or package is not here."""
+    check_names(args)
     _check_reports(args.report_to)
+    for name in ("deepspeed", "fsdp_config"):
+        path = getattr(args, name)
+        if isinstance(path, str) and not path.startswith("{") and not Path(path).is_file():
+            raise UserError(f"{name}={path!r}: there is no such file")
     _check_package("deepspeed", args.deepspeed)
     _check_package("liger_kernel", args.use_liger_kernel, "use_liger_kernel")
 

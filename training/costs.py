@@ -66,6 +66,7 @@ def config_of(recipe: Recipe) -> GPTConfig:
     """The model's shape, with the vocabulary that the recipe's tokenizer will have."""
     data = recipe.data_arguments()
     vocab_size = data.tokenizer_vocab_size or VOCABULARIES.get(data.tokenizer)
+    vocab_size = max(vocab_size, recipe.model.get("vocab_size", 0)) if vocab_size else None  # as the run takes it
     return recipe.model_config(**({"vocab_size": vocab_size} if vocab_size else {}))
 
 

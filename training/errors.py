@@ -22,7 +22,9 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As in argparse, but a flag that is there twice is refused: the last one would win in silence."""
-        words = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        args = sys.argv[1:] if args is None else args
+        refuse_broken_text(args)
+        words = [word.partition("=")[0] for word in args]
         twice = [word for word in words if words.count(word) > 1 and self._is_single(word)]
         if twice:
             self.error(f"{twice[0]} is there twice: give it once")
@@ -34,6 +36,13 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def refuse_broken_text(words: Iterable[str]) -> None:
+    """Refuse words of a command line that are not UTF-8: no tokenizer and no recipe could hold them."""
+    for word in words:
+        if not word.isascii() and word.encode("utf-8", "replace") != word.encode("utf-8", "surrogatepass"):
+            raise UserError(f"{word!a}: is not UTF-8; write it so, or put a prompt into a file: FILE:path")
 
 
 class UserError(Exception):

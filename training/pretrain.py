@@ -4,6 +4,7 @@ from .agreement import first_decides
 from .corpus import summary
 from .errors import quiet_libraries, run_main
 from .files import refuse_used
+from .fits import refuse_too_large
 from .help import wants_help
 from .recipe import load_recipe
 from .run import build_model, by_the_first, open_corpus, run
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = load_recipe("pretrain", argv)
     recipe.model_config()  # a wrong architecture is refused before any text is read
     args = recipe.training_arguments()
+    refuse_too_large(recipe, args)
     first_decides(args, lambda: refuse_used(recipe.output_dir))
     corpus = by_the_first(args, lambda: open_corpus(recipe))
     print(corpus.summary() if corpus.directory is None else summary(corpus)) if args.process_index == 0 else None

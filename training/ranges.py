@@ -73,6 +73,7 @@ RANGES = {
     "validation_fraction": Range(0, 1, above=True, below=True),
     "num_proc": SMALL_COUNT,
     # what is sampled: logits divided by less than these leave float32
+    "num_samples": Range(1, 10_000, whole=True),
     "max_new_tokens": Range(0, MOST, whole=True),
     "temperature": Range(1e-30, also=0),
     "top_k": Range(0, MOST, whole=True),
@@ -92,7 +93,8 @@ def check_number(name: str, value: object, shown: str | None = None) -> None:
     """Refuse a number outside the range of the field `name`, which messages call `shown`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and name in RANGES and not RANGES[name].holds(value):
-        raise UserError(f"{shown or name}={value}: must be {RANGES[name]}")
+        finite = "" if math.isfinite(value) else "a finite number, "
+        raise UserError(f"{shown or name}={value}: must be {finite}{RANGES[name]}")
 
 
 def check_numbers(arguments: object) -> None:

@@ -15,7 +15,7 @@ from modeling import PRESETS, GPTConfig
 from .addresses import each_text, public_name, public_text
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .choices import NEEDS
-from .errors import UserError, one_line, unknown
+from .errors import UserError, one_line, refuse_broken_text, unknown
 from .files import check_hash, write_with_hash
 from .precision import KEYS as PRECISION_KEYS
 from .processes import check_launch, check_partitions
@@ -67,6 +67,11 @@ class Recipe:
     def card_arguments(self) -> CardArguments:
         return self.sections["card"](**self.card)
 
+    def check(self) -> None:
+        """Refuse values that can not be, of every section but the one that training_arguments builds."""
+        for section in self.sections.keys() - {"training"}:
+            self.sections[section](**getattr(self, section))
+
     def training_arguments(self) -> GPTTrainingArguments:
         """transformers' own refusals become one line too, and a launch that is not what was asked for is refused."""
         check_launch(bool(self.training.get("use_cpu")), bool(self.training.get("fsdp")))
@@ -75,7 +80,7 @@ class Recipe:
         use_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
         try:
             args = self.sections["training"](**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
             words = one_line(error)
             named = [f"{key}={value!r}" for key, value in self.training.items() if str(value) in words.split()]
             raise UserError(f"training: {', '.join(named) + ': ' if named else ''}{words}") from error
@@ -135,6 +140,7 @@ def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
     name = argv.pop(0)
     recipe = load_recipe_file(name)
     recipe.update(parse_flags(argv), data_dir_is_source=verb != "prepare")
+    recipe.check()
     recipe.command = shell("acorn", verb, name, *map(public_name, argv))
     return recipe
 
@@ -223,6 +229,7 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe
 def parse_flags(argv: list[str], kind: type[Recipe] = Recipe) -> dict[str, dict]:
     """`--key value …` and `--key=value` to checked values by section; a list that is given twice is one list."""
     keys, found, given = known_keys(kind), {}, {}
+    refuse_broken_text(argv)
     for flag, words in _split_flags(argv):
         section = next((s for s in FLAG_ORDER if flag in keys.get(s, ())), None)
         if section is None:

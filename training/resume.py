@@ -8,6 +8,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from .checkpoints import reading
 from .continuing import read_run, refuse_fixed, taken_up
 from .errors import UserError, quiet_libraries, run_main
+from .fits import refuse_too_large
 from .help import wants_help
 from .recipe import Recipe
 from .run import build_model, by_the_first, corpus_of_run, run
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     run_dir, recipe, wanted, flags = read_run(sys.argv[1:] if argv is None else list(argv))
     lay_over(recipe, flags)
     args = recipe.training_arguments()
+    refuse_too_large(recipe, args)
     with taken_up(run_dir, wanted, args) as checkpoint:
         corpus = by_the_first(args, lambda: corpus_of_run(recipe))
         if checkpoint is None:
@@ -36,6 +38,7 @@ def lay_over(recipe: Recipe, flags: dict[str, dict]) -> None:
     refuse_fixed(flags, "pretrain", CHANGEABLE_MODEL)
     before = recipe.model_config().max_position_embeddings
     recipe.update(flags)
+    recipe.check()
     tokens = recipe.training.get("tokens_per_step")
     if tokens and "tokens_per_step" not in flags.get("training", {}):
         # another context: the same windows a step, of another length
