@@ -13,7 +13,7 @@ VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilitie
 TORCH := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-versions newest lock style format
+.PHONY: help install quickstart test test-slow conformance test-versions newest lock style format
 
 help:  ## show this list
 	@echo "Acorn: plant a text, grow a GPT."
@@ -38,7 +38,12 @@ test: $(INSTALLED)  ## run the tests: tiny, offline, on the CPU
 	$(PYTEST)
 
 test-slow: $(INSTALLED)  ## run the tests that take longer
-	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there are none
+	-@$(BIN)/python -m tests.transformers_tests
+	ACORN_CONFORMANCE=some $(PYTEST) -m slow
+
+conformance: $(INSTALLED)  ## run transformers' own tests of models over every variant: an hour
+	$(BIN)/python -m tests.transformers_tests
+	ACORN_CONFORMANCE=all $(PYTEST) -m slow tests/test_conformance.py
 
 test-versions: $(INSTALLED) $(OLDEST)/.installed  ## run the tests that depend on transformers with the oldest versions
 	PYTHONPATH=$(OLDEST) $(PYTEST) $(VERSION_TESTS)

@@ -1,6 +1,10 @@
-"""transformers' own tests of every model, over every row of our variants; what is refused on purpose is named below."""
+"""transformers' own tests of every model over our variants; what is refused on purpose is named below.
+
+ACORN_CONFORMANCE chooses the variants: all of them (`make conformance`, an hour), or some (`make test-slow`).
+"""
 
 import copy
+import os
 import unittest
 from unittest import mock
 
@@ -9,15 +13,20 @@ import torch
 
 from modeling import GPTConfig, GPTForCausalLM, GPTModel
 
-from .transformers_tests import common_tests
+from .transformers_tests import common_tests, is_fetched
 from .variants import VARIANTS, tiny_config
 
 pytestmark = pytest.mark.slow
 
-try:
-    common = common_tests()
-except OSError as error:
-    pytest.skip(f"transformers' tests cannot be had: {error}", allow_module_level=True)
+SOME = ("gpt2", "rope_yarn", "mixed_layers", "shared_kv_two_groups", "modern")
+CHOICES = {"all": VARIANTS, "some": {name: VARIANTS[name] for name in SOME}}
+CHOSEN = CHOICES.get(os.environ.get("ACORN_CONFORMANCE", ""))
+
+if CHOSEN is None:
+    pytest.skip("`make conformance` runs them", allow_module_level=True)
+if not is_fetched():
+    pytest.skip("transformers' tests are not here: python -m tests.transformers_tests", allow_module_level=True)
+common = common_tests()
 
 
 class Tester:
@@ -85,4 +94,4 @@ def build(name: str, variant: dict) -> type[unittest.TestCase]:
     return type(f"Test_{name}", (Common, unittest.TestCase), body)
 
 
-globals().update({f"Test_{name}": build(name, variant) for name, variant in VARIANTS.items()})
+globals().update({f"Test_{name}": build(name, variant) for name, variant in CHOSEN.items()})
