@@ -154,7 +154,7 @@ def written(model: GPTForCausalLM, ids: torch.Tensor, cache: str) -> torch.Tenso
 def memory(device: str) -> dict:
     """What `acorn estimate` foretells of a training step and of an evaluation, and what they take."""
     stand_in_for_metrics()
-    from benchmarks.memory import measure
+    from benchmarks.peak_memory import measure
 
     if device != "cuda":
         return measure("shakespeare-char-cpu", ["--bf16", "false"])

@@ -194,7 +194,7 @@ def adapted(device: str, adapter: str) -> dict:
     torch.manual_seed(0)
     folder = str(Path(args.output_dir, "base"))
     GPTForCausalLM(config).save_pretrained(folder)
-    base = load_causal_lm(folder, "bfloat16" if adapter == "qlora" else "auto", False, **quantization(adapter))
+    base = load_causal_lm(folder, "bfloat16" if adapter == "qlora" else "auto", False, **quantization(adapter, args.precision))
     settings = AdapterArguments(adapter=adapter)
     corpus = Drawn(config.vocab_size)
     corpus.tokenizer = SimpleNamespace(eos_token_id=0, save_pretrained=lambda *args, **kwargs: ())
@@ -203,13 +203,10 @@ def adapted(device: str, adapter: str) -> dict:
         model, args, corpus, config.max_position_embeddings, packing=False, adapter=settings, base=(folder, None),
         data=None, sample=None,
     )  # fmt: skip
-    trainer.add_callback(watch := clock(device, 10))
-    before = trainer.evaluate()["eval_loss"]
+    losses = [trainer.evaluate()["eval_loss"]]
     trainer.train()
-    figures = {"eval_loss_before": before, "eval_loss_after": trainer.evaluate()["eval_loss"]}
-    if device == "cuda":
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return falls(watch.losses, figures)
+    losses.append(trainer.evaluate()["eval_loss"])
+    return falls(losses, {"peak_bytes": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
 
 
 def lora(device: str) -> dict:
