@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from training.compression import open_bytes
+from training.compression import DAMAGED, damaged, open_bytes
 from training.errors import UserError
 from training.reading import leave_out, leave_row_out
 from training.rows import Row
@@ -67,7 +67,7 @@ def find_format(data) -> str:
     if data.data_format != "auto":
         return data.data_format
     if data.text_files:
-        return "chat" if all(starts_as_chat(path) for _, path in find_text_files(data.text_files)) else "text"
+        return "chat" if all(starts_as_chat(data, *file) for file in find_text_files(data.text_files)) else "text"
     if data.data_files or (data.dataset and data.dataset != "python-stdlib"):
         values = next((row.values for _, row in rows(data, {})), {})
         if data.messages_column in values or has_messages(values):
@@ -92,12 +92,16 @@ def pair_columns(data, values: dict) -> tuple[str, str | None, str] | None:
     )
 
 
-def starts_as_chat(path) -> bool:
-    """Whether a text file's first line with words opens a turn, and an answer follows somewhere."""
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace") as file:
-        first = next((line for line in file if line.strip()), "")
-        match = SPEAKER.match(first)
-        return bool(match and match[1] != "Assistant" and any(line.startswith("Assistant:") for line in file))
+def starts_as_chat(data, name: str, path) -> bool:
+    """Whether a text file's first line with words opens a turn, and an answer follows; one to be left out may."""
+    try:
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace") as file:
+            first = next((line for line in file if line.strip()), "")
+            match = SPEAKER.match(first)
+            return bool(match and match[1] != "Assistant" and any(line.startswith("Assistant:") for line in file))
+    except DAMAGED as error:
+        leave_out(data, {}, name, damaged("text_files", name, error))
+        return True
 
 
 def rows(data, left_out: dict) -> Iterator[tuple[str, Row]]:

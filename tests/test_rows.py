@@ -174,6 +174,26 @@ def test_rows_without_text_are_none_and_leave_no_split_empty():
         prepare(arguments(data_files=["none.parquet"], data_dir="none", **BYTES))
 
 
+def test_a_text_of_parquet_that_is_not_utf8_is_one_bad_row(capsys):
+    texts_and_one = pa.array([b"a", b"caf\xe9", b"b"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts_and_one}), "latin.parquet")
+    with pytest.raises(UserError, match=r"latin.parquet': row 2: can not be read \(.*0xe9"):
+        texts(data_files=["latin.parquet"])
+    assert texts(data_files=["latin.parquet"], on_bad_file="skip") == ["a", "b"]
+    assert capsys.readouterr().err.count("left out") == 1
+
+
+def test_half_a_compressed_chat_is_one_line():
+    chat = gzip.compress(b"".join(b"User: %d\nAssistant: %d\n\n" % (n, n * 7919) for n in range(999)))
+    Path("whole.gz").write_bytes(chat)
+    Path("half.gz").write_bytes(chat[:20])
+    with pytest.raises(UserError, match=r"text_files='half.gz': can not be read \(Compressed file ended"):
+        find_format(FinetuneDataArguments(text_files=["half.gz"]))
+    data = FinetuneDataArguments(text_files=["whole.gz", "half.gz"], on_bad_file="skip")
+    assert find_format(data) == "chat"
+    assert len(list(read_conversations(data, {}))) == 999
+
+
 def test_bad_rows_of_a_killed_preparation_are_counted_once():
     lines = [json.dumps({"text": f"row {number} " * 9}) if number % 7 else "{oh" for number in range(300)]
     Path("some.jsonl").write_text("\n".join(lines))

@@ -257,6 +257,8 @@ BAD_ROWS = {
         ({"data_files": ["latin.txt"]}, "data_files='latin.txt': is no table that is known (.json"),
         ({"data_files": [""]}, "data_files='': names nothing"),
         ({"text_files": [" "]}, "text_files=' ': names nothing"),
+        ({"text_files": ["a" * 5000]}, f"text_files='{'a' * 100}': File name too long; check the path"),
+        ({"data_files": ["a\0b"]}, "data_files='a\\x00b': embedded null byte; check the path"),
         ({"dataset": "./none"}, "dataset='./none': can not be loaded ("),
         ({"dataset": "sets", "text_column": "x"}, "text_column='x': train.jsonl has no such column; it has body"),
         (

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +96,11 @@ def as_list(field: str, entries: list[str] | str) -> list[str]:
     for entry in entries:
         if not isinstance(entry, str) or not entry.strip():
             raise UserError(f"{field}={entry!r}: names nothing; give a file, or leave it out")
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError):  # a pattern, or what `match_files` refuses
+                os.stat(entry if not is_address(entry) else os.curdir)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{field}={entry[:100]!r}: {getattr(error, 'strerror', error)}; check the path") from error
     return entries
 
 
@@ -157,7 +163,12 @@ def download(field: str, address: str) -> Path:
 
 def fingerprint_files(files: Files) -> dict:
     """Return names, sizes and hashes of files, as a dict fit for JSON."""
-    listed = [{"path": name, "bytes": path.stat().st_size, "sha256": _hash_as_it_was(path)} for name, path in files]
+    listed = []
+    for name, path in files:
+        try:
+            listed.append({"path": name, "bytes": path.stat().st_size, "sha256": _hash_as_it_was(path)})
+        except OSError as error:
+            raise UserError(f"{name}: can not be read ({error.strerror}); check it, or name others") from error
     return {"files": listed, "bytes": sum(entry["bytes"] for entry in listed)}
 
 

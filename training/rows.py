@@ -220,7 +220,17 @@ def _parquet_rows(path: Path, name: str, columns: list[str] | None, first: int) 
 
 def _rows_of_batch(batch, start: int, first: int) -> Iterator[Row]:
     wanted = max(0, first - start)
-    for number, values in enumerate(batch.slice(wanted).to_pylist(), start=start + wanted):
+    batch, start = batch.slice(wanted), start + wanted
+    try:
+        rows = batch.to_pylist()
+    except ValueError as error:  # a text that is not UTF-8, or a date that Python has not: which row's?
+        if len(batch) == 1:
+            yield Row(start, f"row {start + 1}", {}, f"can not be read ({error})")
+            return
+        for at in range(len(batch)):
+            yield from _rows_of_batch(batch.slice(at, 1), start + at, first)
+        return
+    for number, values in enumerate(rows, start=start):
         yield Row(number, f"row {number + 1}", values)
 
 
