@@ -70,7 +70,7 @@ def measure(recipe: str, flags: list[str]) -> dict:
     """Peak bytes of a training step, and the estimate's."""
     loaded = load_recipe("estimate", [recipe, *flags])
     args = loaded.training_arguments()
-    estimate = estimate_recipe(loaded)
+    estimate = estimate_recipe(loaded, device=args.device.type)
     micro_batches, device = min(2, estimate.accumulation), args.device
     before = resident("VmRSS")
     model = GPTForCausalLM(config_of(loaded)).to(device).train()

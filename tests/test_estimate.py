@@ -77,12 +77,12 @@ def test_evaluation_holds_one_chunk_of_logits_whatever_its_batch():
     """32 x 1,024 x 50,304 logits in bf16 and in float32 were 10 GB."""
     args, config = load_recipe_file("shakespeare-char-cpu").training_arguments(), GPTConfig(vocab_size=50304)
     args.bf16 = False  # whatever this machine would take
-    states = 4 * config.hidden_size * 1024
-    chunk = 8 * chunk_elements(args.device)
+    states, device = 4 * config.hidden_size * 1024, torch.device("cpu")
+    chunk = 8 * chunk_elements(device)
     for args.per_device_eval_batch_size in (8, 32):
         blocks = (20 * config.hidden_size + 8 * config.intermediate_size) * args.per_device_eval_batch_size * 1024
         head = states * args.per_device_eval_batch_size + chunk
-        assert evaluation_bytes(config, args) == max(blocks, head)
+        assert evaluation_bytes(config, args, device) == max(blocks, head)
 
 
 DEVICES = {
@@ -153,6 +153,20 @@ def test_the_command_prints_all_figures(capsys):
         "30% MFU",
     ):
         assert word in printed
+
+
+def test_the_time_is_that_of_what_the_gpu_has(capsys):
+    main(["gpt2-openwebtext", "--gpu", "t4"])
+    assert "8.1 TFLOP/s in fp32" in capsys.readouterr().out
+    main(["gpt2-openwebtext", "--gpu", "t4", "--precision", "fp16"])
+    assert "65 TFLOP/s in half" in capsys.readouterr().out
+    with pytest.raises(UserError, match="precision=bf16"):
+        main(["gpt2-openwebtext", "--gpu", "t4", "--precision", "bf16"])
+
+
+def test_what_to_lower_is_what_does_not_fit(capsys):
+    main(["gpt2-openwebtext", "--gpu", "t4", "--per_device_eval_batch_size", "1000"])
+    assert "lower per_device_eval_batch_size" in capsys.readouterr().out
 
 
 def test_flags_change_the_recipe(capsys):

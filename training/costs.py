@@ -39,7 +39,7 @@ class Estimate:
         return self.steps * self.tokens_per_step * self.flops_per_token / (peak_flops * mfu * num_gpus)
 
 
-def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none") -> Estimate:
+def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none", device: str = "cuda") -> Estimate:
     """The figures of a recipe whose steps are spread over `num_gpus` devices; builds the model on the meta device.
 
     sharding: none (each device holds everything), zero2 (gradients and optimizer state are shared out) or full.
@@ -58,7 +58,7 @@ def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none") -
         accumulation=args.gradient_accumulation_steps,
         steps=args.max_steps,
         memory={name: size / (num_gpus if name in SHARDED[sharding] else 1) for name, size in figures.items()},
-        evaluation=evaluation_bytes(config, args),
+        evaluation=evaluation_bytes(config, args, torch.device(device)),
     )
 
 
@@ -114,7 +114,7 @@ def activation_bytes(config: GPTConfig, is_half: bool, is_checkpointed: bool = F
     return kept * config.num_hidden_layers + (block if is_checkpointed else 0)
 
 
-def evaluation_bytes(config: GPTConfig, args) -> float:
+def evaluation_bytes(config: GPTConfig, args, device: torch.device) -> float:
     """Bytes of a batch of evaluation at its peak, with fused attention.
 
     That is in a block (the embeddings, three states of the residual stream and what was attended to, and the larger of
@@ -126,7 +126,7 @@ def evaluation_bytes(config: GPTConfig, args) -> float:
     residual = (16 + itemsize * (2 if is_half else 1)) * config.hidden_size
     attention = itemsize * (2 * heads_size + 2 * kv_size) + (4 * (heads_size + kv_size) if config.qk_norm else 0)
     mlp = itemsize * (2 + config.gated_mlp + (config.hidden_act == "relu2")) * config.intermediate_size
-    logits = min(tokens * config.vocab_size, chunk_elements(args.device)) * (10 if is_half else 8)
+    logits = min(tokens * config.vocab_size, chunk_elements(device)) * (10 if is_half else 8)
     worked_on = max(tokens * (residual + max(attention, mlp)), tokens * 4 * config.hidden_size + logits)
     return worked_on + (2 * matrix_parameters(config) if is_half else 0)
 

@@ -4,7 +4,7 @@ import sys
 
 from .costs import SHARDED, Estimate, estimate_recipe
 from .errors import FlagParser, UserError, run_main, unknown
-from .hardware import GPUS, WITHOUT_BF16
+from .hardware import GPUS
 from .help import wants_help
 from .precision import fit_precision
 from .recipe import Recipe, load_recipe
@@ -27,16 +27,18 @@ def main(argv: list[str] | None = None) -> None:
     if flags.num_gpus < 1 or not 0 < flags.mfu <= 1:
         raise UserError(f"--num_gpus={flags.num_gpus} --mfu={flags.mfu}: at least 1, and in (0, 1]")
     recipe = load_recipe("estimate", others)
-    fit_precision(recipe.training, flags.gpu not in WITHOUT_BF16)
+    fit_precision(recipe.training, GPUS[flags.gpu].has_bf16)
     estimate = estimate_recipe(recipe, flags.num_gpus, flags.sharding)
     print(report(recipe, estimate, flags.gpu, flags.num_gpus, flags.mfu))
 
 
 def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: float) -> str:
     """The figures as aligned lines."""
-    peak, capacity = GPUS[gpu].half, GPUS[gpu].memory
+    is_half, capacity = recipe.training["precision"] != "fp32", GPUS[gpu].memory
+    peak = GPUS[gpu].half if is_half else GPUS[gpu].single
     total = estimate.peak()
-    mend = "lower per_device_train_batch_size, or share out the model (--sharding full, training/launch/fsdp.yaml)"
+    batch = "per_device_train_batch_size" if total == sum(estimate.memory.values()) else "per_device_eval_batch_size"
+    mend = f"lower {batch}, or share out the model (--sharding full, training/launch/fsdp.yaml)"
     fit = "fits" if total < 0.92 * capacity else "DOES NOT FIT"
     tokens = estimate.steps * estimate.tokens_per_step
     seconds = estimate.seconds(peak, mfu, num_gpus)
@@ -50,7 +52,8 @@ def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: flo
         "memory, evaluation": f"{estimate.evaluation / 1e9:.2f} GB, when there are no gradients and activations",
         "memory in all": f"{total / 1e9:.2f} GB a device: {fit} {gpu} ({capacity / 1e9:.0f} GB)",
         **({} if fit == "fits" else {"what to do": mend}),
-        "tokens a second": f"{tokens / seconds:,.0f} on {num_gpus} × {gpu} at {mfu:.0%} MFU (assumed)",
+        "tokens a second": f"{tokens / seconds:,.0f} on {num_gpus} × {gpu} at {mfu:.0%} MFU (assumed) "
+        f"of {peak / 1e12:,.4g} TFLOP/s in {'half precision' if is_half else 'fp32'}",
         "time": duration(seconds),
     }
     return "\n".join([recipe.name, *(f"  {name:<20} {value}" for name, value in lines.items())])

@@ -49,8 +49,6 @@ GPUS = {
 OTHERS = {"mig", "laptop", "d", "ti"}
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
 
-WITHOUT_BF16 = ("v100-32gb", "t4")
-
 
 def known_gpu(name: str) -> GPU | None:
     """The table's entry for a device by the name that its driver gives it, such as "NVIDIA A100-SXM4-40GB".

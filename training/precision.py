@@ -126,6 +126,8 @@ def _launcher_asks() -> str | None:
 def fit_precision(training: dict, has_bf16: bool) -> None:
     """Make a recipe's training section what another device than this one would take, for figures alone."""
     asked = _asked(SimpleNamespace(**{"precision": "auto", "bf16": None, "fp16": None, **training}))
+    if asked == "bf16" and not has_bf16:
+        raise UserError("precision=bf16: that GPU has no units for it; take --precision auto, fp32 or fp16")
     is_half = has_bf16 if asked is None else asked != "fp32"
     training |= {"precision": "bf16" if is_half else "fp32", "bf16": None, "fp16": None, "force_precision": True}
 
