@@ -11,7 +11,7 @@ from shlex import split as words
 
 TINY = words(
     "--n_layer 1 --n_embd 16 --n_head 2 --block_size 16 --max_steps 4 --eval_steps 2 --per_device_train_batch_size 2 "
-    "--warmup_steps 1 --max_new_tokens 4 --validation_fraction 0.05 --use_cpu true"
+    "--warmup_steps 1 --max_new_tokens 4 --use_cpu true"
 )
 PRETRAIN = ["pretrain", "shakespeare-char-cpu", "--data_dir", "tokens", *TINY, "--output_dir", "new"]
 FINETUNE = words("finetune run --text_files text.txt --max_steps 2 --eval_steps 2 --max_new_tokens 4 --use_cpu true")

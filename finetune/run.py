@@ -197,7 +197,7 @@ def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared,
         model = load(str(run_dir), "auto", trust).to(args.device).eval()
         text = sample_text(model, prepared.tokenizer, sample, args.seed)
     rows = read_metrics(run_dir)
-    best = min((row for row in rows if row["step"] > 0), key=lambda row: row["eval_loss"])
+    best = recipe.best([row for row in rows if row["step"] > 0])
     first = next((row for row in rows if row["step"] == 0), None)
     facts |= {
         "sample_before": sample_before,

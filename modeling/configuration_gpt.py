@@ -1,5 +1,7 @@
 """GPTConfig: the one strict place where every architecture choice is named, defaulted and checked."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -193,8 +195,10 @@ class GPTConfig(PreTrainedConfig):
         if rope_type not in ROPE_NEEDS:
             raise ValueError(f"rope_parameters.rope_type={rope_type!r}: choose one of {', '.join(ROPE_NEEDS)}")
         for key in ROPE_NEEDS[rope_type]:
-            if not isinstance(parameters.get(key), float | int):
-                raise ValueError(f"rope_parameters.{key}={parameters.get(key)!r}: {rope_type} needs a number here")
+            if not isinstance(parameters.get(key), float | int) or not 0 < parameters[key] < math.inf:
+                raise ValueError(
+                    f"rope_parameters.{key}={parameters.get(key)!r}: {rope_type} needs a number above 0 here"
+                )
         for key in ("partial_rotary_factor", *LAYER_TYPES):
             if key in parameters:
                 raise ValueError(f"rope_parameters.{key}: all layers rotate whole heads alike; leave it out")
@@ -206,9 +210,9 @@ class GPTConfig(PreTrainedConfig):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")
         for field in ("initializer_range", "embedding_initializer_range", "norm_eps"):
-            if (getattr(self, field) or 0) < 0:
-                raise ValueError(f"{field}={getattr(self, field)}: must not be negative")
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            if not 0 <= (getattr(self, field) or 0) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)}: must not be negative, and a finite number")
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
         if self.zero_init_head and self.tie_word_embeddings:
             raise ValueError("zero_init_head=true needs tie_word_embeddings=false: a tied head is the embedding")

@@ -1,5 +1,6 @@
 """Every training argument takes effect, is refused with the place to use instead, or is transformers' business."""
 
+import json
 from dataclasses import MISSING, fields
 
 import pytest
@@ -15,8 +16,9 @@ from training.fields import REFUSED, TAKES_EFFECT, TRANSFORMERS
 from training.metrics import METRICS
 from training.optimizers import build_optimizer
 from training.ranges import RANGES
+from training.recipe import load_recipe, load_run_recipe
 
-from .tiny_runs import refused, tiny_argv, write_text
+from .tiny_runs import checkpoints, grow, metrics, refused, same_weights, tiny_argv, write_text
 
 KINDS = (GPTTrainingArguments, FinetuneTrainingArguments)
 LISTS = (TAKES_EFFECT, REFUSED.keys(), TRANSFORMERS)
@@ -187,3 +189,49 @@ def test_epochs_become_steps() -> None:
 
 def test_the_order_has_a_seed_of_its_own() -> None:
     assert (arguments(seed=3).order_seed, arguments(seed=3, data_seed=5).order_seed) == (3, 5)
+
+
+# whole runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where this module's run lies, with its text and its tokens."""
+    return tmp_path_factory.mktemp("fields")
+
+
+@pytest.fixture(scope="module")
+def by_accuracy(folder):
+    """A run whose best is the one with the highest accuracy, evaluated where the loss and it do not agree."""
+    flags = "--metric_for_best_model token_accuracy --eval_steps 1 --save_total_limit 9 --learning_rate 0.3"
+    return grow(folder, *flags.split(), name="by-accuracy")
+
+
+def test_the_best_of_a_rising_metric_is_the_highest(by_accuracy) -> None:
+    rows = metrics(by_accuracy)
+    last = by_accuracy / f"checkpoint-{checkpoints(by_accuracy)[-1]}"
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_metric"] == max(row["token_accuracy"] for row in rows)
+    best = load_run_recipe(by_accuracy).best(rows)
+    assert best["token_accuracy"] == state["best_metric"]
+    assert same_weights(by_accuracy, by_accuracy / f"checkpoint-{best['step']}")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--validation_fraction 0.5", "--validation_seed 5", "--shard_size 5", "--streaming true", "--num_proc 2"]
+)
+def test_prepared_tokens_have_decided(by_accuracy, folder, monkeypatch, flags: str) -> None:
+    monkeypatch.chdir(folder)
+    tokens = str(next(folder.glob("corpora/*")))
+    argv = [word for word in tiny_argv(*flags.split(), name="refused") if word not in ("--text_files", "text.txt")]
+    message = refused(pretrain.main, *argv, "--data_dir", tokens)
+    assert f"{flags.split()[0][2:]}=" in message and "prepared" in message
+    assert not (folder / "refused").exists()
+
+
+def test_flags_of_another_choice_leave_the_recipes_settings_behind() -> None:
+    recipe = load_recipe("pretrain", ["quickstart", "--lr_scheduler_type", "linear", "--optimizer", "adamw"])
+    assert recipe.training.keys().isdisjoint({"lr_scheduler_kwargs", "muon_learning_rate"})
+    assert recipe.training_arguments().lr_scheduler_type == "linear"
+    same = load_recipe("pretrain", ["quickstart", "--lr_scheduler_type", "warmup_stable_decay"])
+    assert same.training["lr_scheduler_kwargs"]["num_decay_steps"] == 0.75

@@ -244,6 +244,15 @@ def test_dropout_is_all_three(recipe_file) -> None:
     assert (config.embedding_dropout, config.attention_dropout, config.residual_dropout) == (0.3, 0.3, 0.3)
 
 
+def test_one_dropout_of_the_three_is_heard(recipe_file) -> None:
+    path = recipe_file("model: {dropout: 0.2, preset: gpt2}")
+    config = load_recipe("pretrain", [path, "--attention_dropout", "0.1"]).model_config()
+    assert (config.embedding_dropout, config.attention_dropout, config.residual_dropout) == (0.2, 0.1, 0.2)
+    path = recipe_file("model: {attention_dropout: 0.2, preset: gpt2}")
+    config = load_recipe("pretrain", [path, "--dropout", "0.3"]).model_config()
+    assert (config.embedding_dropout, config.attention_dropout, config.residual_dropout) == (0.3, 0.3, 0.3)
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_a_preset_may_come_by_flag(recipe_file, name: str) -> None:
     recipe = load_recipe("pretrain", [recipe_file("data: {tokenizer: byte}"), "--preset", name])

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,11 @@ from .tokenizers import BUILDERS, build_tokenizer, load_tokenizer, tokenizer_has
 FORMAT = "acorn-corpus"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# What preparing decides: with tokens that are prepared it can only be said again.
+DECIDED = """
+validation_fraction validation_by validation_seed validation_characters shard_size num_proc streaming on_bad_file
+tokenizer_vocab_size text_column dataset_config dataset_split
+""".split()
 
 
 @dataclass(frozen=True)
@@ -221,6 +226,7 @@ def _prepared_with(data) -> Corpus:
     tokens were carried, can not load "gpt2".
     """
     corpus = load_corpus(data.data_dir)
+    _refuse_decided(data, corpus.manifest)
     held = corpus.manifest["tokenizer"]
     if data.tokenizer in ("byte", held["name"]):
         return corpus
@@ -229,6 +235,17 @@ def _prepared_with(data) -> Corpus:
         mend = "name that one, or prepare the text again into another --data_dir"
         raise UserError(f"tokenizer={data.tokenizer!r}: data_dir={data.data_dir!r} is not its: {what}; {mend}")
     return corpus
+
+
+def _refuse_decided(data, manifest: dict) -> None:
+    """Refuse what was decided when the tokens were prepared, where it is named and was decided otherwise."""
+    held = {f"validation_{key}": value for key, value in (manifest.get("validation") or {}).items()}
+    for field in fields(data):
+        value = getattr(data, field.name)
+        if field.name in DECIDED and value not in (field.default, held.get(field.name, field.default)):
+            was = f"prepared with {held[field.name]!r}" if field.name in held else "prepared already"
+            mend = "leave it out, or prepare the text again into another --data_dir"
+            raise UserError(f"{field.name}={value!r}: the tokens in data_dir={data.data_dir!r} were {was}; {mend}")
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

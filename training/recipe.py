@@ -14,7 +14,8 @@ from modeling import PRESETS, GPTConfig
 
 from .addresses import each_text, public_name, public_text
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
-from .choices import NEEDS
+from .choices import NEEDS, RISING
+from .corpus import DECIDED
 from .errors import UserError, one_line, refuse_broken_text, unknown
 from .files import check_hash, write_with_hash
 from .precision import KEYS as PRECISION_KEYS
@@ -34,6 +35,8 @@ GOES_WITH = {name: other for name, (other, _) in NEEDS.items()} | {
     "greater_is_better": "metric_for_best_model",
 }
 MOVED = {("model", "label_smoothing"): ("training", "label_smoothing_factor")}  # keys of older recipes
+TOKENIZERS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model section: what the tokenizer says
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 # Keys of the model section that are not fields of GPTConfig.
 MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
 
@@ -60,6 +63,12 @@ class Recipe:
 
     def data_arguments(self) -> DataArguments:
         return self.sections["data"](**self.data)
+
+    def best(self, rows: list[dict]) -> dict | None:
+        """The row of metrics.jsonl whose model is the best one, by the metric that the recipe names."""
+        metric = (self.training.get("metric_for_best_model") or "loss").removeprefix("eval_")
+        key, sign = (metric, -1) if RISING.get(metric) else ("eval_loss", 1)  # those that fall, fall with the loss
+        return min(rows, key=lambda row: sign * row[key], default=None)
 
     def sample_arguments(self) -> SampleArguments:
         return self.sections["sample"](**self.sample)
@@ -108,9 +117,11 @@ class Recipe:
                 self.data.pop(key, None)
             self.card.pop("language", None)  # it was that of the other text
             if not names_source and Path(named["data_dir"] or "", "manifest.json").is_file():
-                for key in ("tokenizer", "tokenizer_vocab_size"):  # the tokens have their own
+                for key in ("tokenizer", *DECIDED):  # the tokens have their own
                     self.data.pop(key, None)
         self._drop_what_goes_with_another(overrides.get("training", {}))
+        for key in DROPOUTS if "dropout" in overrides.get("model", {}) else ():
+            self.model.pop(key, None)
         for section, values in overrides.items():
             ours, named = getattr(self, section), {_one_name(key) for key in values}
             for key in [key for key in ours if _one_name(key) in named]:
@@ -218,6 +229,8 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe
     keys = known_keys(kind)
     if key not in keys[section]:
         raise unknown(f"key in {section}", key, keys[section])
+    if key in TOKENIZERS and section == "model":
+        raise UserError(f"{key}={value!r} has no effect here; the tokenizer knows its special tokens")
     if key == "preset" and value not in PRESETS:
         raise unknown("preset", value, PRESETS)
     value = coerce(key, value, keys[section][key])
@@ -259,8 +272,9 @@ def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _canonical(keys: dict) -> dict:
-    """nanoGPT's names to ours, so that a flag overrides a preset whatever name either uses."""
-    return {_one_name(key): value for key, value in keys.items()}
+    """nanoGPT's names to ours, so that a flag overrides a preset whatever name either uses; `dropout` is all three."""
+    all_three = dict.fromkeys(DROPOUTS, keys["dropout"]) if "dropout" in keys else {}
+    return all_three | {_one_name(key): value for key, value in keys.items() if key != "dropout"}
 
 
 def _one_name(key: str) -> str:

@@ -68,7 +68,7 @@ def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
     recipe, directory = load_run_recipe(run_dir), directory or run_dir
     manifest, sources = read_manifest(recipe), sources_of(recipe)
     rows = [row for row in read_metrics(run_dir) if directory == run_dir or row["step"] == step_of(directory)]
-    best = min(rows, key=lambda row: row["eval_loss"], default=None)
+    best = recipe.best(rows)
     facts = facts_of_model(directory)
     facts.name = recipe.name if directory == run_dir else f"{recipe.name}, {directory.name}"
     facts.about = f"A GPT of {count_parameters(directory):,} parameters, grown from scratch by Acorn."
@@ -190,7 +190,7 @@ def next_steps(run_dir: Path, prompt: str) -> str:
     """What a person can type now."""
     return "\n".join(
         [
-            f"The model is in {run_dir} (best validation loss at the root). Next:",
+            f"The model is in {run_dir} (the best at the root). Next:",
             f"  {shell('acorn', 'generate', run_dir, prompt=prompt)}",
             f"  {shell('acorn', 'evaluate', run_dir)}",
             f"  {shell('acorn', 'resume', run_dir)} --max_steps …",

@@ -66,6 +66,8 @@ def open_corpus(recipe: Recipe) -> Corpus:
     """The tokens that a recipe names: streamed, written by datatrove, or prepared (now, or before)."""
     data = recipe.data_arguments()
     if is_streamed(data):
+        if recipe.training.get("data_seed") is not None:
+            raise UserError("data_seed: a stream is read in the order of its text; leave it out")
         return stream_corpus(data, recipe.training.get("dataloader_num_workers", 0))
     refuse_stream_options(data)
     if holds_datatrove(data.data_dir) and not named_sources(data):
