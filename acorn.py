@@ -24,8 +24,8 @@ VERBS = {
     "push": ("inference.push", "upload a model, or an adapter, to the Hub"),
 }
 
-# a section that only the recipes of one kind of run have: the module whose main() goes on with such a run
-RESUMED_BY = {"adapter": "finetune.resume"}
+# a section that only the recipes of one kind of run have: the modules whose main() does a verb with such a run
+RUNS = {"adapter": {"resume": "finetune.resume", "evaluate": "finetune.evaluate"}}
 
 # the first verb of a stage: the heading the help puts above it
 HEADINGS = {
@@ -56,11 +56,14 @@ def call_verb(argv: list[str]) -> None:
 
 
 def module_of(verb: str, rest: list[str]) -> str:
-    """The module that does a verb; which one goes on with a run is told by the sections of its recipe."""
-    recipe = Path(rest[0], "recipe.yaml") if verb == "resume" and rest else Path()
-    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+    """The module that does a verb; what kind of run it does it with is told by the sections of the run's recipe."""
+    named = [Path(word) for word in rest if not word.startswith("-") and Path(word).is_dir()]
+    places = [place / "recipe.yaml" for path in named for place in (path, path.parent)]  # a run, or its checkpoint
+    recipe = next((place for place in places if place.is_file()), None)
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe else ""
     keys = {line.split(":")[0] for line in text.splitlines()}  # what begins a line is a section's name
-    return next((module for section, module in RESUMED_BY.items() if section in keys), VERBS[verb][0])
+    return next((modules[verb] for section, modules in RUNS.items() if section in keys and verb in modules),
+                VERBS[verb][0])  # fmt: skip
 
 
 def help_text() -> str:

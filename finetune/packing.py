@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from training.dataset import IGNORED, Rows, shuffled_starts
+from training.corpus import Corpus
+from training.dataset import IGNORED, EvaluationRows, Rows, shuffled_starts
 from training.errors import UserError
 
 from .conversations import Example
@@ -114,6 +115,22 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
         if left:
             with_room.setdefault(left, []).append(index)
     return bins
+
+
+def held_out_rows(material, context_length: int, packing: bool) -> Dataset:
+    """The rows of one evaluation on a Corpus of text or on Examples; each document once, in order."""
+    end = material.tokenizer.eos_token_id
+    if isinstance(material, Corpus) and packing:
+        return SeparatedRows(EvaluationRows(material.tokens("validation"), context_length), end)
+    return ExampleRows(documents_in(material, "validation", context_length), context_length, end, packing)
+
+
+def documents_in(material, split: str, limit: int) -> list[Example]:
+    """The documents of "train" or "validation", cut every `limit` tokens."""
+    if not isinstance(material, Corpus):
+        return getattr(material, split)
+    tokens = material.tokens(split)
+    return documents_of(tokens.window(0, len(tokens)), material.tokenizer.eos_token_id, limit)
 
 
 def documents_of(tokens: np.ndarray, end_of_text: int, limit: int) -> list[Example]:

@@ -16,8 +16,7 @@ from training.loading import OUR_TYPES, record_base, without_warnings
 from training.trainer import GPTTrainer
 
 from .adapters import build_loraplus, count_parameters
-from .data import Examples
-from .packing import ExampleRows, SeparatedRows, documents_of
+from .packing import ExampleRows, SeparatedRows, documents_in, held_out_rows
 
 
 class FinetuneTrainer(GPTTrainer):
@@ -45,20 +44,12 @@ class FinetuneTrainer(GPTTrainer):
 
     def _example_rows(self, args):
         """Rows of chats or pairs, or of a text's documents one by one where they cannot share a row."""
-        end = self.corpus.tokenizer.eos_token_id
-        if isinstance(self.corpus, Examples):
-            splits = {"train": self.corpus.train, "validation": self.corpus.validation}
-        else:
-            shards = {split: self.corpus.tokens(split) for split in ("train", "validation")}
-            splits = {
-                split: documents_of(tokens.window(0, len(tokens)), end, self.context_length)
-                for split, tokens in shards.items()
-            }
-        evaluation = ExampleRows(splits["validation"], self.context_length, end, self.packing)
-        once = ExampleRows(splits["train"], self.context_length, end, self.packing)
+        end, documents = self.corpus.tokenizer.eos_token_id, documents_in(self.corpus, "train", self.context_length)
+        once = ExampleRows(documents, self.context_length, end, self.packing)
         args.count_steps(len(once) / self.rows_per_step)
         rows = self.rows_per_step * args.max_steps
-        return ExampleRows(splits["train"], self.context_length, end, self.packing, rows, args.order_seed), evaluation
+        training = ExampleRows(documents, self.context_length, end, self.packing, rows, args.order_seed)
+        return training, held_out_rows(self.corpus, self.context_length, self.packing)
 
     def count_flops(self, model) -> float:
         """Two FLOPs a parameter forward, two backward, and two more for each that is trained."""

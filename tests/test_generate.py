@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inference import evaluate, generate
 from training.dataset import EvaluationRows
 from training.evaluation import evaluate_rows
+from training.measuring import TokenArray
 from training.metrics import METRICS, language_metrics
 from training.sampling import continue_ids
 from training.tokenizers import encode_prompt
@@ -253,7 +254,7 @@ def test_a_shorter_window_sees_less(run, figures) -> None:
 
 def test_evaluation_leaves_the_mode_of_the_model(tiny_model) -> None:
     model = tiny_model(attention_dropout=0.5).train()
-    rows = EvaluationRows(evaluate.TokenArray(torch.arange(60).numpy()), CONTEXT)
+    rows = EvaluationRows(TokenArray(torch.arange(60).numpy()), CONTEXT)
     first = evaluate_rows(model, rows, 60, BATCH)
     assert model.training
     assert evaluate_rows(model, rows, 60, BATCH) == first  # without dropout
