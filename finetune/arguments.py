@@ -30,8 +30,12 @@ class FinetuneDataArguments(DataArguments):
     """Where the text, the pairs or the conversations come from, and how they become rows."""
 
     data_format: str = _say("auto (what it is, it finds out), text, pairs or chat.", "auto")
-    prompt_column: str = _say("Pairs: the column of what is given.", "prompt")
-    completion_column: str = _say("Pairs: the column of what is learned.", "completion")
+    prompt_column: str = _say(
+        "Pairs: the column of what is given (instruction and input, or question, are known too).", "prompt"
+    )
+    completion_column: str = _say(
+        "Pairs: the column of what is learned (output, response and answer are known too).", "completion"
+    )
     messages_column: str | None = _say("Chat: the column of messages (default: messages or conversations).")
     block_size: int | None = _say("Tokens a row (default: the model's context, at most 1024).")
     packing: bool = _say("Several documents in a row, which do not see each other; false: one a row.", True)

@@ -15,7 +15,9 @@ from training.errors import UserError
         ("HTTPS://me:S@S@h.org/x y.txt?a=S S", "HTTPS://h.org/x y.txt"),
         ("https://h.org/x?a='S'&b=\"S\"", "https://h.org/x"),
         ("https://h.org/@someone/x.txt", "https://h.org/@someone/x.txt"),
+        ("/here/http:/me:S@h.org/x?S", "/here/http:/h.org/x"),
         ("texts/what?.txt", "texts/what?.txt"),
+        ("C:/me@home/x.txt", "C:/me@home/x.txt"),
         ("a@b.txt", "a@b.txt"),
     ],
 )

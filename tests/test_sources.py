@@ -81,7 +81,7 @@ def test_a_folder_is_listed_first_without_what_tools_fill(folder, monkeypatch, c
     monkeypatch.chdir(folder)
     assert texts(text_files=["."]) == texts(text_files=["."]) == ["é\x0b\u2028x", "one\r\ntwo\rthree\n", "deep"]
     said = capsys.readouterr().err
-    assert said.count("text_files='.': 3 text files, 29 bytes (1 binary ones left out)") == said.count("\n") <= 1
+    assert said.count("text_files='.': 3 text files, 29 bytes (binary ones left out: 1)") == said.count("\n") <= 1
     (folder / "hidden").mkdir()
     (folder / "hidden/.a.txt").write_text("a")
     with pytest.raises(UserError, match="text_files='hidden': the folder holds no text file"):
@@ -259,6 +259,7 @@ BAD_ROWS = {
         ({"text_files": [" "]}, "text_files=' ': names nothing"),
         ({"text_files": ["a" * 5000]}, f"text_files='{'a' * 100}': File name too long; check the path"),
         ({"data_files": ["a\0b"]}, "data_files='a\\x00b': embedded null byte; check the path"),
+        ({"dataset": "http://me:S@h/x"}, "dataset='http://h/x': is an address; --text_files and --data_files"),
         ({"dataset": "./none"}, "dataset='./none': can not be loaded ("),
         ({"dataset": "sets", "text_column": "x"}, "text_column='x': train.jsonl has no such column; it has body"),
         (

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-SCHEME = r"\b[A-Za-z][A-Za-z0-9+.-]*://"
+SCHEME = r"\b(?:[A-Za-z][A-Za-z0-9+.-]*://|https?:/)"  # a path made of an address has one slash
 USER = re.compile(rf"({SCHEME})[^\s/?#]*@")
 QUERY = re.compile(rf"({SCHEME}[^\s?#'\"]*)[?#][^\s'\"]*")
 ADDRESS = re.compile(r"https?://", re.IGNORECASE)
@@ -22,7 +22,7 @@ def public_name(name: str) -> str:
 
 def public_text(text: str) -> str:
     """Return a text with every address in it made public."""
-    return QUERY.sub(r"\1", USER.sub(r"\1", text)) if "://" in text else text
+    return QUERY.sub(r"\1", USER.sub(r"\1", text)) if ":/" in text else text
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:

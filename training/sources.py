@@ -6,6 +6,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from .addresses import is_address, public_name
 from .errors import UserError, unknown
 from .reading import Part, Size
 from .tables import (
@@ -125,6 +126,10 @@ def source_kind(data) -> str:
         raise UserError("no text: name a source, such as --text_files FILE, or --dataset python-stdlib")
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)}: two sources at once; name one of them, or list both under mixture")
+    if named[0] == "dataset" and is_address(data.dataset):
+        raise UserError(
+            f"dataset={public_name(data.dataset)!r}: is an address; --text_files and --data_files read those"
+        )
     return named[0]
 
 

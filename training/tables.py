@@ -77,7 +77,7 @@ def _tables_below(folder: Path) -> Files:
     if not files:
         raise UserError(f"data_files={str(folder)!r}: the folder holds no table ({', '.join(ENDINGS)}); name one")
     size = sum(path.stat().st_size for path in files)
-    say_once(f"data_files={str(folder)!r}: {len(files):,} tables, {size:,} bytes")
+    say_once(f"data_files={str(folder)!r}: {len(files):,} table{'s' * (len(files) > 1)}, {size:,} bytes")
     return [(str(path), path) for path in files]
 
 

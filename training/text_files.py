@@ -97,8 +97,8 @@ def _text_files_below(folder: Path) -> Files:
     if not texts:
         raise UserError(f"text_files={str(folder)!r}: the folder holds no text file; name one that does")
     size = sum(path.stat().st_size for path in texts)
-    others = f" ({len(files) - len(texts):,} binary ones left out)" if len(texts) < len(files) else ""
-    say_once(f"text_files={str(folder)!r}: {len(texts):,} text files, {size:,} bytes{others}")
+    others = f" (binary ones left out: {len(files) - len(texts):,})" if len(texts) < len(files) else ""
+    say_once(f"text_files={str(folder)!r}: {len(texts):,} text file{'s' * (len(texts) > 1)}, {size:,} bytes{others}")
     return [(str(path), path) for path in texts]
 
 
