@@ -210,7 +210,7 @@ READERS = {
         (["generate", "run", "--max_new_tokens", "8", "--temperature", "0"], printed),
         (["evaluate", "run"], printed),
         (["resume", "run", "--max_steps", "6"], RESUMED),
-        (["push", "run", "me/gpt", "--dry_run"], printed),
+        (["push", "run", "me/gpt", "--dry_run"], None),
         (["convert", "run", "converted", "--to", "nanogpt"], weights_of("converted/ckpt.pt")),
         (FINETUNE, weights_of("tuned/adapter_model.safetensors")),
     ),
@@ -223,7 +223,7 @@ READERS = {
         (["generate", "lora", "--max_new_tokens", "8", "--temperature", "0"], printed),
         (["merge", "lora", "merged"], weights_of("merged/model.safetensors")),
         (["finetune", "--resume", "lora", "--max_steps", "4"], weights_of("lora/checkpoint-4/optimizer.pt")),
-        (["push", "lora", "me/gpt", "--dry_run", "--base_model", "me/base"], printed),
+        (["push", "lora", "me/gpt", "--dry_run", "--base_model", "me/base"], None),
     ),
     "tokens": (
         (PRETRAIN, weights_of("new/checkpoint-4/model.safetensors")),

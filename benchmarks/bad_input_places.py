@@ -1,5 +1,6 @@
 """The other half of the cases of bad_inputs.py: places that cannot be written, streams, recipes and data."""
 
+import ctypes
 import io
 import os
 import resource
@@ -14,13 +15,12 @@ from .bad_input_cases import FINETUNE, PRETRAIN, TINY, Case
 # ---- places and streams
 
 
-def become_nobody(world: Path) -> None:
-    """Without the rights of a superuser, who may write anywhere."""
-    if os.getuid() == 0:
-        os.setgid(65534)
-        os.setuid(65534)
-    else:
-        os.chmod(world, 0o555)
+def without_rights(world: Path) -> None:
+    """In folders that are for reading only, and without the powers of a superuser, who may write there (capset(2))."""
+    for folder in [world, *(path for path in world.rglob("*") if path.is_dir())]:
+        folder.chmod(0o555)
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    ctypes.CDLL(None, use_errno=True).capset(header, none)
 
 
 def small_files(world: Path) -> None:
@@ -48,7 +48,7 @@ def ascii_streams(world: Path) -> None:
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), "ascii") for n in (1, 2))
 
 
-PLACES = ("/proc/new", "/sys/new", "/dev/null/new", "a" * 300, "x/" * 3000, "text.txt", "text.txt/new", "run", "", "\0")
+PLACES = ("/proc/new", "/sys/new", "/dev/null/new", "a" * 300, "x/" * 3000, "text.txt", "text.txt/new", "run", "")
 WRITERS = {
     "pretrain": [*PRETRAIN[:-1]],
     "finetune": [*FINETUNE[:-1]],
@@ -80,10 +80,10 @@ def place_cases() -> Iterator[Case]:
     for verb, argv in WRITERS.items():
         for place in PLACES:
             yield Case(f"{verb} into {place[:20]!r}", "places", [*argv, place], must_refuse=True)
-        yield Case(f"{verb} without rights", "places", [*argv, "made"], True, setup=become_nobody)
+        yield Case(f"{verb} without rights", "places", [*argv, "made"], True, setup=without_rights)
         yield Case(f"{verb} onto a full disk", "places", [*argv, "made"], setup=small_files)
     for verb in ("resume", "generate", "evaluate", "push", "estimate"):
-        yield Case(f"{verb} without rights", "places", SPOKEN[verb], verb == "resume", setup=become_nobody)
+        yield Case(f"{verb} without rights", "places", SPOKEN[verb], verb == "resume", setup=without_rights)
     for verb, argv in SPOKEN.items():
         for what, setup in STREAMS.items():
             yield Case(f"{verb} with {what}", "places", argv, setup=setup, is_mute=what != "ASCII")
@@ -120,6 +120,7 @@ RECIPES = {
     "a mixture of words": "data: {mixture: [nonsense]}\n",
     "a negative weight": "data: {mixture: [{text_files: [text.txt], weight: -1}]}\n",
     "no word for the name": "name: {a: 1}\n",
+    "a NUL in a path": 'training: {output_dir: "a\\0b"}\ndata: {data_dir: "a\\0b"}\n',
     "a path for the name": "name: ../../x\n",
 }
 DATA = {

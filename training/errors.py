@@ -10,8 +10,16 @@ from contextlib import suppress
 
 from .addresses import public_text
 
-# Full disks, as the operating system and safetensors tell them (the first), and torch.save, by where in a file it was.
-DISK_FULL = ("No space left on device", "file write failed", "iostream error", "unexpected pos")
+# Full disks, quotas and limits, as the operating system and safetensors tell them (the first), and torch.save, by where
+# in a file it was.
+DISK_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "file write failed",
+    "iostream error",
+    "unexpected pos",
+)
 
 
 class FlagParser(argparse.ArgumentParser):
