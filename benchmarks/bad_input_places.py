@@ -41,7 +41,7 @@ def full_stdout(world: Path) -> None:
 def broken_stdout(world: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    os.dup2(writer, 1)
+    sys.stdout = io.TextIOWrapper(io.FileIO(writer, "w"), "utf-8")
 
 
 def ascii_streams(world: Path) -> None:

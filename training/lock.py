@@ -1,5 +1,6 @@
 """One run a run directory: a lock that dies with the process that holds it."""
 
+import errno
 import os
 import socket
 import sys
@@ -73,9 +74,10 @@ def _take(lock: FileLock, directory: Path) -> tuple[int, int] | None:
             lock.acquire()
     except Timeout as error:
         raise InUse(directory, _holder(directory)) from error
-    except FileNotFoundError:  # the directory has just been removed
-        raise
     except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        # gone: the directory has just been removed; the others: nothing else could be written there either
+        if getattr(error, "errno", None) in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         print(f"{directory} cannot be locked ({one_line(error)}): keep other runs out of it", file=sys.stderr)
         return None
     mine = _identity(directory)

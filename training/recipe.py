@@ -236,6 +236,8 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe
     value = coerce(key, value, keys[section][key])
     check_number(_one_name(key), value, key)
     refuse_ambiguous(key, value)
+    if (value == "" and key in ("output_dir", "data_dir")) or (isinstance(value, str) and "\0" in value):
+        raise UserError(f"{key}={value!r}: names no place; give a path, or leave it out")
     return value
 
 
