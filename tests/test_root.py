@@ -13,7 +13,7 @@ from training.loading import load_causal_lm
 from training.report import read_metrics
 from training.root import move_in, read_manifest
 
-from .tiny_runs import contents, go_on, grow, refused, same_weights
+from .tiny_runs import checkpoints, contents, go_on, grow, refused, same_weights
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +106,21 @@ def test_where_the_best_of_that_time_is_gone_the_next_one_is_the_best(grown) -> 
     assert read_manifest(run)["step"] == min((6, 7), key=steps.get)
 
 
-def test_half_a_recipe_is_refused(run) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_half_a_recipe_is_refused(run, share: float) -> None:
     recipe = run / "recipe.yaml"
-    lines = recipe.read_text().splitlines(keepends=True)
-    recipe.write_text("".join(lines[: len(lines) // 2]))
+    recipe.write_bytes(recipe.read_bytes()[: int(recipe.stat().st_size * share)])
     before = contents(run)
-    assert "recipe.yaml is not what was written" in refused(resume.main, "copy", "--max_steps", "9")
-    recipe.write_text("".join(lines).replace("max_steps: 8", "max_steps: 9"))
-    assert "recipe.yaml is not what was written" in refused(resume.main, "copy", "--max_steps", "9")
-    assert contents(run).keys() == before.keys()
+    assert "recipe.yaml is cut off" in refused(resume.main, "copy", "--max_steps", "9")
+    assert contents(run) == before
+
+
+def test_a_changed_recipe_is_said_and_taken(run, capsys) -> None:
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: 8", "max_steps: 9"))
+    go_on(run)
+    assert "recipe.yaml was changed" in capsys.readouterr().err
+    assert checkpoints(run)[-1] == 9
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"step": 4}', '"x"', "\xff"])
