@@ -329,6 +329,14 @@ def test_what_is_damaged_or_unsafe_is_one_line_and_nothing_runs(copy, name: str,
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"global_step": 8}'])
+def test_a_damaged_state_without_a_manifest(tmp_path, content: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, 8)
+    _without_manifest(checkpoint)
+    (checkpoint / STATE).write_text(content)
+    assert damage(checkpoint) == f"{STATE} cannot be read"
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("optimizer.pt", {}), ("scheduler.pt", [1]), ("rng_state.pth", {"python": 3})]
 )

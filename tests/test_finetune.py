@@ -410,6 +410,13 @@ def test_a_damaged_record_of_the_base_is_one_line(with_own_base) -> None:
         (with_own_base / name).write_bytes(whole)
 
 
+def test_without_any_evaluation_there_is_no_report(with_own_base) -> None:
+    for name in ("metrics.jsonl", "README.md"):
+        (with_own_base / name).unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl holds no evaluation"):
+        go_on(with_own_base)
+
+
 def test_without_its_facts_a_run_goes_on_all_the_same(with_own_base) -> None:
     (with_own_base / "finetune.json").unlink()
     go_on(with_own_base, "--max_steps", "7")

@@ -173,10 +173,12 @@ def _damage_by_manifest(checkpoint: Path) -> str | None:
 def _damage_without_manifest(checkpoint: Path) -> str | None:
     """Checkpoints of an Acorn that wrote none, or of plain Trainer: the state was written last."""
     try:
-        read_state(checkpoint)
+        is_whole = {"global_step", "best_model_checkpoint"} <= read_state(checkpoint).keys()
     except FileNotFoundError:
         return f"it has neither {MANIFEST} nor {STATE}"
-    except ValueError:
+    except (ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
         return f"{STATE} cannot be read"
     print(f"{checkpoint} has no {MANIFEST}, as an earlier Acorn left it: taken unverified", file=sys.stderr)
     return None
@@ -255,7 +257,7 @@ def set_aside_later(checkpoint: Path) -> None:
 
 def stopped_early(checkpoint: Path, patience: int | None) -> bool:
     """Whether the run ended at this checkpoint because its validation loss no longer fell."""
-    saved = read_state(checkpoint)["stateful_callbacks"].get("EarlyStoppingCallback", {})
+    saved = read_state(checkpoint).get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
     return bool(patience) and saved.get("attributes", {}).get("early_stopping_patience_counter", 0) >= patience
 
 
