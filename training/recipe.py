@@ -175,7 +175,9 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
-        raise UserError(f"{path}: is of `acorn finetune`; a run of it goes on with `acorn resume RUN_DIR`")
+        raise UserError(
+            f"{path}: is of `acorn finetune`; `acorn resume RUN_DIR` (launched: -m finetune.resume) goes on"
+        )
     recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
     for section, values in content.items():
         if section not in known_keys(kind):

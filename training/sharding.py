@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as shards
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -24,13 +25,19 @@ class SavesWhole:
     process writes its own part of the optimizer's state, the largest of them.
     """
 
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """As in Trainer; an adapter is read before its model is shared out, as a whole model is."""
+        if resume_from_checkpoint is not None and self.is_fsdp_enabled and hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer; a sharded model is gathered, a weight at a time, and saved as what it was before."""
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         weights = whole_weights(model, is_kept=self.args.should_save)
-        with own_class(model):
+        with as_before(model):
             self._save(output_dir, state_dict=weights)
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
@@ -60,15 +67,28 @@ class SavesWhole:
 
 
 @contextmanager
-def own_class(model: nn.Module) -> Iterator[None]:
-    """Give a sharded model back the class that FSDP derived its own from: its module is the code that is saved."""
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Give a sharded model back its own class, whose module is the code that is saved, and the names of its blocks.
+
+    FSDP derived a class from it; Accelerate put each block into a wrapper, by whose name PEFT would look for weights.
+    """
     given = type(model)
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, CheckpointWrapper)
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = child._checkpoint_wrapped_module
     if isinstance(model, FSDPModule):
         model.__class__ = given.__mro__[2]  # torch: FSDP<name>, FSDPModule, <name>
     try:
         yield
     finally:
         model.__class__ = given
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
 
 
 def whole_weights(model: nn.Module, is_kept: bool) -> dict[str, torch.Tensor]:
