@@ -3,7 +3,10 @@
 import pytest
 
 from training.addresses import each_text, public_name, public_text
+from training.continuing import give_addresses_again
 from training.errors import UserError
+from training.recipe import Recipe, load_recipe_file
+from training.report import sources_of
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,25 @@ def test_texts_errors_and_commands_lose_it_too() -> None:
 def test_an_error_of_a_data_loaders_worker_is_its_one_line() -> None:
     told = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
     assert str(UserError(f"{told}training.errors.UserError: a.bin: was 4 bytes long\n")) == "a.bin: was 4 bytes long"
+
+
+def test_a_saved_recipe_has_no_secrets_and_the_one_at_hand_keeps_them(tmp_path) -> None:
+    mixture = [{"text_files": ["http://h/a?SECRET"], "weight": 1}, {"data_files": "http://SECRET@h/b.csv", "weight": 2}]
+    recipe = Recipe(name="x", data={"mixture": mixture}, sample={"prompt": "http://h/a?kept"})
+    recipe.command = "acorn pretrain x --text_files http://h/a?SECRET"
+    recipe.save(tmp_path / "recipe.yaml")
+    saved = (tmp_path / "recipe.yaml").read_text()
+    assert "SECRET" not in saved and "http://h/a?kept" in saved
+    assert load_recipe_file(str(tmp_path / "recipe.yaml")).data["mixture"][1]["data_files"] == "http://h/b.csv"
+    assert recipe.data["mixture"][0]["text_files"] == ["http://h/a?SECRET"]
+    assert sources_of(recipe) == ["http://h/a", "http://h/b.csv"]
+
+
+def test_a_resume_takes_its_own_addresses_again_and_no_others() -> None:
+    recipe = Recipe(name="x", data={"text_files": ["http://h/a", "b.txt"], "text_column": "text"})
+    flags = {"text_files": ["http://h/a?SECRET", "b.txt"]}
+    give_addresses_again(recipe, flags)
+    assert flags == {} and recipe.data["text_files"] == ["http://h/a?SECRET", "b.txt"]
+    flags = {"text_files": ["http://h/other?SECRET", "b.txt"]}
+    give_addresses_again(recipe, flags)
+    assert flags

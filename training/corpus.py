@@ -260,7 +260,8 @@ def _refuse_decided(data, manifest: dict) -> None:
 
 def _refuse_changed_files(folder: Path, data, sources: dict) -> None:
     """Refuse tokens of files that were written to after their fingerprint was taken; only such files are read again."""
-    changed = sorted({path for path, *_ in _files_in(sources) ^ _files_in(fingerprint_sources(data))})
+    before = _files_in(sources)
+    changed = sorted({path for path, *_ in before ^ _files_in(fingerprint_sources(data))}) if before else []
     if changed:
         (folder / STATE).unlink(missing_ok=True)  # so that the folder goes, too
         why = "was written to while it was being prepared; start again when nothing writes to it, or name a copy"

@@ -184,6 +184,6 @@ def _hash_as_it_was(path: Path) -> str:
     return _sha256_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-@functools.lru_cache(maxsize=100_000)
+@functools.lru_cache(maxsize=1_000_000)
 def _sha256_at(path: Path, *status: int) -> str:
     return sha256(path)

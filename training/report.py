@@ -149,7 +149,8 @@ def sources_of(recipe: Recipe) -> list[str]:
     """Where the text came from: names of files, or ids of data sets."""
     parts = recipe.data.get("mixture") or [recipe.data]
     named = [part.get("text_files") or part.get("data_files") or [part.get("dataset")] for part in parts]
-    names = [public_name(str(name)) for entries in named for name in entries if name]
+    lists = [entries if isinstance(entries, list) else [entries] for entries in named]
+    names = [public_name(str(name)) for entries in lists for name in entries if name]
     return names or [Path(str(recipe.data.get("data_dir"))).name]
 
 
