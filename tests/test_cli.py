@@ -120,6 +120,11 @@ def test_a_user_error_is_one_line(capsys) -> None:
     assert capsys.readouterr().err == "acorn: error: n_layer is -1: give 1 or more\n"
 
 
+def test_a_value_with_line_breaks_is_one_line(capsys) -> None:
+    assert exit_of(UserError("dtype='a\nb': choose float32")) == 2
+    assert capsys.readouterr().err == "acorn: error: dtype='a b': choose float32\n"
+
+
 def test_ctrl_c_is_one_line(capsys) -> None:
     assert exit_of(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "acorn: stopped by Ctrl-C.\n"

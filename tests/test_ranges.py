@@ -1,5 +1,6 @@
 """Every number has a range: what is outside of it is one line that names the field, whatever way it is given."""
 
+import math
 import typing
 
 import pytest
@@ -136,3 +137,9 @@ def test_every_range_holds_something() -> None:
         assert range_.holds(1) or range_.holds(0.5), name
         assert not range_.holds(float("nan")), name
         assert not range_.holds(float("inf")), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_field_without_a_range_still_takes_finite_numbers_only(value: float) -> None:
+    with pytest.raises(UserError, match="must be a finite number"):
+        check_number("initializer_range", value)

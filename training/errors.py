@@ -147,7 +147,7 @@ def _leave(code: int, line: str = "", every_process: bool = False) -> None:
         except OSError:  # full, or nobody reads: the interpreter would try again at its exit, and say so
             _drop_stdout()
     if line and (every_process or os.environ.get("RANK", "0") == "0"):
-        print(f"acorn: {line}", file=sys.stderr)
+        print(f"acorn: {line}".replace("\n", " "), file=sys.stderr)  # one line, whatever the value in it holds
     raise SystemExit(code)
 
 

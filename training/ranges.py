@@ -92,6 +92,8 @@ RANGES = {
 def check_number(name: str, value: object, shown: str | None = None) -> None:
     """Refuse a number outside the range of the field `name`, which messages call `shown`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and name not in RANGES and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{shown or name}={value}: must be a finite number")
     if is_number and name in RANGES and not RANGES[name].holds(value):
         finite = "" if math.isfinite(value) else "a finite number, "
         raise UserError(f"{shown or name}={value}: must be {finite}{RANGES[name]}")
