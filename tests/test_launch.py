@@ -15,7 +15,7 @@ from training import pretrain, run
 from training.arguments import DataArguments, GPTTrainingArguments, fitting_micro_batches
 from training.corpus import corpus_at, prepare, whereabouts
 from training.errors import UserError
-from training.processes import check_launch, check_partitions
+from training.processes import check_launch, check_partitions, check_writer
 from training.run import empty_model
 from training.trainer import GPTTrainer
 
@@ -97,6 +97,20 @@ def test_flat_pieces_are_refused_where_matrices_are_needed(monkeypatch, variable
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=named) if named else contextlib.nullcontext():
         check_partitions(args)
+
+
+def test_zero_and_the_others_do_not_read_each_others_state(monkeypatch, tmp_path) -> None:
+    args = arguments_of(monkeypatch)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    assert check_writer(tmp_path, args) is None
+    (tmp_path / "latest").touch()
+    with pytest.raises(UserError, match="go on under it"):
+        check_writer(tmp_path, args)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert check_writer(tmp_path, args) is None
+    (tmp_path / "latest").unlink()
+    with pytest.raises(UserError, match="reads its own alone"):
+        check_writer(tmp_path, args)
 
 
 @pytest.mark.parametrize(

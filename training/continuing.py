@@ -12,6 +12,7 @@ from .agreement import first_decides
 from .checkpoints import find_checkpoint, missing_state
 from .errors import UserError
 from .lock import claimed
+from .processes import check_writer
 from .recipe import Recipe, coerce, load_run_recipe, parse_flags
 from .shell import shell
 
@@ -60,9 +61,11 @@ def refuse_fixed(flags: dict[str, dict], verb: str, changeable_model: tuple[str,
         raise UserError(f"--{fixed[0]} cannot change in a run that has begun: start another with `acorn {verb}`")
 
 
-def choose(run_dir: Path, wanted: Wanted) -> Path | None:
+def choose(run_dir: Path, wanted: Wanted, args) -> Path | None:
     """The checkpoint, which has all that a run goes on exactly by, or else it is said that it begins anew."""
     checkpoint = find_checkpoint(run_dir, wanted.checkpoint)
+    if checkpoint is not None:
+        check_writer(checkpoint, args)
     missing = [] if checkpoint is None else missing_state(checkpoint)
     if missing and not wanted.fresh_state:
         raise UserError(
@@ -78,7 +81,7 @@ def choose(run_dir: Path, wanted: Wanted) -> Path | None:
 def taken_up(run_dir: Path, wanted: Wanted, args) -> Iterator[Path | None]:
     """Have the run directory for oneself, and yield the checkpoint to go on from; None where it has none yet."""
     with claimed(run_dir, args):
-        checkpoint = first_decides(args, lambda: choose(run_dir, wanted))
+        checkpoint = first_decides(args, lambda: choose(run_dir, wanted, args))
         if args.process_index == 0:
             where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
             print(f"resuming {run_dir} {where}", flush=True)

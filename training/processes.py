@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
@@ -46,7 +47,7 @@ def check_partitions(args) -> None:
     if (by_launcher or args.fsdp) and str(version) != "2":
         why = "makes one flat row of a block's weights, from which neither Muon nor a checkpoint has its matrices"
         raise UserError(f"fsdp_version={version}: {why}; use 2, as training/launch/fsdp.yaml does")
-    if args.optimizer == "muon" and (args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true"):
+    if args.optimizer == "muon" and _is_zero(args):
         why = "DeepSpeed's ZeRO cuts flat pieces of all weights, and Muon orthogonalises whole matrices"
         raise UserError(f"optimizer='muon': {why}; use adamw, or shard by training/launch/fsdp.yaml")
 
@@ -55,6 +56,19 @@ def shares_weights_out(args) -> bool:
     """Whether no process will hold the whole model: under FSDP or DeepSpeed, by argument or by launcher."""
     launched = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED"))
     return bool(args.fsdp or args.deepspeed or "true" in launched)
+
+
+def check_writer(checkpoint: Path, args) -> None:
+    """Refuse to go from DeepSpeed's own form of a state to ours, or back; all other launches read each other's."""
+    by_zero, now_zero = (checkpoint / "latest").is_file(), _is_zero(args)
+    if by_zero and not now_zero:
+        raise UserError(f"{checkpoint} is DeepSpeed ZeRO's: go on under it (training/launch/zero.yaml)")
+    if now_zero and not by_zero:
+        raise UserError(f"{checkpoint} is not of DeepSpeed ZeRO, which reads its own alone: go on under another launch")
+
+
+def _is_zero(args) -> bool:
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def _hides_all_gpus(visible: str | None) -> bool:
