@@ -28,7 +28,7 @@ def validation_tokens(directory: Path, tokenizer):
     run_dir = directory if (directory / "recipe.yaml").is_file() else directory.parent
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{directory} is no run directory, it has no validation split: give --text_files or --dataset")
-    corpus: Corpus = corpus_of_run(load_run_recipe(run_dir))
+    corpus: Corpus = corpus_of_run(load_run_recipe(run_dir), run_dir)
     if not read_alike(tokenizer, corpus.tokenizer):
         raise UserError(
             f"{directory}: its tokenizer is not the one that {corpus.directory} was made with; "

@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from inference import evaluate
 from training import pretrain, resume
 from training.inputs import text_digest
+from training.tokenizers import add_nothing, build_tokenizer, encoding_hash
 
 from .tiny_runs import TEXT, contents, grow, refused, same_weights, tiny_argv, write_text
 
@@ -65,6 +68,7 @@ def test_other_tokens_in_the_place_of_its_own_are_refused(copy) -> None:
     held = re.search("data_dir: .*/(.*)", (copy / "run" / "recipe.yaml").read_text())[1]
     edit_recipe(copy, f"corpora/{held}", "corpora")
     assert "the text, the train tokens" in refused(resume.main, "run", "--max_steps", "9")
+    assert "the text, the train tokens" in refused(evaluate.main, "run")
 
 
 def test_another_rule_of_splitting_is_refused(copy) -> None:
@@ -93,3 +97,13 @@ def test_a_directory_that_holds_another_runs_recipe_is_not_overwritten(copy) -> 
     before = contents(copy)
     assert "acorn resume young" in refused(pretrain.main, *tiny_argv(name="young"))
     assert contents(copy) == before
+
+
+def test_what_travels_with_a_model_encodes_as_before() -> None:
+    tokenizer = build_tokenizer("byte")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    before = encoding_hash(tokenizer)
+    add_nothing(tokenizer)
+    assert encoding_hash(tokenizer) == before != encoding_hash(build_tokenizer("char", lambda: iter(["ab"])))

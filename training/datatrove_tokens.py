@@ -17,7 +17,7 @@ from .dataset import Tokens, TokenShards, TokenSpans, unit_points
 from .errors import UserError
 from .inputs import digest
 from .splitting import SPLITS, check_split_options
-from .tokenizers import build_tokenizer, encode_documents, tokenizer_hash, tokenizer_kind
+from .tokenizers import build_tokenizer, encode_documents, encoding_hash, tokenizer_hash, tokenizer_kind
 
 DTYPES = {2: "<u2", 4: "<u4"}
 CHECKED_DOCUMENTS, CHECKED_TOKENS = 20, 2000  # of the first documents, that many tokens are encoded again
@@ -62,7 +62,7 @@ class DatatroveCorpus:
         return {
             "the tokens": digest(*parts),
             "the validation split": digest(self.validates.tobytes()),
-            "the tokenizer": tokenizer_hash(self.tokenizer),
+            "the tokenizer": encoding_hash(self.tokenizer),
         }
 
     @cached_property

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     args = recipe.training_arguments()
     refuse_too_large(recipe, args)
     with taken_up(run_dir, wanted, args) as checkpoint:
-        corpus = by_the_first(args, lambda: corpus_of_run(recipe))
+        corpus = by_the_first(args, lambda: corpus_of_run(recipe, run_dir))
         if checkpoint is None:
             run(recipe, build_model(recipe, corpus, args), corpus, args)
         else:

@@ -75,16 +75,16 @@ def open_corpus(recipe: Recipe) -> Corpus:
     return prepare(data, name=recipe.name)
 
 
-def corpus_of_run(recipe: Recipe) -> Corpus:
+def corpus_of_run(recipe: Recipe, run_dir: Path) -> Corpus:
     """The tokens that a run was grown from; they are prepared again if they are gone, from the same text only."""
     directory, data = recipe.data.get("data_dir"), recipe.data_arguments()
     if directory and Path(directory).is_dir() and not holds_datatrove(directory):
         corpus = load_corpus(directory)
     else:
         if not is_streamed(data) and named_sources(data):
-            refuse_other_inputs(recipe.output_dir, inputs_named_by(data))  # before anything is prepared
+            refuse_other_inputs(run_dir, inputs_named_by(data))  # before anything is prepared
         corpus = open_corpus(recipe)
-    refuse_other_inputs(recipe.output_dir, corpus.inputs)
+    refuse_other_inputs(run_dir, corpus.inputs)
     return corpus
 
 

@@ -145,6 +145,11 @@ def read_alike(first, second) -> bool:
     return _encoding_part(first.backend_tokenizer) == _encoding_part(second.backend_tokenizer)
 
 
+def encoding_hash(tokenizer) -> str:
+    """The same of what `encode_documents` depends on alone, which `add_nothing` does not change."""
+    return hashlib.sha256(json.dumps(_encoding_part(tokenizer.backend_tokenizer), sort_keys=True).encode()).hexdigest()
+
+
 def tokenizer_kind(tokenizer) -> str:
     """Return "byte" or "char" when the tokenizer encodes as a freshly built one of that kind does, else "other"."""
     backend = tokenizer.backend_tokenizer
