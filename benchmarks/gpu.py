@@ -26,7 +26,7 @@ from benchmarks import gpu_parts, gpu_training
 # name: (what it takes at most in seconds, whether meta will do)
 PARTS = {
     "machine": (30, True),
-    "placement": (150, True),
+    "placement": (240, True),
     "optimizers": (30, False),
     "attention": (60, False),
     "flex": (120, False),

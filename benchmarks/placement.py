@@ -85,10 +85,17 @@ def decode(model: GPTForCausalLM, device: torch.device, cache: Cache) -> None:
         model(input_ids=tokens, past_key_values=cache, use_cache=True)
 
 
+def sample(model: GPTForCausalLM, device: torch.device) -> None:
+    """Two drawn tokens by transformers' generate(), which on meta stops after the first."""
+    ids = torch.zeros(2, TOKENS, dtype=torch.long, device=device)
+    how = {"do_sample": True, "top_k": 5, "top_p": 0.9, "max_new_tokens": 2, "eos_token_id": None, "pad_token_id": None}
+    model.eval().generate(ids, attention_mask=torch.ones_like(ids), **how)
+
+
 def watch(config: GPTConfig, device: torch.device, attention: str = "sdpa", in_full: bool = True) -> Watch:
     """What was noted while a model of this shape trained and decoded; an error of torch's comes through.
 
-    in_full: also rows of one document, and a cache that grows.
+    in_full: also rows of one document, a cache that grows, and generate().
     """
     model = build(config, device, attention)
     with Watch(device.type) as watched:
@@ -97,6 +104,8 @@ def watch(config: GPTConfig, device: torch.device, attention: str = "sdpa", in_f
         evaluate(model, device)
         for cache in (StaticCache(config, max_cache_len=2 * TOKENS), DynamicCache(config=config))[: 1 + in_full]:
             decode(model, device, cache)
+        if in_full:
+            sample(model, device)
     return watched
 
 

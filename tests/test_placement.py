@@ -24,7 +24,7 @@ def test_training_and_decoding_stay_on_the_device(name) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "grouped_query", "shared_kv_rope"])
-def test_eager_attention_stays_on_the_device(name) -> None:
+def test_eager_attention_and_generate_stay_on_the_device(name) -> None:
     assert ours(watch(tiny_config(**{**VARIANTS[name], **DROPOUT}), META, "eager").strays) == []
 
 
