@@ -7,7 +7,9 @@ from pathlib import Path
 
 from training.addresses import public_name
 from training.arguments import DataArguments, GPTTrainingArguments, SampleArguments, _say
+from training.choices import check_attention
 from training.errors import UserError, unknown
+from training.loading import DTYPES
 from training.ranges import check_numbers
 from training.recipe import SECTIONS, Recipe, load_recipe_file, parse_flags, shipped_recipes
 from training.shell import shell
@@ -23,6 +25,11 @@ class ModelArguments:
     dtype: str = _say("Of the weights that are loaded: float32, bfloat16, float16 or auto (as saved).", "float32")
     attn_implementation: str | None = _say("sdpa, eager, flash_attention_2 … (default: the model's choice).")
     trust_remote_code: bool = _say("Run model code that a Hub id brings.", False)
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        check_attention(self.attn_implementation)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from training.callbacks import read_metrics
 from training.checkpoints import refuse_finished
 from training.errors import UserError
 from training.files import read_json, write_whole
+from training.fits import refuse_large_batch
 from training.hardware import context_of, peak_memory
 from training.inputs import refuse_other_inputs
 from training.loading import (
@@ -65,6 +66,7 @@ def prepare_data(recipe: FinetuneRecipe, args, is_resumed: bool = False) -> Prep
     block_size = data.block_size or min(context, DEFAULT_BLOCK)
     if not 2 <= block_size <= context:
         raise UserError(f"block_size={block_size}: must be from 2 to the model's context, {context}")
+    refuse_large_batch(args, block_size, getattr(config.get_text_config(), "vocab_size", 1))
     material = by_the_first(args, lambda: read_data(data, tokenizer, block_size, recipe.name, is_resumed))
     question, prompt = choose_prompt(recipe.sample_arguments().prompt, material)
     sample = dataclasses.replace(recipe.sample_arguments(), prompt=prompt)

@@ -46,5 +46,5 @@ def test_attention_that_is_not_here(name: str) -> None:
     if name == "flash_attention_2" and fits.torch.cuda.is_available():
         pytest.skip("it may be installed")
     message = refused(pretrain.main, *tiny_argv("--attn_implementation", name))
-    assert f"attn_implementation='{name}'" in message
+    assert "attn_implementation" in message and name in message
     assert not Path("corpora").exists()

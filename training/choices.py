@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import DynamoBackend
 from transformers.integrations import integration_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
+from transformers.utils import import_utils
 
 from .errors import UserError, one_line, unknown
 from .optimizers import OPTIMIZERS
@@ -62,6 +64,18 @@ def check_names(args) -> None:
             value = getattr(value, "value", value)  # of an enumeration
             if value is not None and value not in known:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")
+
+
+def check_attention(name: str | None) -> None:
+    """Refuse an attention implementation that transformers does not know, or whose package is not here."""
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is None or "/" in name:  # a kernel of the Hub
+        return
+    if name not in known:
+        raise unknown("attn_implementation", name, known)
+    is_available = getattr(import_utils, f"is_{name.replace('attention', 'attn')}_available", lambda: True)
+    if name.startswith("flash") and not is_available():
+        raise UserError(f"attn_implementation={name!r}: its package is not installed; install it, or use sdpa or eager")
 
 
 def check_choices(args) -> None:

@@ -93,7 +93,7 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
         main(argv)
         sys.stdout.flush()  # a reader that went away is noticed here, not at the interpreter's exit
     except UserError as error:
-        _leave(2, f"error: {error}", every_process=isinstance(error, LostProcess))
+        _leave(2, f"error: {' '.join(str(error).splitlines())}", every_process=isinstance(error, LostProcess))
     except KeyboardInterrupt:
         _leave(130, "stopped by Ctrl-C.")
     except BrokenPipeError:

@@ -7,6 +7,7 @@ import torch
 
 from modeling import GPTForCausalLM
 
+from .choices import check_attention
 from .costs import config_of, memory
 from .errors import UserError, one_line
 from .recipe import Recipe
@@ -22,6 +23,7 @@ def refuse_too_large(recipe: Recipe, args) -> None:
     holds its part.
     """
     config = config_of(recipe)
+    check_attention(recipe.model.get("attn_implementation"))
     try:
         with torch.device("meta"):
             model = GPTForCausalLM(config)
