@@ -51,7 +51,22 @@ def test_the_weights_are_others(folder, plain, flags: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", ["--adam_beta2 0.5", "--adam_epsilon 0.1", "--lr_scheduler_type reduce_lr_on_plateau"]
+    "flags",
+    [
+        "--warmup_steps 3",
+        "--weight_decay 0.9",
+        "--adam_beta1 0.5",
+        "--adam_beta2 0.5",
+        "--adam_epsilon 0.1",
+        "--max_grad_norm 0.01",
+        "--seed 9",
+        "--lr_scheduler_type linear",
+        "--lr_scheduler_type polynomial --lr_scheduler_kwargs '{power: 2.0}'",
+        "--lr_scheduler_type reduce_lr_on_plateau",
+        "--optimizer muon",
+        "--tokens_per_step 128",
+        "--label_smoothing_factor 0.2",
+    ],
 )
 def test_the_weights_are_others_too(folder, plain, flags: str) -> None:
     assert not same_weights(another(folder, flags) / "checkpoint-4", plain / "checkpoint-4")
