@@ -1,9 +1,8 @@
 """`acorn recipes`: what can be grown without writing a line."""
 
-import argparse
 from pathlib import Path
 
-from training.errors import run_main, unknown
+from training.errors import FlagParser, run_main, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 FINETUNING = Path(__file__).parent.parent / "finetune" / "recipes"
@@ -11,7 +10,7 @@ FINETUNING = Path(__file__).parent.parent / "finetune" / "recipes"
 
 def main(argv: list[str] | None = None) -> None:
     """List the shipped recipes, or print one."""
-    parser = argparse.ArgumentParser(prog="acorn recipes", description=main.__doc__)
+    parser = FlagParser(prog="acorn recipes", description=main.__doc__)
     parser.add_argument("recipe", nargs="?", help="print this recipe, to read or to copy")
     name = parser.parse_args(argv).recipe
     recipes, finetuning = files_in(RECIPES), files_in(FINETUNING)
