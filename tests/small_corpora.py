@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from training import preparation, splitting, text_files, workers
 from training.arguments import DataArguments
-from training.corpus import prepare
+from training.corpus import load_corpus, prepare
 
 from .tiny_runs import contents
 
@@ -53,7 +53,7 @@ def prepared(folder: str, **changes) -> dict[str, str]:
 
 def every_text(directory: str | Path) -> str:
     """Decode both splits, one after the other."""
-    corpus = prepare(arguments(data_dir=str(directory), tokenizer="byte", tokenizer_vocab_size=None))
+    corpus = load_corpus(directory)
     splits = [corpus.tokens(split) for split in ("train", "validation")]
     return "".join(corpus.tokenizer.decode(tokens.window(0, len(tokens)).tolist()) for tokens in splits)
 

@@ -14,6 +14,7 @@ import pytest
 
 from training import corpus as corpus_module
 from training import prepare as prepare_main
+from training.arguments import DataArguments
 from training.corpus import load_corpus, prepare
 from training.errors import UserError
 from training.recipe import load_recipe
@@ -155,7 +156,7 @@ def test_each_choice_has_its_own_directory():
 
 def test_data_dir_without_a_source_is_used_as_it_is():
     prepare(arguments(text_files=["text.txt"], data_dir="mine"))
-    corpus = prepare(arguments(data_dir="mine", validation_fraction=0.5))
+    corpus = prepare(DataArguments(data_dir="mine"))
     assert (corpus.directory, corpus.manifest["vocab_size"]) == (Path("mine"), 257)
 
 
@@ -164,10 +165,10 @@ def test_data_dir_made_with_another_tokenizer_is_refused():
     made.tokenizer.save_pretrained("same")
     build_tokenizer("char", lambda: iter(["ab"])).save_pretrained("other")
     for tokenizer in ("char", "same", "byte"):  # byte stands there when nothing was named
-        assert prepare(arguments(data_dir="mine", tokenizer=tokenizer)).manifest == made.manifest
+        assert prepare(DataArguments(data_dir="mine", tokenizer=tokenizer)).manifest == made.manifest
     for tokenizer in ("bpe", "other"):
         with pytest.raises(UserError, match=rf"tokenizer='{tokenizer}': data_dir='mine' is not its: .* 'char'; name"):
-            prepare(arguments(data_dir="mine", tokenizer=tokenizer))
+            prepare(DataArguments(data_dir="mine", tokenizer=tokenizer))
 
 
 def test_another_corpus_is_never_overwritten():
