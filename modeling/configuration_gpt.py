@@ -132,9 +132,9 @@ class GPTConfig(PreTrainedConfig):
         if self.position_encoding != "rope" and (self.rope_parameters or {}).keys() <= {"rope_theta", "rope_type"}:
             self.rope_parameters = None  # transformers fills its defaults in, which would say "rope" to a reader
         self.auto_map = dict(AUTO_MAP)
+        self.base_model_tp_plan = self._tensor_parallel_plan()
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """How devices share each linear layer of a block; there is no plan for a pipeline of stages.
 
         An inner stage would take what it receives for embeddings, and add positions to it again.
