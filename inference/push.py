@@ -25,7 +25,7 @@ from training.uploads import Upload, is_own_file, refuse_no_model, sort_files
 EPILOG = """examples:
   acorn push runs/quickstart me/my-gpt --dry_run                what would go up, and why; needs no network
   acorn push runs/quickstart me/my-gpt --license apache-2.0
-  acorn push runs/quickstart/checkpoint-170 me/my-gpt --revision step-170 --private
+  acorn push runs/quickstart/checkpoint-225 me/my-gpt --revision step-225 --private
   acorn push runs/my-adapter me/my-adapter --base_model openai-community/gpt2
 
 The token: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another Hub."""

@@ -254,7 +254,7 @@ def test_every_schedule_under_both_optimizers(folder, schedule: str, optimizer: 
 
 def test_muon_in_bf16_saves_float32(folder) -> None:
     schedule = ["--lr_scheduler_kwargs", "{num_decay_steps: 4, min_lr_ratio: 0.0}"]
-    run = grow(folder, "--bf16", "true", *schedule, name="bf16", recipe="quickstart")
+    run = grow(folder, "--bf16", "true", "--force_precision", "true", *schedule, name="bf16", recipe="quickstart")
     assert metrics(run)[-1]["eval_loss"] < math.log(257)
     assert {value.dtype for value in weights(run).values()} == {torch.float32}
 

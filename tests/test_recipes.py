@@ -301,3 +301,16 @@ def test_the_smoothing_of_an_older_recipe_is_training_s(tmp_path) -> None:
     path.write_text("model: {n_layer: 1, label_smoothing: 0.1}\n", encoding="utf-8")
     recipe = load_recipe_file(str(path))
     assert (recipe.model, recipe.training) == ({"n_layer": 1}, {"label_smoothing_factor": 0.1})
+
+
+def test_another_text_or_tokenizer_is_not_held_to_the_recipes_vocabulary() -> None:
+    """Written in the recipe, the usual size is as many tokens as another text has pairs for; asked for, it is exact."""
+    for flags, expected in (
+        ("--text_files a.txt", None),
+        ("--tokenizer byte", None),
+        ("--num_proc 2", 4096),
+        ("--text_files a.txt --tokenizer_vocab_size 4096", 4096),
+    ):
+        recipe = load_recipe_file("quickstart")
+        recipe.update(parse_flags(flags.split()))
+        assert recipe.data_arguments().tokenizer_vocab_size == expected

@@ -142,7 +142,7 @@ def test_hangup(folder, monkeypatch, is_ignored: bool) -> None:
     [
         words("--optimizer adamw"),
         words("--optimizer muon"),
-        words("--optimizer muon --bf16 true --sampling shuffled --max_grad_norm 0"),
+        words("--optimizer muon --bf16 true --force_precision true --sampling shuffled --max_grad_norm 0"),
         words("--eval_steps 3 --save_steps 4"),
         words("--eval_steps 6 --save_steps 4 --logging_steps 5"),
         words("--lr_scheduler_type reduce_lr_on_plateau --lr_scheduler_kwargs '{patience: 0}' --learning_rate 1"),

@@ -322,3 +322,9 @@ def test_all_of_unicode_is_of_one_kind_in_both():
     """A report on the two versions at hand: nothing depends on it, for what differs is left to `tokenizers`."""
     pytest.importorskip("tiktoken")
     assert [start for start in range(0, 0x110000, 256) if not kinds_agree(range(start, start + 256))] == []
+
+
+def test_bpe_without_a_size_is_as_large_as_the_text_has_pairs_for():
+    tokenizer = build_tokenizer("bpe", lambda: iter(["the cat, the dog"] * 2))
+    assert 257 < len(tokenizer) < 300
+    assert tokenizer.decode(encode_documents(tokenizer, ["the dog"])[0]) == "the dog"

@@ -114,7 +114,10 @@ def test_a_loss_that_is_no_number_is_not_filtered_away(make_trainer, monkeypatch
     assert trainer.state.global_step == 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1, "bf16": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1, "bf16": True, "force_precision": True}],
+)
 def test_a_light_step_is_trainers_step(make_trainer, changes) -> None:
     trained = []
     for is_light in (True, False):

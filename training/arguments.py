@@ -50,7 +50,7 @@ class DataArguments:
         "Several sources, each with the keys above and a weight (in a recipe file).", default_factory=list
     )
     tokenizer: str = _say("byte, char, bpe, or any Hugging Face tokenizer by id or path.", "byte")
-    tokenizer_vocab_size: int | None = _say("Vocabulary size of a bpe tokenizer that is trained on the text.")
+    tokenizer_vocab_size: int | None = _say("Vocabulary size of a bpe tokenizer trained on the text [4096 or fewer].")
     validation_fraction: float = _say("Share of the text, or of the documents, that validates.", 0.1)
     validation_by: str = _say("position (the end of the text) or documents (a seeded choice).", "position")
     validation_seed: int = _say("Seed of the choice of documents.", 2357)

@@ -12,10 +12,12 @@ from .chunked_logits import chunk_elements
 from .errors import UserError
 from .hardware import flops_per_token, matrix_parameters
 from .recipe import Recipe
+from .tokenizers import DEFAULT_BPE_VOCAB_SIZE
 
 # What each way of sharding spreads over the devices.
 SHARDED = {"none": (), "zero2": ("gradients", "optimizer"), "full": ("weights", "gradients", "optimizer")}
-VOCABULARIES = {"byte": 257, "char": 66}  # a character vocabulary is known only after the text is read
+# Those of characters, and of a small text's BPE, are known only after the text is read.
+VOCABULARIES = {"byte": 257, "char": 66, "bpe": DEFAULT_BPE_VOCAB_SIZE}
 
 
 @dataclass

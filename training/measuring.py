@@ -24,7 +24,7 @@ from .tokenizers import encode_documents
 EPILOG = """examples:
   acorn evaluate runs/quickstart                          the validation split it was trained beside
   acorn evaluate runs/quickstart --text_files my.txt      any other text
-  acorn evaluate runs/quickstart/checkpoint-600 --dataset python-stdlib"""
+  acorn evaluate runs/quickstart/checkpoint-225 --dataset python-stdlib"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import torch
 
 from .errors import UserError, unknown
+from .hardware import PRECISIONS as ACCELERATE_NAMES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
 KEYS = ("precision", "bf16", "fp16")  # of a recipe, all about one thing: a flag that names one replaces them all
-ACCELERATE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names to those of its `mixed_precision`
+ACCELERATE = {ours: theirs for theirs, ours in ACCELERATE_NAMES.items()}  # our names to its
 # NVIDIA's compute capabilities whose tensor cores multiply the type: Volta and Ampere.
 CUDA_FROM = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
 
@@ -151,7 +152,7 @@ def allow_tf32(args) -> None:
 def trained_in(trainer) -> str:
     """What trains, read from what Accelerate does, and why."""
     args = trainer.args
-    actual = {theirs: name for name, theirs in ACCELERATE.items()}[trainer.accelerator.mixed_precision]
+    actual = ACCELERATE_NAMES[trainer.accelerator.mixed_precision]
     tf32 = ", TF32 matmuls" if args.device.type == "cuda" and actual == "fp32" and args.tf32 is not False else ""
     return f"{actual} ({args.precision_reason if actual == args.precision else 'as DeepSpeed is set'}{tf32})"
 

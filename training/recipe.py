@@ -23,6 +23,7 @@ from .processes import check_launch, check_partitions
 from .ranges import check_number
 from .shell import shell
 from .strict_yaml import dump, load
+from .tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from .values import coerce, from_words, refuse_ambiguous
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -119,6 +120,7 @@ class Recipe:
             if not names_source and Path(named["data_dir"] or "", "manifest.json").is_file():
                 for key in ("tokenizer", *DECIDED):  # the tokens have their own
                     self.data.pop(key, None)
+        self._drop_size_of_another(overrides.get("data", {}), names_source)
         self._drop_what_goes_with_another(overrides.get("training", {}))
         for key in DROPOUTS if "dropout" in overrides.get("model", {}) else ():
             self.model.pop(key, None)
@@ -127,6 +129,12 @@ class Recipe:
             for key in [key for key in ours if _one_name(key) in named]:
                 del ours[key]  # nanoGPT's name and ours are one key
             ours.update(values)
+
+    def _drop_size_of_another(self, flags: dict, names_source: bool) -> None:
+        """The recipe's size of vocabulary is its own tokenizer's; the usual one is no demand on another text either."""
+        is_usual = names_source and self.data.get("tokenizer_vocab_size") == DEFAULT_BPE_VOCAB_SIZE
+        if is_usual or flags.get("tokenizer", "bpe") != "bpe":
+            self.data.pop("tokenizer_vocab_size", None)
 
     def _drop_what_goes_with_another(self, flags: dict) -> None:
         """Settings that go with the recipe's schedule, optimizer and so on are not those of another one."""

@@ -208,8 +208,12 @@ def build_char(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokeniz
 
 
 def build_bpe(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (GPT-2's splitting rule) to exactly `vocab_size` tokens, `<|endoftext|>` last."""
-    size = DEFAULT_BPE_VOCAB_SIZE if vocab_size is None else vocab_size
+    """Train a byte-level BPE (GPT-2's splitting rule) to exactly `vocab_size` tokens, `<|endoftext|>` last.
+
+    Without a size it has 4,096, or as many as the text has pairs for that it holds twice.
+    """
+    is_exact = vocab_size is not None
+    size = vocab_size if is_exact else DEFAULT_BPE_VOCAB_SIZE
     least = len(BYTE_VOCABULARY) + 1
     if size < least:
         raise UserError(f"tokenizer_vocab_size={size}: must be at least {least} (256 bytes and {END_OF_TEXT})")
@@ -217,11 +221,14 @@ def build_bpe(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenize
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size - 1, initial_alphabet=sorted(BYTE_VOCABULARY), show_progress=sys.stderr.isatty()
+        vocab_size=size - 1,
+        min_frequency=0 if is_exact else 2,
+        initial_alphabet=sorted(BYTE_VOCABULARY),
+        show_progress=sys.stderr.isatty(),
     )
     backend.train_from_iterator(texts(), trainer)
     backend.add_special_tokens([END_OF_TEXT])
-    if (reached := backend.get_vocab_size()) != size:
+    if (reached := backend.get_vocab_size()) != size and is_exact:
         raise UserError(f"tokenizer_vocab_size={size}: the text has pairs for {reached} tokens only; lower the size")
     return _wrap(backend)
 
