@@ -72,7 +72,7 @@ def load_config(name: str, trust_remote_code: bool = False):
     options = {} if is_ours else {"trust_remote_code": trust_remote_code}
     try:
         config = loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         why = one_line(error)
         raise UserError(f"model {name!r}: is no model directory here, and the Hub gives none: {why}") from error
     if not isinstance(getattr(text_config(config), "vocab_size", None), int):
