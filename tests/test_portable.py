@@ -35,6 +35,7 @@ NAMES = {
     "time": {"tzset"},
 }
 FOLDERS = ("/proc/", "/sys/", "/dev/")
+CAUGHT = ("ImportError", "AttributeError", "OSError")
 ASKING = ("hasattr", "getattr", "sys.platform", "os.name", "IS_WINDOWS")
 
 
@@ -48,8 +49,9 @@ def used(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         if node.attr in NAMES.get(node.value.id, ()):
             yield f"{node.value.id}.{node.attr}"
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(FOLDERS):
-        yield node.value
+    elif isinstance(node, ast.Call):
+        texts = [part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        yield from (text for text in texts if text.startswith(FOLDERS))
 
 
 def is_guard(node: ast.AST) -> bool:
@@ -57,14 +59,23 @@ def is_guard(node: ast.AST) -> bool:
     if isinstance(node, ast.If | ast.IfExp):
         return any(word in ast.unparse(node.test) for word in ASKING)
     return isinstance(node, ast.Try) and any(
-        handler.type is not None and {"ImportError", "AttributeError"} & set(ast.unparse(handler.type).split())
+        handler.type is not None and any(error in ast.unparse(handler.type) for error in CAUGHT)
         for handler in node.handlers
     )
 
 
+def leaves(node: ast.AST) -> bool:
+    """Whether what follows `node` in its block is reached only where the system has it."""
+    return isinstance(node, ast.If) and is_guard(node) and isinstance(node.body[-1], ast.Return | ast.Raise)
+
+
 def unguarded(node: ast.AST) -> list[str]:
     found = list(used(node))
-    return found + [name for child in ast.iter_child_nodes(node) if not is_guard(child) for name in unguarded(child)]
+    for child in ast.iter_child_nodes(node):
+        if leaves(child):
+            break
+        found += [] if is_guard(child) else unguarded(child)
+    return found
 
 
 PRODUCT = [path for path in FILES if path.parts[0] != "benchmarks"]
@@ -85,6 +96,7 @@ def test_nothing_needs_one_system(path: Path) -> None:
         "import signal\nfor number in (signal.SIGINT, signal.SIGHUP):\n    pass",
         "open('/proc/self/status')",
         "import os\nif True:\n    os.register_at_fork()",
+        "import os\ndef f():\n    if not hasattr(os, 'fork'):\n        print()\n    os.fork()",
     ],
 )
 def test_the_rule_catches(code: str) -> None:
@@ -98,6 +110,8 @@ def test_the_rule_catches(code: str) -> None:
         "try:\n    import resource\nexcept ImportError:\n    resource = None",
         "import os\ncores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1",
         "import os, sys\nif sys.platform == 'linux':\n    os.fork()",
+        "import os\ndef f():\n    if not hasattr(os, 'fork'):\n        return\n    os.fork()",
+        "try:\n    open('/proc/self/status')\nexcept OSError:\n    pass",
         "import signal\nnumber = getattr(signal, 'SIGHUP', None)",
     ],
 )
