@@ -12,6 +12,7 @@ from transformers import set_seed
 from training.agreement import first_decides
 from training.callbacks import read_metrics
 from training.checkpoints import refuse_finished
+from training.choices import check_attention
 from training.errors import UserError
 from training.files import read_json, write_whole
 from training.fits import refuse_large_batch
@@ -57,6 +58,7 @@ class Prepared:
 def prepare_data(recipe: FinetuneRecipe, args, is_resumed: bool = False) -> Prepared:
     """Tokenizer, data and prompt; wrong ones are refused before the weights are read."""
     model, data, adapter = recipe.model_arguments(), recipe.data_arguments(), recipe.adapter_arguments()
+    check_attention(model.attn_implementation, args.device.type)
     quantization(adapter.adapter, args.precision)  # refuses what this machine cannot do
     if not args.force_precision:
         refuse_emulated_dtype(model.dtype, args.device.type)

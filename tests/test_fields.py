@@ -126,7 +126,7 @@ def test_the_direction_follows_the_metric() -> None:
 @pytest.mark.parametrize("name", NEEDS)
 def test_what_needs_another_argument(name: str) -> None:
     other, _ = NEEDS[name]
-    values = {"muon_learning_rate": 0.5, "dataloader_multiprocessing_context": "fork"}
+    values = {"compile_scope": "model", "dataloader_multiprocessing_context": "fork"}
     given = {name: values.get(name, {"a": 1} if "config" in name else True if "persistent" in name else 0.5)}
     given = {name: 2 for name in given} if "prefetch" in name or "patience" in name else given
     with pytest.raises(UserError, match=f"{name}=.* has no effect without {other}"):

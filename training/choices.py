@@ -49,6 +49,12 @@ NEEDS = {
     "early_stopping_patience": ("eval_strategy", "steps"),
     "fsdp_config": ("fsdp", "true"),
     "liger_kernel_config": ("use_liger_kernel", "true"),
+    "compile_scope": ("torch_compile", "true"),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", "true"),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing", "true"),
+    "run_name": ("report_to", "a tracker"),
+    "project": ("report_to", "a tracker"),
+    "trackio_space_id": ("report_to", "trackio"),
 }
 # Where a package has another name than the integration.
 PACKAGES = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
@@ -66,8 +72,10 @@ def check_names(args) -> None:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 
-def check_attention(name: str | None) -> None:
-    """Refuse an attention implementation that transformers does not know, or whose package is not here."""
+def check_attention(name: str | None, device_type: str = "") -> None:
+    """Refuse an attention implementation that transformers does not know, or that can not be trained with here."""
+    if name == "flex_attention" and device_type == "cpu":
+        raise UserError("attn_implementation='flex_attention': torch can not train with it on CPUs; use sdpa or eager")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if name is None or "/" in name:  # a kernel of the Hub
         return
@@ -113,6 +121,9 @@ def check_needs(args, defaults: dict) -> None:
         "eval_strategy": args.eval_strategy == "no",
         "fsdp": not args.fsdp,
         "use_liger_kernel": not args.use_liger_kernel,
+        "torch_compile": not (args.torch_compile or args.torch_compile_mode or args.torch_compile_backend),
+        "activation_checkpointing": not (args.activation_checkpointing or args.gradient_checkpointing),
+        "report_to": args.report_to in ([], ["none"]),
     }
     for name, (other, wanted) in NEEDS.items():
         value = getattr(args, name, None)
@@ -152,6 +163,9 @@ def check_schedule(args) -> None:
             raise UserError(f"{what}: {kind.value} needs lr_scheduler_kwargs.{name}, such as {{{name}: 0.2}}")
     try:
         rates = _rehearse(args, kind, dict(given))
+    except ZeroDivisionError as error:
+        why = f"warmup_steps={args.warmup_steps} leaves it no steps of max_steps={args.max_steps}"
+        raise UserError(f"{what}: {why}; lower warmup_steps") from error
     except Exception as error:  # whatever a schedule says of settings that it can not use
         raise UserError(f"{what}: {one_line(error)}") from error
     if not all(isinstance(rate, float | int) and math.isfinite(rate) and rate >= 0 for rate in rates):

@@ -23,7 +23,7 @@ def refuse_too_large(recipe: Recipe, args) -> None:
     holds its part.
     """
     config = config_of(recipe)
-    check_attention(recipe.model.get("attn_implementation"))
+    check_attention(recipe.model.get("attn_implementation"), args.device.type)
     try:
         with torch.device("meta"):
             model = GPTForCausalLM(config)
