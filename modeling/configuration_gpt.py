@@ -1,5 +1,6 @@
 """GPTConfig: the one strict place where every architecture choice is named, defaulted and checked."""
 
+import copy
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -37,7 +38,8 @@ class GPTConfig(PreTrainedConfig):
     head_dim: size of one head; default `hidden_size / num_attention_heads`.
     intermediate_size: width of the MLP; default `4 * hidden_size`.
     max_position_embeddings: context length in tokens.
-    position_encoding: `learned`, `sinusoidal`, `rope` (parameters in `rope_parameters`, as in transformers) or `none`.
+    position_encoding: `learned`, `sinusoidal`, `rope` or `none`; rope_parameters as in transformers, for all layers or
+        by layer type.
     norm, norm_eps, norm_gain, norm_order: kind of norm, its epsilon, whether it has a gain, and whether it comes
         before the sub-layer (GPT-2) or after the residual sum (GPT-1).
     qk_norm: RMS norm of queries and keys per head; embedding_norm: a norm before the first block.
@@ -115,10 +117,13 @@ class GPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         kwargs.pop("label_smoothing", None)  # of older Acorns: it belongs to the training, not to the model
         if self.rope_parameters is not None:
-            self.rope_parameters = dict(self.rope_parameters)  # transformers fills defaults in: not in the caller's
+            self.rope_parameters = copy.deepcopy(self.rope_parameters)  # transformers fills in: not in the caller's
         for alias in kwargs.keys() & self.attribute_map.keys():
             # transformers would too, but after it has derived from the defaults, and past the check of the type.
             setattr(self, self.attribute_map[alias], kwargs.pop(alias))
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -126,9 +131,6 @@ class GPTConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
         if self.position_encoding != "rope" and (self.rope_parameters or {}).keys() <= {"rope_theta", "rope_type"}:
             self.rope_parameters = None  # transformers fills its defaults in, which would say "rope" to a reader
         self.auto_map = dict(AUTO_MAP)
@@ -191,17 +193,30 @@ class GPTConfig(PreTrainedConfig):
                     "set it to rope, or drop them"
                 )
             return
+        if not self.rope_layer_types():
+            self._validate_rope(parameters, "rope_parameters")
+        elif missing := set(self.layer_types) - parameters.keys():
+            raise ValueError(f"rope_parameters: has nothing for {missing.pop()}; give each kind of layer_types its own")
+        elif others := parameters.keys() - set(LAYER_TYPES):
+            raise ValueError(f"rope_parameters.{others.pop()}: stands beside layer types; put it into each of them")
+        for layer_type in self.rope_layer_types():
+            if not isinstance(parameters[layer_type], dict):
+                raise ValueError(f"rope_parameters.{layer_type}={parameters[layer_type]!r}: must be a mapping")
+            self._validate_rope(parameters[layer_type], f"rope_parameters.{layer_type}")
+
+    def rope_layer_types(self) -> list[str]:
+        """The kinds of layers that rotate each in a way of their own; none where all rotate alike."""
+        return [kind for kind in LAYER_TYPES if kind in (self.rope_parameters or {})]
+
+    def _validate_rope(self, parameters: dict, name: str):
         rope_type = parameters.get("rope_type")
         if rope_type not in ROPE_NEEDS:
-            raise ValueError(f"rope_parameters.rope_type={rope_type!r}: choose one of {', '.join(ROPE_NEEDS)}")
+            raise ValueError(f"{name}.rope_type={rope_type!r}: choose one of {', '.join(ROPE_NEEDS)}")
         for key in ROPE_NEEDS[rope_type]:
             if not isinstance(parameters.get(key), float | int) or not 0 < parameters[key] < math.inf:
-                raise ValueError(
-                    f"rope_parameters.{key}={parameters.get(key)!r}: {rope_type} needs a number above 0 here"
-                )
-        for key in ("partial_rotary_factor", *LAYER_TYPES):
-            if key in parameters:
-                raise ValueError(f"rope_parameters.{key}: all layers rotate whole heads alike; leave it out")
+                raise ValueError(f"{name}.{key}={parameters.get(key)!r}: {rope_type} needs a number above 0 here")
+        if "partial_rotary_factor" in parameters:
+            raise ValueError(f"{name}.partial_rotary_factor: heads are rotated whole; leave it out")
 
     def validate_sizes(self):
         """Refuse sizes, rates and ranges outside their range."""

@@ -19,7 +19,7 @@ from .attention import SoftmaxAttention
 from .compat import CACHE_NAME, KVSharingDict, given_cache, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .loss import causal_lm_loss
-from .positions import POSITIONS, NoPositions
+from .positions import NoPositions, build_positions
 
 
 def layer_norm(config: GPTConfig) -> nn.Module:
@@ -173,7 +173,7 @@ class GPTModel(GPTPreTrainedModel):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = POSITIONS[config.position_encoding](config)
+        self.positions = build_positions(config)
         self.embed_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(BLOCKS[config.norm_order](config, i) for i in range(config.num_hidden_layers))
@@ -212,14 +212,14 @@ class GPTModel(GPTPreTrainedModel):
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, cache)
         hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
-        position_embeddings = self.positions.angles(hidden_states, position_ids)
+        angles = self.positions.angles(hidden_states, position_ids)
         shared_key_values = KVSharingDict()
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
-                position_embeddings=position_embeddings,
+                position_embeddings=angles[layer_type],
                 shared_key_values=shared_key_values,
                 **{CACHE_NAME: cache},
                 **kwargs,

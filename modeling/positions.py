@@ -1,8 +1,10 @@
 """How a position enters the model: a table of classes with two hooks, of which each overrides one.
 
 `add(hidden_states, position_ids)` changes the embeddings; `rotate(query, key, angles)` turns queries and keys, with
-`angles(hidden_states, position_ids)` computed once a forward and shared by all layers.
+`angles(hidden_states, position_ids)` computed once a forward for each kind of layer.
 """
+
+import copy
 
 import torch
 from torch import nn
@@ -15,12 +17,13 @@ class NoPositions(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.layer_types = tuple(dict.fromkeys(config.layer_types))
 
     def add(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return hidden_states
 
-    def angles(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple | None:
-        return None
+    def angles(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple | None]:
+        return dict.fromkeys(self.layer_types)
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor | None, angles: tuple | None) -> tuple:
@@ -97,7 +100,7 @@ class RotaryPositions(NoPositions):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
     def angles(self, hidden_states, position_ids):
-        return self(hidden_states, position_ids)
+        return dict.fromkeys(self.layer_types, self(hidden_states, position_ids))
 
     @staticmethod
     def rotate(query, key, angles):
@@ -107,6 +110,30 @@ class RotaryPositions(NoPositions):
         inv_freq, _ = self._frequencies()
         init.copy_(self.inv_freq, inv_freq)
         init.copy_(self.original_inv_freq, inv_freq)
+
+
+class RotaryPositionsByLayer(NoPositions):
+    """Rotary embedding whose parameters `config.rope_parameters` names for each kind of layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.by_type = nn.ModuleDict()
+        for layer_type in self.layer_types:
+            own = copy.copy(config)
+            own.rope_parameters = config.rope_parameters[layer_type]
+            self.by_type[layer_type] = RotaryPositions(own)
+
+    def angles(self, hidden_states, position_ids):
+        return {layer_type: own(hidden_states, position_ids) for layer_type, own in self.by_type.items()}
+
+    def init_weights(self):
+        for own in self.by_type.values():
+            own.init_weights()
+
+
+def build_positions(config) -> NoPositions:
+    """The positions that a configuration names."""
+    return RotaryPositionsByLayer(config) if config.rope_layer_types() else POSITIONS[config.position_encoding](config)
 
 
 def default_frequencies(config, device=None, seq_len=None, **kwargs) -> tuple[torch.Tensor, float]:

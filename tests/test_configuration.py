@@ -64,7 +64,15 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
     "yarn without factor": (rope(rope_type="yarn"), "rope_parameters.factor=None: yarn"),
     "llama3 rope with half its factors": (rope(rope_type="llama3", factor=2.0), "low_freq_factor=None: llama3"),
     "rope of half a head": (rope(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor"),
-    "rope by layer type": (rope(full_attention={"rope_type": "default", "rope_theta": 1e4}), "full_attention"),
+    "rope by half of the layer types": (
+        {**rope(full_attention={}), "sliding_window": 4, "layer_types": [FULL, SLIDING]},
+        "rope_parameters: has nothing for sliding_attention",
+    ),
+    "rope by layer type and for all": (rope(full_attention={}, rope_type="default"), "rope_parameters.rope_type: st"),
+    "rope by layer type without factor": (
+        rope(full_attention={"rope_type": "linear"}),
+        "rope_parameters.full_attention.factor=None: linear",
+    ),
     "zeroed head that is tied": ({"zero_init_head": True}, "zero_init_head=true needs tie_word_embeddings=false"),
     "dropout of everything": ({"dropout": 1.0}, r"dropout=1.0: must be in \[0, 1\)"),
     "negative dropout": ({"attention_dropout": -0.1}, "attention_dropout=-0.1"),

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling import GPTForCausalLM, loss
 
-from .variants import INEXACT_WITH_CACHE, VARIANTS, random_model, tiny_config
+from .variants import FULL, INEXACT_WITH_CACHE, SLIDING, VARIANTS, random_model, tiny_config
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 every_variant_with_cache = pytest.mark.parametrize("name", [n for n in VARIANTS if n not in INEXACT_WITH_CACHE])
@@ -222,3 +222,15 @@ def test_rope_sees_distances_only(name: str, ids: torch.Tensor) -> None:
     torch.testing.assert_close(model(ids, position_ids=position_ids + 9, use_cache=False).logits, expected, **CLOSE)
     spread = model(ids, position_ids=position_ids * 2, use_cache=False).logits
     assert (spread - expected).abs().max() > 1e-2
+
+
+def test_rope_by_layer_type_turns_each_layer_by_its_own(ids: torch.Tensor) -> None:
+    own = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+    layers = {"position_encoding": "rope", "layer_types": [SLIDING, FULL], "sliding_window": 5}
+    alike = random_model(tiny_config(**layers, rope_parameters=own))
+    by_layer = random_model(tiny_config(**layers, rope_parameters={SLIDING: own, FULL: own}))
+    assert torch.equal(by_layer(ids).logits, alike(ids).logits)
+    for changed in (SLIDING, FULL):
+        parameters = {SLIDING: own, FULL: own} | {changed: {**own, "factor": 2.0}}
+        other = random_model(tiny_config(**layers, rope_parameters=parameters))
+        assert not torch.allclose(other(ids).logits, alike(ids).logits, atol=1e-3)

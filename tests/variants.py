@@ -33,6 +33,15 @@ VARIANTS: dict[str, dict] = {
     "rope_llama3": _rope(
         "llama3", factor=4.0, original_max_position_embeddings=8, low_freq_factor=1.0, high_freq_factor=4.0
     ),
+    "rope_by_layer": {
+        "position_encoding": "rope",
+        "layer_types": [SLIDING, FULL],
+        "sliding_window": 5,
+        "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+            FULL: {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    },
     "layer_norm_no_gain": {"norm_gain": False},
     "layer_norm_no_gain_no_bias": {"norm_gain": False, "bias": False},
     "layer_norm_large_eps": {"norm_eps": 0.1},
