@@ -124,7 +124,10 @@ class GPTConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        by_layer_type = list(self.rope_parameters) if self.rope_layer_types() else []
         super().__post_init__(**kwargs)
+        if by_layer_type:  # before transformers 5.24 a theta for all is put beside them
+            self.rope_parameters = {key: self.rope_parameters[key] for key in by_layer_type}
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % max(self.num_attention_heads, 1) == 0:
