@@ -21,7 +21,7 @@ from training.callbacks import ConsoleTable
 
 from .test_hub_copy import run_without_acorn
 from .tiny_bases import TINY, our_model, save
-from .tiny_runs import checkpoints, metrics, same_weights, tiny_argv, write_text
+from .tiny_runs import checkpoints, latest, metrics, same_weights, tiny_argv, write_text
 from .two_processes import as_launched
 
 LAUNCHES = {
@@ -43,7 +43,7 @@ def pretrained(optimizer: str, name: str) -> list[str]:
 def finetuned(adapter: str, name: str) -> list[str]:
     flags = ["--text_files", "text.txt", "--data_dir", "tokens", *TINY, *FLAGS, "--tokens_per_step", "160"]
     flags += ["--max_steps", str(STEPS), "--eval_steps", "4"]
-    return ["finetune", "base", *flags, "--adapter", adapter, "--output_dir", name]
+    return ["finetune", "base", *latest(*flags, "--adapter", adapter, "--output_dir", name)]
 
 
 KINDS = {"adamw": pretrained, "muon": pretrained, "full": finetuned, "lora": finetuned}
