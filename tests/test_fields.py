@@ -102,6 +102,7 @@ def test_an_unknown_choice_is_refused(name: str) -> None:
         ({"report_to": ["comet_ml"]}, "report_to='comet_ml': comet_ml is not installed"),
         ({"report_to": ["none", "tensorboard"]}, "report_to 'none'"),
         ({"deepspeed": "nofile.json"}, "deepspeed"),
+        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"reentrant": True}}, "'use_reentrant'"),
         ({"greater_is_better": True}, "greater_is_better=True: of loss less is better"),
         ({"metric_for_best_model": "token_accuracy", "greater_is_better": False}, "of token_accuracy more is better"),
     ],
@@ -128,6 +129,7 @@ def test_what_needs_another_argument(name: str) -> None:
     other, _ = NEEDS[name]
     values = {"compile_scope": "model", "dataloader_multiprocessing_context": "fork"}
     given = {name: values.get(name, {"a": 1} if "config" in name else True if "persistent" in name else 0.5)}
+    given = {name: {"use_reentrant": False} for name in given} if "checkpointing" in name else given
     given = {name: 2 for name in given} if "prefetch" in name or "patience" in name else given
     with pytest.raises(UserError, match=f"{name}=.* has no effect without {other}"):
         arguments(**given, **({"eval_strategy": "no"} if other == "eval_strategy" else {}))

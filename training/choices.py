@@ -56,6 +56,7 @@ NEEDS = {
     "project": ("report_to", "a tracker"),
     "trackio_space_id": ("report_to", "trackio"),
 }
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")  # of torch
 # Where a package has another name than the integration.
 PACKAGES = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
 SCHEDULE_GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
@@ -90,6 +91,9 @@ def check_choices(args) -> None:
     """Refuse a name that is in no table, and one whose file or package is not here."""
     check_names(args)
     _check_reports(args.report_to)
+    for key in args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}:
+        if key not in CHECKPOINTING:
+            raise unknown("key in activation_checkpointing_kwargs", key, CHECKPOINTING)
     for name in ("deepspeed", "fsdp_config"):
         path = getattr(args, name)
         if isinstance(path, str) and not path.startswith("{") and not Path(path).is_file():

@@ -174,7 +174,8 @@ def describe(recipe: Recipe, trainer: GPTTrainer) -> str:
         f"{recipe.name}: {trainer.model.num_parameters():,} parameters, {config.num_hidden_layers} layers of "
         f"{config.hidden_size}, context {trainer.context_length}, vocabulary {config.vocab_size:,}\n"
         f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens on {args.world_size} × {args.device.type}, "
-        f"{trained_in(trainer)}, {args.optimizer}, attention {config._attn_implementation} → {args.output_dir}"
+        f"{trained_in(trainer)}{', deterministic' if args.full_determinism else ''}, {args.optimizer}, "
+        f"attention {config._attn_implementation} → {args.output_dir}"
     )
 
 

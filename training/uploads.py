@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .errors import UserError, one_line
 from .files import read_json
+from .strict_yaml import dump
 
 # Exact names, of files that Acorn, transformers and PEFT write; weights and code are found by what names them.
 GOES_UP = {
@@ -228,7 +229,7 @@ def portable_recipe(directory: Path) -> bytes:
         recipe[key] = (
             replace_paths(value, paths) if key == "command" else value if key == "sample" else without_paths(value)
         )
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+    return dump(recipe).encode()
 
 
 def without_paths(value: Any) -> Any:
