@@ -125,8 +125,10 @@ class GPTConfig(PreTrainedConfig):
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         by_layer_type = list(self.rope_parameters) if self.rope_layer_types() else []
+        if by_layer_type:  # transformers 5.17 looks for every kind, and puts a theta for all beside them
+            self.rope_parameters = {kind: {} for kind in self.layer_types} | self.rope_parameters
         super().__post_init__(**kwargs)
-        if by_layer_type:  # before transformers 5.24 a theta for all is put beside them
+        if by_layer_type:
             self.rope_parameters = {key: self.rope_parameters[key] for key in by_layer_type}
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
