@@ -135,7 +135,7 @@ def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None
     args.eval_on_start = args.eval_on_start and checkpoint is None
     trainer = build_trainer(recipe, args, prepared, checkpoint)
     with claimed(run_dir, args):
-        refuse_other_inputs(run_dir, trainer.inputs)
+        first_decides(args, lambda: refuse_other_inputs(run_dir, trainer.inputs))  # who is sent its shards has no base
         kept = read_json(run_dir / FACTS, "remove it: it is made again, without the sample from before")
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
