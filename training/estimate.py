@@ -7,6 +7,7 @@ from .errors import FlagParser, UserError, run_main, unknown
 from .hardware import GPUS
 from .help import wants_help
 from .precision import fit_precision
+from .ranges import check_numbers
 from .recipe import Recipe, load_recipe
 
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mfu", type=float, default=0.3)
     parser.add_argument("--sharding", default="none")
     flags, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    check_numbers(flags)
     if flags.gpu not in GPUS:
         raise unknown("gpu", flags.gpu, GPUS)
     if flags.sharding not in SHARDED:

@@ -68,6 +68,7 @@ RANGES = {
     **_same(NOT_NEGATIVE, "learning_rate muon_learning_rate weight_decay max_grad_norm adam_epsilon eval_delay"),
     **_same(SHARE, "adam_beta1 adam_beta2 muon_momentum lora_dropout label_smoothing_factor"),
     "dataloader_num_workers": Range(0, 1024, whole=True),
+    "num_gpus": Range(-math.inf, 10**6),  # of acorn estimate, which tries the numbers near it
     # data
     **_same(COUNT, "shard_size validation_characters tokenizer_vocab_size"),
     "validation_fraction": Range(0, 1, above=True, below=True),
