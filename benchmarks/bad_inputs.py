@@ -168,6 +168,7 @@ def judge(case, code: int | str, out: str, err: str, before: dict, after: dict, 
     if code == 2 and (len(said) != 1 or len(lines) > 1 + case.extra_lines):
         return f"noise ({len(lines)} lines)"
     left = [name for name in after if name not in before and not name.startswith("corpora/")]
+    left = [] if "training stopped" in err else left  # a run that had begun
     return f"litter ({', '.join(left[:3])})" if code == 2 and left else None
 
 
