@@ -238,5 +238,5 @@ def test_wrong_settings_are_refused(settings: dict) -> None:
 )
 def test_qlora_says_what_it_needs() -> None:
     with pytest.raises(UserError, match=r"needs a CUDA GPU and bitsandbytes"):
-        quantization("qlora")
-    assert quantization("lora") == {}
+        quantization("qlora", "bf16")
+    assert quantization("lora", "bf16") == {}

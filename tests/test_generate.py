@@ -83,9 +83,13 @@ def test_seeds_reproduce(write) -> None:
     assert write(*flags, "--seed", "2") != first
 
 
-@pytest.mark.parametrize("flags", [["--top_k", "1"], ["--top_p", "1e-9"], ["--temperature", "1e-6"]], ids=" ".join)
+HOT = ["--temperature", "2"]
+NARROW = [[*HOT, "--top_k", "1"], [*HOT, "--top_p", "1e-9"], ["--temperature", "1e-6"]]
+
+
+@pytest.mark.parametrize("flags", NARROW, ids=" ".join)
 def test_narrow_sampling_is_greedy(write, flags: list[str]) -> None:
-    assert write("--temperature", "2", *flags) == write("--temperature", "0")
+    assert write(*flags) == write("--temperature", "0")
 
 
 def test_a_prompt_from_a_file(write, tmp_path) -> None:
@@ -193,7 +197,7 @@ def test_a_prompt_that_is_not_utf8_is_refused(run, write, tmp_path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes(b"caf\xe9")
     assert "not UTF-8 at byte 3" in refused(generate.main, str(run), "--prompt", f"FILE:{path}")
-    assert "is not UTF-8 (at character 1)" in refused(generate.main, str(run), "--prompt", "a\udcff")
+    assert "is not UTF-8" in refused(generate.main, str(run), "--prompt", "a\udcff")
     path.write_bytes("\ufeffthe fox".encode())
     assert write("--temperature", "0", prompt=f"FILE:{path}") == write("--temperature", "0", prompt="the fox")
 
