@@ -1,6 +1,5 @@
 """From the data arguments to what is trained on: prepared tokens for text, tokenized examples for chats and pairs."""
 
-import hashlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from tqdm.auto import tqdm
 
 from training.corpus import Corpus, load_corpus, prepare
 from training.errors import UserError
+from training.hashes import digest
 from training.inputs import Inputs
 from training.reading import say, told
 from training.sources import unit_hash
@@ -88,12 +88,9 @@ def read_examples(data, kind: str, tokenizer, limit: int) -> Examples:
             split = "validation" if is_held_out else "training"
             raise UserError(f"validation_fraction={data.validation_fraction}: no answer is left for {split}; change it")
     question, prompt = ask(tokenizer, documents[min(held_out)])
-    digest = hashlib.sha256()
-    for example in splits[False] + splits[True]:
-        digest.update(example.ids.tobytes() + example.counts.tobytes())
-    return Examples(
-        tokenizer, splits[False], splits[True], question, prompt, {"the data": digest.hexdigest()}, len(documents)
-    )
+    examples = splits[False] + splits[True]
+    inputs = {"the data": digest(*(example.ids.tobytes() + example.counts.tobytes() for example in examples))}
+    return Examples(tokenizer, splits[False], splits[True], question, prompt, inputs, len(documents))
 
 
 def validation_numbers(count: int, data) -> set[int]:

@@ -1,17 +1,16 @@
 """The checkpoints of a run directory: written whole or not at all, verified before a run goes on from one, rotated."""
 
-import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from .agreement import together
 from .errors import UserError, unknown
 from .files import sync, write_whole
+from .hashes import hash_files
 from .pickles import UNREADABLE, in_words, refuse_unreadable
 from .shell import shell
 
@@ -80,11 +79,7 @@ def seal(aside: Path, checkpoint: Path) -> None:
     files = files_of(aside)
     for path in files:
         sync(path)
-    listed = {
-        str(path.relative_to(aside).as_posix()): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hashes(files), strict=True)
-    }
-    write_whole(aside / MANIFEST, json.dumps({"files": listed}, indent=1) + "\n")
+    write_whole(aside / MANIFEST, json.dumps({"files": facts_of_files(aside, files)}, indent=1) + "\n")
     for folder in {path.parent for path in files}:
         sync(folder)
     replaced = checkpoint.with_name(REPLACED + checkpoint.name)
@@ -100,15 +95,12 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def hashes(files: list[Path]) -> list[str]:
-    """The sha256 of each file, several at once."""
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(_sha256, files))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def facts_of_files(folder: Path, files: list[Path]) -> dict[str, dict]:
+    """Name to size and hash, as a manifest lists them."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, hash_files(files), strict=True)
+    }
 
 
 def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
@@ -164,7 +156,7 @@ def _damage_by_manifest(checkpoint: Path) -> str | None:
             return f"{path.relative_to(checkpoint)} is missing"
         if path.stat().st_size != size:
             return f"{path.relative_to(checkpoint)} has {path.stat().st_size:,} of {size:,} bytes"
-    for path, digest in zip(sizes, hashes(list(sizes)), strict=True):
+    for path, digest in zip(sizes, hash_files(list(sizes)), strict=True):
         if digest != sizes[path][1]:
             return f"{path.relative_to(checkpoint)} is not what was written (its sha256 differs)"
     return None

@@ -13,8 +13,9 @@ from .checkpoints import find_checkpoint, missing_state
 from .errors import UserError
 from .lock import claimed
 from .processes import check_writer
-from .recipe import Recipe, coerce, load_run_recipe, parse_flags
+from .recipe import Recipe, load_run_recipe, parse_flags
 from .shell import shell
+from .values import coerce
 
 FIXED_TRAINING = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these
 

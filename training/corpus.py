@@ -1,6 +1,5 @@
 """Any text → token shards, a tokenizer and `manifest.json` in one directory, written whole or not at all."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +15,10 @@ from .building import CORPUS, STATE, building_folder, built_aside, put_in_place
 from .dataset import TokenShards
 from .errors import UserError
 from .files import sync_below, write_whole
-from .inputs import digest, text_digest
+from .hashes import digest, hash_file
+from .inputs import text_digest
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
-from .reading import check_policy, sha256
+from .reading import check_policy
 from .sources import documents, fingerprint_sources, licence_of, named_sources
 from .splitting import SPLITS, check_split_options
 from .tokenizers import BUILDERS, build_tokenizer, load_tokenizer, tokenizer_hash
@@ -168,7 +168,7 @@ def verify(corpus: Corpus) -> int:
     """
     shards = corpus.shards(*SPLITS)
     for path, shard in shards:
-        if sha256(path) != shard["sha256"]:
+        if hash_file(path) != shard["sha256"]:
             raise UserError(f"{path}: its bytes are not those that were written; prepare the text again elsewhere")
     return len(shards)
 
@@ -208,7 +208,7 @@ def _choice(data, tokenizer) -> dict:
 
 
 def _digest(description: dict) -> str:
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, description], sort_keys=True).encode()).hexdigest()
+    return digest([FORMAT_VERSION, description])
 
 
 def _texts(data) -> Iterator[str]:

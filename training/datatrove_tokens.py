@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from .corpus import MANIFEST
 from .dataset import Tokens, TokenShards, TokenSpans, unit_points
 from .errors import UserError
-from .inputs import digest
+from .hashes import digest
 from .splitting import SPLITS, check_split_options
 from .tokenizers import build_tokenizer, encode_documents, encoding_hash, tokenizer_hash, tokenizer_kind
 

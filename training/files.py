@@ -1,6 +1,5 @@
 """Files written whole or not at all: under another name first, flushed to the disk, then renamed."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError, one_line
+from .hashes import digest
 from .shell import shell
 
 IS_WINDOWS = os.name == "nt"
@@ -27,7 +27,7 @@ HASH, END = b"# sha256 of the rest: ", b"# end\n"
 def write_with_hash(path: Path, text: str) -> None:
     """Write a text whole, between two comments: half of a YAML file may be a YAML file, too."""
     raw = text.encode("utf-8") + END
-    write_whole(path, HASH + hashlib.sha256(raw).hexdigest().encode() + b"\n" + raw)
+    write_whole(path, HASH + digest(raw).encode() + b"\n" + raw)
 
 
 def check_hash(path: Path) -> None:
@@ -37,7 +37,7 @@ def check_hash(path: Path) -> None:
         return
     if not rest.endswith(END):
         raise UserError(f"{path} is cut off: its last line, {END.decode().strip()!r}, is missing; copy it again")
-    if first[len(HASH) :] != hashlib.sha256(rest).hexdigest().encode():
+    if first[len(HASH) :] != digest(rest).encode():
         print(f"{path} was changed since it was written: taken as it is", file=sys.stderr)
 
 

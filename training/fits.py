@@ -1,7 +1,5 @@
 """What can not fit into this machine is refused before anything is read or written, with what it would take."""
 
-import os
-
 import psutil
 import torch
 
@@ -10,6 +8,7 @@ from modeling import GPTForCausalLM
 from .choices import check_attention
 from .costs import config_of, memory
 from .errors import UserError, one_line
+from .processes import shares_weights_out
 from .recipe import Recipe
 
 CGROUP = "/sys/fs/cgroup/memory.max"  # of a container: bytes, or "max"
@@ -35,10 +34,7 @@ def refuse_too_large(recipe: Recipe, args) -> None:
         raise UserError(f"{_named(args, config)}: no memory is this large ({one_line(error)})") from error
     rows = 1 if args.auto_find_batch_size else args.per_device_train_batch_size
     figures = memory(model, args, rows * config.max_position_embeddings)
-    is_shared = bool(
-        args.fsdp or args.deepspeed or _is_set("ACCELERATE_USE_FSDP") or _is_set("ACCELERATE_USE_DEEPSPEED")
-    )
-    needed = sum(figures.values()) / (args.world_size if is_shared else 1)
+    needed = sum(figures.values()) / (args.world_size if shares_weights_out(args) else 1)
     has = memory_of(args.device)
     if needed > SPARE * has:
         parts = ", ".join(f"{name} {_size(size)}" for name, size in figures.items())
@@ -77,7 +73,3 @@ def _named(args, config) -> str:
 
 def _size(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() == "true"

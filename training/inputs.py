@@ -1,24 +1,16 @@
 """What a run is grown from, by fingerprints: recorded as it begins, and the same again whenever it goes on."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from .errors import UserError
 from .files import read_json, write_whole
+from .hashes import digest
 from .sources import fingerprint_sources
 from .tokenizers import BUILDERS, load_tokenizer, tokenizer_hash
 
 INPUTS = "inputs.json"
 Inputs = dict[str, str | None]  # what, in words: its fingerprint; None where it cannot be taken
-
-
-def digest(*parts: object) -> str:
-    """The sha256 of what is fit for JSON, or of bytes."""
-    hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
-    return hasher.hexdigest()
 
 
 def text_digest(sources: dict) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .arguments import DataArguments
-from .dataset import EvaluationRows
+from .dataset import EvaluationRows, TokenArray
 from .errors import FlagParser, UserError, quiet_libraries
 from .evaluation import evaluate_rows
 from .loading import best_device, load_model_and_tokenizer
@@ -91,19 +91,6 @@ def measure(model, rows, tokens: int, num_bytes: int, flags) -> None:
     with tqdm(total=batches, unit="batch", leave=False, file=sys.stderr, disable=None) as bar:
         results = evaluate_rows(model, rows, num_bytes, flags.per_device_eval_batch_size, autocast, on_batch=bar.update)
     print(json.dumps({**results, "tokens": tokens, "bytes": num_bytes}))
-
-
-class TokenArray:
-    """Token ids in memory, read like TokenShards."""
-
-    def __init__(self, ids: np.ndarray):
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def window(self, start: int, length: int) -> np.ndarray:
-        return self.ids[start : start + length].astype(np.int64)
 
 
 def tokens_of_text(flags, tokenizer) -> tuple[TokenArray, int]:

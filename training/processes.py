@@ -30,7 +30,7 @@ def check_launch(use_cpu: bool = False, fsdp: bool = False) -> None:
         raise UserError(f"num_processes: {why}; launch with --config_file {CPU_CONFIG}, or with torchrun")
     use_cpu = use_cpu or _hides_all_gpus(environment.get("CUDA_VISIBLE_DEVICES"))
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() and not use_cpu else 0
-    if (fsdp or environment.get("ACCELERATE_USE_FSDP", "").lower() == "true") and not gpus:
+    if (fsdp or _launches("FSDP")) and not gpus:
         raise UserError("fsdp: there is no GPU, and on CPUs Accelerate runs plain DDP instead; use a DDP config")
     here = int(environment.get("LOCAL_WORLD_SIZE", 1))
     if here > 1 and here > gpus and not use_cpu:
@@ -42,7 +42,7 @@ def check_launch(use_cpu: bool = False, fsdp: bool = False) -> None:
 
 def check_partitions(args) -> None:
     """Refuse to share out a model in flat pieces where its matrices are needed: FSDP1 always, ZeRO under Muon."""
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    by_launcher = _launches("FSDP")
     version = os.environ.get("FSDP_VERSION", "1") if by_launcher else (args.fsdp_config or {}).get("version", 2)
     if (by_launcher or args.fsdp) and str(version) != "2":
         why = "makes one flat row of a block's weights, from which neither Muon nor a checkpoint has its matrices"
@@ -54,8 +54,7 @@ def check_partitions(args) -> None:
 
 def shares_weights_out(args) -> bool:
     """Whether no process will hold the whole model: under FSDP or DeepSpeed, by argument or by launcher."""
-    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed or "true" in launched)
+    return bool(args.fsdp or _launches("FSDP") or _is_zero(args))
 
 
 def check_writer(checkpoint: Path, args) -> None:
@@ -68,7 +67,12 @@ def check_writer(checkpoint: Path, args) -> None:
 
 
 def _is_zero(args) -> bool:
-    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return bool(args.deepspeed) or _launches("DEEPSPEED")
+
+
+def _launches(what: str) -> bool:
+    """Whether `accelerate launch` was told to use FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
 
 
 def _hides_all_gpus(visible: str | None) -> bool:

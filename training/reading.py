@@ -3,7 +3,6 @@
 import bisect
 import functools
 import glob
-import hashlib
 import json
 import os
 import sys
@@ -15,9 +14,9 @@ from tqdm.auto import tqdm
 
 from .addresses import is_address, public_name
 from .errors import UserError, one_line, unknown
+from .hashes import hash_file
 
 BAD_FILE_POLICIES = ("stop", "skip")
-
 
 Files = list[tuple[str, Path]]  # the name that is shown and stored, and where the file lies on this machine
 
@@ -172,18 +171,12 @@ def fingerprint_files(files: Files) -> dict:
     return {"files": listed, "bytes": sum(entry["bytes"] for entry in listed)}
 
 
-def sha256(path: Path) -> str:
-    """Return the hash of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hash_as_it_was(path: Path) -> str:
-    """Return the same, without reading a file twice that was not written to since."""
+    """Return the hash of a file's content, without reading a file twice that was not written to since."""
     status = path.stat()
-    return _sha256_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    return _hash_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @functools.lru_cache(maxsize=1_000_000)
-def _sha256_at(path: Path, *status: int) -> str:
-    return sha256(path)
+def _hash_at(path: Path, *status: int) -> str:
+    return hash_file(path)

@@ -6,19 +6,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from .checkpoints import MANIFEST, STATE, damage, files_of, hashes, read_state, step_of
+from .checkpoints import MANIFEST, STATE, damage, facts_of_files, files_of, read_state, step_of
 from .errors import UserError
 from .files import read_json, sync, write_whole
+from .hashes import hash_files
 
 NO_MODEL = ("*.pt", "*.pth", "*.bin", STATE, MANIFEST)  # of a checkpoint: its state, and pickles
-
-
-def facts_of_files(folder: Path, files: list[Path]) -> dict[str, dict]:
-    """Name to size and hash, as a manifest lists them."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hashes(files), strict=True)
-    }
 
 
 def read_manifest(directory: Path) -> dict:
@@ -65,7 +58,7 @@ def verify(directory: Path) -> None:
     manifest = read_manifest(directory)
     listed = {name: facts for name, facts in manifest.get("files", {}).items() if not _is_state(name)}
     there = [directory / name for name in listed if (directory / name).is_file()]
-    for path, digest in zip(there, hashes(there), strict=True):
+    for path, digest in zip(there, hash_files(there), strict=True):
         name = path.relative_to(directory).as_posix()
         known = (listed[name]["sha256"], manifest.get("before", {}).get(name, {}).get("sha256"))
         if digest in known:

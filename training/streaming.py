@@ -22,7 +22,8 @@ from transformers.trainer_callback import ExportableState
 
 from .dataset import Rows, TokenArray, Tokens
 from .errors import UserError
-from .inputs import digest, text_digest
+from .hashes import digest
+from .inputs import text_digest
 from .sources import Bookmark, Document, fingerprint_sources, licence_of, named_sources, numbered_parts
 from .tokenizers import build_tokenizer, encode_documents, tokenizer_hash
 

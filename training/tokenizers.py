@@ -1,6 +1,5 @@
 """Byte, character and BPE tokenizers, built with `tokenizers` and saved as Hugging Face tokenizers."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .errors import UserError, one_line
 from .fast_bpe import fast_bpe
+from .hashes import digest
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_BPE_VOCAB_SIZE = 4096
@@ -136,8 +136,7 @@ def _added_around(tokenizer) -> tuple[list[int], list[int]]:
 
 def tokenizer_hash(tokenizer) -> str:
     """Return the sha256 (hex) of what the tokenizer does, whatever order its file happens to be written in."""
-    state = json.dumps(_state(tokenizer.backend_tokenizer), sort_keys=True)
-    return hashlib.sha256(state.encode()).hexdigest()
+    return digest(_state(tokenizer.backend_tokenizer))
 
 
 def read_alike(first, second) -> bool:
@@ -147,7 +146,7 @@ def read_alike(first, second) -> bool:
 
 def encoding_hash(tokenizer) -> str:
     """The same of what `encode_documents` depends on alone, which `add_nothing` does not change."""
-    return hashlib.sha256(json.dumps(_encoding_part(tokenizer.backend_tokenizer), sort_keys=True).encode()).hexdigest()
+    return digest(_encoding_part(tokenizer.backend_tokenizer))
 
 
 def tokenizer_kind(tokenizer) -> str:

@@ -1,7 +1,6 @@
 """Which files of a directory go to the Hub: those that a model is made of, and none that merely lies beside them."""
 
 import fnmatch
-import hashlib
 import json
 import re
 import shlex
@@ -15,6 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .errors import UserError, one_line
 from .files import read_json
+from .hashes import digest
 from .strict_yaml import dump
 
 # Exact names, of files that Acorn, transformers and PEFT write; weights and code are found by what names them.
@@ -186,7 +186,7 @@ def _facts(file: Upload, listed: dict) -> dict:
     if isinstance(file.content, Path) and file.name in listed:
         return listed[file.name]
     raw = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
-    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    return {"bytes": len(raw), "sha256": digest(raw)}
 
 
 # ---- without paths of this machine
