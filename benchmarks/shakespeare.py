@@ -3,6 +3,7 @@
     python benchmarks/shakespeare.py --text tinyshakespeare.txt [--nanogpt DIR] [--only PART …] [--rounds 3]
 
 Parts: `cpu` is nanoGPT's CPU setting (training tokens/s in alternation, then our whole run's validation loss);
+`cpu-seeds` is its loss after 2,000 steps with six seeds, on both sides;
 `cpu-fast` and `fast` are our own recipes (loss, and wall time of the whole process); `fast-speed` is the training
 tokens/s of the 10.7 M model at 16 x 256, in alternation. DIR is a checkout of karpathy/nanoGPT, which is copied, never
 written to; without it our side alone runs. Losses are over the whole validation split in non-overlapping windows, for
@@ -38,9 +39,11 @@ class NanoGPT:
         shutil.copyfile(text, self.data / "input.txt")
         subprocess.run([sys.executable, "prepare.py"], cwd=self.data, check=True, capture_output=True)
 
-    def train(self, flags: str) -> tuple[str, float]:
-        """What train.py printed, and the seconds of its whole process."""
-        command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *CPU.split(), *flags.split()]
+    def train(self, flags: str, seed: int = 1337) -> tuple[str, float]:
+        """What train.py printed, and the seconds of its whole process; its own seed stands in the code as 1337."""
+        script = self.directory / f"train-{seed}.py"
+        script.write_text((self.directory / "train.py").read_text().replace("manual_seed(1337", f"manual_seed({seed}"))
+        command = [sys.executable, script.name, "config/train_shakespeare_char.py", *CPU.split(), *flags.split()]
         return run(command, self.directory)
 
     def tokens_per_second(self, flags: str, tokens: int, iterations: int) -> float:
@@ -128,6 +131,23 @@ def measure_cpu(acorn: Acorn, nanogpt: NanoGPT | None, rounds: int) -> dict:
     return figures | {"acorn_loss": min(row["eval_loss"] for row in rows), "acorn_seconds": seconds}
 
 
+def measure_cpu_seeds(acorn: Acorn, nanogpt: NanoGPT | None, rounds: int) -> dict:
+    """Losses of the whole CPU recipe with six seeds, and of nanoGPT's own loop with the same; no times."""
+    flags = f"{SMALL} --max_iters=2000 --lr_decay_iters=2000 --eval_iters=20 --log_interval=100"
+    losses = {"acorn": [], "nanogpt": []}
+    for seed in range(1337, 1343):
+        rows, _ = acorn.pretrain("shakespeare-char-cpu", f"--seed {seed}")
+        losses["acorn"].append(min(row["eval_loss"] for row in rows))
+        if nanogpt is not None:
+            nanogpt.train(flags, seed)
+            losses["nanogpt"].append(nanogpt.validation_loss())
+    figures = {f"{side}_losses": [round(loss, 4) for loss in found] for side, found in losses.items() if found}
+    for side, found in losses.items():
+        if found:
+            figures |= {f"{side}_mean": statistics.mean(found), f"{side}_deviation": statistics.stdev(found)}
+    return figures
+
+
 def measure_cpu_fast(acorn: Acorn, nanogpt: NanoGPT | None, rounds: int) -> dict:
     """Whole processes to a good loss, nanoGPT's 2,000 iterations beside ours."""
     losses = []
@@ -164,6 +184,7 @@ def measure_fast(acorn: Acorn, nanogpt: NanoGPT | None, rounds: int) -> dict:
 
 PARTS = {
     "cpu": measure_cpu,
+    "cpu-seeds": measure_cpu_seeds,
     "cpu-fast": measure_cpu_fast,
     "fast-speed": measure_fast_speed,
     "fast": measure_fast,
