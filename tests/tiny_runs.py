@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling import GPTConfig
 from training import pretrain, resume
 from training.errors import UserError
 
@@ -39,7 +40,8 @@ def latest(*argv: str) -> list[str]:
     name = ""
     for word in argv:
         if word.startswith("--"):
-            name = word.partition("=")[0]
+            name = word.removeprefix("--").partition("=")[0]
+            name = GPTConfig.attribute_map.get(name, name)  # nanoGPT's name and ours are one flag
             flags.pop(name, None)
             flags[name] = [word]
         else:
