@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertLMHeadModel
+from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
 import acorn
 from finetune import finetune, resume
@@ -18,49 +18,22 @@ from training import resume as pretraining_resume
 from training.callbacks import read_metrics
 from training.errors import UserError
 from training.loading import load_model_and_tokenizer
-from training.recipe import load_recipe_file, shipped_recipes
+from training.recipe import load_recipe_file
 from training.tokenizers import build_tokenizer
 
-from .chat_fixture import chat_text
-from .tiny_bases import BASES, TINY, save, stock_model
-from .tiny_runs import checkpoints, contents, latest, refused, write_text
+from .tiny_bases import TINY, save, stock_model
+from .tiny_finetunes import CHAT, PAIRS, TEXT, facts, go_on, make_place, tune
+from .tiny_runs import checkpoints, contents, latest, refused
 from .two_processes import launch
 
-CHAT = ["--text_files", "chat.txt"]
-TEXT = ["--text_files", "text.txt"]
-PAIRS = ["--data_files", "pairs.jsonl"]
 RUN_FILES = {"README.md", "finetune.json", "loss.png", "metrics.jsonl", "recipe.yaml", "sample.txt", "tokenizer.json"}
 TRAINED = [name for name in ADAPTERS if name != "qlora"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A place with tiny bases, a text, a chat and pairs; its runs lie side by side."""
-    place = tmp_path_factory.mktemp("finetune")
-    for name, build in BASES.items():
-        save(build(), place / name)
-    save(stock_model(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1), place / "gpt2-dropout")
-    write_text(place)
-    write_text(place, chat_text(), "chat.txt")
-    pairs = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(8) for b in range(8)]
-    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    return place
-
-
-def tune(folder: Path, base: str, *flags: str, name: str) -> Path:
-    """Finetune in `folder` and return the run directory; later flags win."""
-    with contextlib.chdir(folder):
-        finetune.main(latest(base, *TINY, "--output_dir", name, *flags))
-    return folder / name
-
-
-def go_on(run: Path, *flags: str) -> None:
-    with contextlib.chdir(run.parent):
-        resume.main([run.name, *flags])
-
-
-def facts(run: Path) -> dict:
-    return json.loads((run / "finetune.json").read_text(encoding="utf-8"))
+    """Where this module's runs lie, side by side."""
+    return make_place(tmp_path_factory.mktemp("finetune"))
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -224,35 +197,6 @@ def test_help_names_every_adapter_and_flag(capsys) -> None:
     assert all(f"--{flag} " in printed for flag in ("r", "lora_alpha", "target_modules", "text_files", "packing"))
 
 
-# recipes
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in FinetuneRecipe.directory.glob("*.yaml")))
-def test_shipped_recipes_are_whole(name: str) -> None:
-    recipe = load_recipe_file(name, FinetuneRecipe)
-    assert recipe.model_arguments().model_name_or_path.startswith("gpt2")
-    assert recipe.adapter_arguments().adapter == {"full": "full", "lora": "lora", "xl": "qlora"}[name.split("-")[1]]
-    assert recipe.data_arguments().block_size
-    assert recipe.sample_arguments().max_new_tokens > 0
-    if "activation" not in str(recipe.training) and "bf16" not in recipe.training:
-        assert recipe.training_arguments().max_steps or recipe.training_arguments().num_train_epochs
-
-
-def test_the_full_recipe_is_nanogpts() -> None:
-    """config/finetune_shakespeare.py and the defaults of train.py that it leaves."""
-    recipe = load_recipe_file("gpt2-full-text", FinetuneRecipe)
-    args = recipe.training_arguments()
-    assert (args.learning_rate, args.max_steps, args.eval_steps) == (3e-5, 20, 5)
-    assert (args.tokens_per_step, args.per_device_train_batch_size) == (32 * 1024, 1)
-    assert (args.weight_decay, args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.1, 0.9, 0.95, 1.0)
-    assert (args.lr_scheduler_type, args.warmup_steps, args.save_strategy) == ("constant", 0, "best")
-
-
-def test_the_four_recipes() -> None:
-    names = ["gpt2-full-text", "gpt2-lora-chat", "gpt2-lora-text", "gpt2-xl-qlora"]
-    assert shipped_recipes(FinetuneRecipe) == names
-
-
 # what is refused
 
 
@@ -365,90 +309,3 @@ def test_other_data_is_refused(folder, tuned) -> None:
             resume.main([run.name, "--max_steps", "9"])
     finally:
         (folder / "chat.txt").write_text(kept, encoding="utf-8")
-
-
-# adapters and their bases
-
-
-@pytest.fixture
-def with_own_base(folder, tuned, tmp_path):
-    """A finished run (a copy of `tuned`) beside a base of its own, in a place of its own."""
-    for name in ("gpt2", "tuned"):
-        shutil.copytree(folder / name, tmp_path / name)
-    shutil.copy(folder / "chat.txt", tmp_path)
-    return tmp_path / "tuned"
-
-
-def test_a_run_goes_on_on_its_own_base_or_not_at_all(with_own_base) -> None:
-    other = stock_model()
-    with torch.no_grad():
-        other.transformer.h[0].mlp.c_fc.weight += 1
-    save(other, with_own_base.parent / "gpt2")
-    before = contents(with_own_base)
-    with pytest.raises(UserError, match="the base model changed since the run began"):
-        go_on(with_own_base, "--max_steps", "9")
-    assert contents(with_own_base) == before
-    for path in with_own_base.glob("checkpoint-*"):  # nor does it begin again
-        shutil.rmtree(path)
-    with pytest.raises(UserError, match="the base model changed since the run began"):
-        go_on(with_own_base)
-
-
-@pytest.mark.parametrize("name", ["finetune.json", "inputs.json", "recipe.yaml", "checkpoint-6/base_model.json"])
-def test_damaged_small_files_are_one_line_before_any_step(with_own_base, name: str) -> None:
-    path = with_own_base / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b"\xff")
-    before = contents(with_own_base)
-    with pytest.raises(UserError) as caught:
-        go_on(with_own_base, "--max_steps", "9", *(["--checkpoint", "checkpoint-6"] if "/" in name else []))
-    assert Path(name).name in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert contents(with_own_base) == before
-
-
-def test_a_damaged_record_of_the_base_is_one_line(with_own_base) -> None:
-    for name in ("base_model.json", "adapter_config.json"):
-        whole = (with_own_base / name).read_bytes()
-        for damaged in (whole[:-9], b"[]", b"\xff"):
-            (with_own_base / name).write_bytes(damaged)
-            with pytest.raises(UserError, match=rf"{name} is damaged|{name} names no base"):
-                load_model_and_tokenizer(str(with_own_base))
-        (with_own_base / name).write_bytes(whole)
-
-
-def test_without_any_evaluation_there_is_no_report(with_own_base) -> None:
-    for name in ("metrics.jsonl", "README.md"):
-        (with_own_base / name).unlink()
-    with pytest.raises(UserError, match=r"metrics\.jsonl holds no evaluation"):
-        go_on(with_own_base)
-
-
-def test_without_its_facts_a_run_goes_on_all_the_same(with_own_base) -> None:
-    (with_own_base / "finetune.json").unlink()
-    go_on(with_own_base, "--max_steps", "7")
-    assert facts(with_own_base)["adapter"] == "lora"
-
-
-def test_a_base_that_is_gone_or_another_is_refused(folder, tmp_path) -> None:
-    shutil.copytree(folder / "gpt2", tmp_path / "base")
-    write_text(tmp_path)
-    run = tune(tmp_path, "base", *TEXT, name="run")
-    save(stock_model(n_layer=2).apply(lambda module: None), tmp_path / "same")
-    shutil.move(tmp_path / "base", tmp_path / "moved")
-    with pytest.raises(UserError, match=r"its base .*base is gone"):
-        load_model_and_tokenizer(str(run))
-    other = stock_model()
-    with torch.no_grad():
-        other.transformer.h[0].mlp.c_fc.weight += 1
-    save(other, tmp_path / "base")
-    with pytest.raises(UserError, match="is not the base it was trained on"):
-        load_model_and_tokenizer(str(run))
-    shutil.rmtree(tmp_path / "base")
-    shutil.move(tmp_path / "moved", tmp_path / "base")
-    load_model_and_tokenizer(str(run), dtype="bfloat16")  # the same base in half precision is the same base
-
-
-def test_a_full_run_is_a_plain_model(folder) -> None:
-    run = tune(folder, "gpt2", *PAIRS, "--adapter", "full", "--max_steps", "1", name="plain")
-    assert type(AutoModelForCausalLM.from_pretrained(run)).__name__ == "GPT2LMHeadModel"
-    assert not (run / "adapter_config.json").exists()

@@ -314,3 +314,32 @@ def test_another_text_or_tokenizer_is_not_held_to_the_recipes_vocabulary() -> No
         recipe = load_recipe_file("quickstart")
         recipe.update(parse_flags(flags.split()))
         assert recipe.data_arguments().tokenizer_vocab_size == expected
+
+
+# of finetuning
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FinetuneRecipe.directory.glob("*.yaml")))
+def test_finetuning_recipes_are_whole(name: str) -> None:
+    recipe = load_recipe_file(name, FinetuneRecipe)
+    assert recipe.model_arguments().model_name_or_path.startswith("gpt2")
+    assert recipe.adapter_arguments().adapter == {"full": "full", "lora": "lora", "xl": "qlora"}[name.split("-")[1]]
+    assert recipe.data_arguments().block_size
+    assert recipe.sample_arguments().max_new_tokens > 0
+    if "activation" not in str(recipe.training) and "bf16" not in recipe.training:
+        assert recipe.training_arguments().max_steps or recipe.training_arguments().num_train_epochs
+
+
+def test_the_recipe_of_full_finetuning_is_nanogpts() -> None:
+    """config/finetune_shakespeare.py and the defaults of train.py that it leaves."""
+    recipe = load_recipe_file("gpt2-full-text", FinetuneRecipe)
+    args = recipe.training_arguments()
+    assert (args.learning_rate, args.max_steps, args.eval_steps) == (3e-5, 20, 5)
+    assert (args.tokens_per_step, args.per_device_train_batch_size) == (32 * 1024, 1)
+    assert (args.weight_decay, args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.1, 0.9, 0.95, 1.0)
+    assert (args.lr_scheduler_type, args.warmup_steps, args.save_strategy) == ("constant", 0, "best")
+
+
+def test_the_four_finetuning_recipes() -> None:
+    names = ["gpt2-full-text", "gpt2-lora-chat", "gpt2-lora-text", "gpt2-xl-qlora"]
+    assert shipped_recipes(FinetuneRecipe) == names

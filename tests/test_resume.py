@@ -4,10 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from shlex import split as words
 
@@ -15,12 +12,11 @@ import pytest
 import torch
 
 from training import pretrain, resume
-from training.callbacks import StopOnSignal, read_metrics
+from training.callbacks import read_metrics
 
-from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights, tiny_argv, write_text
+from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, rows, same_weights, tiny_argv, write_text
 
 DROPOUT = ["--dropout", "0.1"]
-LONG = [*DROPOUT, "--max_steps", "120", "--eval_steps", "8"]
 ACCUMULATED = [*DROPOUT, *words("--max_steps 12 --gradient_accumulation_steps 2 --save_total_limit 5")]
 
 
@@ -34,12 +30,6 @@ def folder(tmp_path_factory):
 def grown(folder):
     """A finished run of 8 steps with checkpoints at 4 and 8; tests copy it."""
     return grow(folder, *DROPOUT, name="grown")
-
-
-@pytest.fixture(scope="module")
-def unbroken(folder):
-    """The 120 steps that the stopped runs are held against."""
-    return grow(folder, *LONG, name="unbroken")
 
 
 @pytest.fixture
@@ -62,14 +52,6 @@ def logged(run_dir: Path) -> list[dict]:
     return [{key: entry.get(key) for key in keys} for entry in history if "loss" in entry or "eval_loss" in entry]
 
 
-TIMED = ("tokens_per_second", "mfu", "seconds")
-
-
-def rows(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl that count, without what the clock says."""
-    return [{key: value for key, value in row.items() if key not in TIMED} for row in read_metrics(run_dir)]
-
-
 def back_to(run_dir: Path, step: int) -> None:
     """Take away all that a run wrote after a checkpoint, as if the machine had gone down there."""
     for later in [kept for kept in checkpoints(run_dir) if kept > step]:
@@ -81,60 +63,6 @@ def back_to(run_dir: Path, step: int) -> None:
 
 
 # bit for bit
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_loses_nothing(folder, unbroken, number: signal.Signals, code: int) -> None:
-    run = folder / f"stopped-by-{number.name}"
-    command = [sys.executable, "-m", "training.pretrain", *tiny_argv(*LONG, name=run.name)]
-    # a process that a shell starts in the background ignores SIGINT: undo that for the child
-    child = subprocess.Popen(
-        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        child.send_signal(number)
-        _, errors = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert child.returncode == code, errors
-    assert "Traceback" not in errors
-    assert f"acorn resume {run.name}" in errors
-    stopped_at = checkpoints(run)[-1]
-    assert 8 <= stopped_at < 120
-    go_on(run)
-    assert rows(run) == rows(unbroken)
-    assert same_weights(run / "checkpoint-120", unbroken / "checkpoint-120")
-    assert same_weights(run, unbroken)
-    assert (run / "README.md").is_file()
-
-
-@pytest.mark.parametrize("is_ignored", [False, True], ids=["a closed terminal", "nohup"])
-def test_hangup(folder, monkeypatch, is_ignored: bool) -> None:
-    """Its window closed, a run saves and ends; under nohup it goes on."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
-    on_step_end = StopOnSignal.on_step_end
-
-    def hang_up(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGHUP)
-        on_step_end(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(StopOnSignal, "on_step_end", hang_up)
-    name = f"hung-up-{is_ignored}"
-    try:
-        if is_ignored:
-            assert checkpoints(grow(folder, name=name)) == [4, 8]
-        else:
-            with pytest.raises(SystemExit) as ended:
-                grow(folder, name=name)
-            assert ended.value.code == 129
-            assert checkpoints(folder / name) == [3]
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
@@ -173,26 +101,6 @@ def test_a_run_may_be_moved_and_its_corpus_be_gone(folder, tmp_path) -> None:
     with contextlib.chdir(tmp_path):
         resume.main([str(moved)])
     assert same_weights(moved, there)
-
-
-def test_a_signal_in_the_last_step_still_ends_well(folder, monkeypatch) -> None:
-    """The run is done, so it is either finished at once or finished by the `acorn resume` that it advises."""
-    finish_step = StopOnSignal.on_step_end
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == state.max_steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return finish_step(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(StopOnSignal, "on_step_end", interrupted)
-    run = folder / "last-step"
-    with contextlib.suppress(SystemExit):
-        grow(folder, name=run.name)
-    monkeypatch.undo()
-    if not (run / "README.md").exists():
-        go_on(run)
-    assert (run / "README.md").is_file()
-    assert [row["step"] for row in read_metrics(run)] == [4, 8]
 
 
 # from where

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from modeling import GPTConfig
 from training import pretrain, resume
+from training.callbacks import read_metrics
 from training.errors import UserError
 
 WORDS = [*words("the quick brown fox jumps over a lazy dog, and how vexingly quick daft zebras"), "jump\n"]
@@ -95,6 +96,14 @@ def same_weights(a: Path, b: Path) -> bool:
 def metrics(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl as they are."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+TIMED = ("tokens_per_second", "mfu", "seconds")
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl that count, without what the clock says."""
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in read_metrics(run_dir)]
 
 
 def checkpoints(run_dir: Path) -> list[int]:
