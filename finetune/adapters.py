@@ -249,7 +249,7 @@ def attach(model: nn.Module, arguments, base_name: str) -> nn.Module:
         with without_warnings():
             adapted = get_peft_model(model, adapter.config(arguments, model))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"adapter={arguments.adapter}: does not go on this model: {one_line(error)}") from error
+        raise UserError(f"adapter={arguments.adapter}: does not fit this model: {one_line(error)}") from error
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return with_cache_names(adapted)
 

@@ -38,7 +38,7 @@ def keeps_documents_apart(model: nn.Module, name: str, batch_size: int = 3, auto
     model.train(was_training)
     tolerance = 1e-5 if plain.dtype == torch.float32 and autocast is nullcontext else 1e-2
     if not _same(plain[0, :TOKENS], plain[2, :TOKENS], tolerance):
-        raise UserError(f"model {name!r}: is no causal language model: later tokens change its earlier predictions")
+        raise UserError(f"model {name!r}: is not a causal language model: later tokens change its earlier predictions")
     return _same(packed[0, TOKENS:], packed[1, TOKENS:], tolerance)
 
 

@@ -203,7 +203,9 @@ def finish(recipe: FinetuneRecipe, trainer: FinetuneTrainer, prepared: Prepared,
     rows = read_metrics(run_dir)
     best = recipe.best([row for row in rows if row["step"] > 0])
     if best is None:  # taken away, and the last evaluation was before
-        raise UserError(f"{run_dir}: metrics.jsonl holds no evaluation; put it back, or train on by --max_steps")
+        raise UserError(
+            f"{run_dir}: metrics.jsonl holds no evaluation; restore it, or train further with a larger --max_steps"
+        )
     first = next((row for row in rows if row["step"] == 0), None)
     facts |= {
         "sample_before": sample_before,

@@ -108,7 +108,7 @@ def step(bar: tqdm, stage: int) -> None:
 def refuse_obstacles(name: str, target: Format, config) -> None:
     """Name every field that the target has no place for."""
     if obstacles := target.obstacles(config):
-        raise UserError(f"{name}: {target.title} can not hold {'; '.join(obstacles)}")
+        raise UserError(f"{name}: {target.title} cannot hold {'; '.join(obstacles)}")
 
 
 def refuse_tokenizer(name: str, tokenizer, config) -> None:

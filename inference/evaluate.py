@@ -27,7 +27,9 @@ def validation_tokens(directory: Path, tokenizer):
     """The validation split of the run that `directory`, a run or one of its checkpoints, belongs to."""
     run_dir = directory if (directory / "recipe.yaml").is_file() else directory.parent
     if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"{directory} is no run directory, it has no validation split: give --text_files or --dataset")
+        raise UserError(
+            f"{directory} is not a run directory, so it has no validation split; give --text_files or --dataset"
+        )
     corpus: Corpus = corpus_of_run(load_run_recipe(run_dir), run_dir)
     if not read_alike(tokenizer, corpus.tokenizer):
         raise UserError(

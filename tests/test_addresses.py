@@ -31,7 +31,7 @@ def test_an_address_loses_what_may_be_secret(given: str, public: str) -> None:
 def test_texts_errors_and_commands_lose_it_too() -> None:
     text = "acorn x --text_files 'https://a:S@h/x?k=S' b --data_files=s3://k:S@h/y 'https://h/z?S#S'"
     assert public_text(text) == "acorn x --text_files 'https://h/x' b --data_files=s3://h/y 'https://h/z'"
-    assert str(UserError("can not read http://h/x?k=S now")) == "can not read http://h/x now"
+    assert str(UserError("cannot read http://h/x?k=S now")) == "cannot read http://h/x now"
     assert each_text({"a": ["http://S@h/?S", {"b": 1}], "c": None}, public_name) == {
         "a": ["http://h/", {"b": 1}],
         "c": None,

@@ -1,4 +1,4 @@
-"""A checkpoint is written whole or not at all; a damaged one is found out, named and passed over."""
+"""A checkpoint is written whole or not at all; a damaged one is found out, named and skipped."""
 
 import io
 import json
@@ -236,8 +236,8 @@ def test_last_is_the_newest_that_is_whole(tmp_path, capsys) -> None:
     assert find_checkpoint(tmp_path, "last").name == "checkpoint-4"
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
-    assert "checkpoint-12 is passed over: optimizer.pt" in told[0]
-    assert "checkpoint-8 is passed over: model.safetensors is missing" in told[1]
+    assert "checkpoint-12 is skipped: optimizer.pt" in told[0]
+    assert "checkpoint-8 is skipped: model.safetensors is missing" in told[1]
     assert find_checkpoint(tmp_path, "best").name == "checkpoint-4"
 
 
@@ -262,7 +262,7 @@ def test_resume_passes_over_a_damaged_checkpoint(grown, copy, capsys, file: str,
     (copy / "README.md").unlink()
     go_on(copy)
     told = capsys.readouterr()
-    assert f"checkpoint-8 is passed over: {file} " in told.err
+    assert f"checkpoint-8 is skipped: {file} " in told.err
     assert "from checkpoint-4" in told.out
     assert same_weights(copy / "checkpoint-8", grown / "checkpoint-8")
     assert damage(copy / "checkpoint-8") is None
@@ -345,7 +345,7 @@ def test_what_opens_and_is_no_state_is_one_line(copy, name: str, content) -> Non
     _without_manifest(copy / "checkpoint-8")
     message = refused(resume.main, str(copy), "--max_steps", "12")
     assert "checkpoint-8" in message
-    assert "cannot be taken up" in message
+    assert "cannot be loaded" in message
 
 
 def test_weights_of_another_shape_are_one_line(copy) -> None:

@@ -193,7 +193,7 @@ def test_weights_that_are_not_numbers_are_refused(stock, tmp_path) -> None:
 def test_a_directory_that_holds_something_stays(stock, tmp_path) -> None:
     before = contents(stock)
     message = refused(convert.main, str(stock), str(stock), "--to", "acorn")
-    assert f"{stock}: is there already" in message
+    assert f"{stock}: already exists" in message
     assert contents(stock) == before
 
 

@@ -231,7 +231,7 @@ def test_damage_is_seen_when_loading():
     with pytest.raises(UserError, match=r"mine/tokenizer: its hash is .{8} and the tokens were made with .{8}"):
         load_corpus(directory)
     (directory / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"mine/manifest.json: can not be read \("):
+    with pytest.raises(UserError, match=r"mine/manifest.json: cannot be read \("):
         load_corpus(directory)
     (directory / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"mine/manifest\.json: is not of format acorn-corpus 1"):
@@ -301,7 +301,7 @@ def test_prepared_tokens_replace_the_tokenizer_of_a_recipe():
         ),
         ({"text_files": None, "data_dir": "nowhere"}, "data_dir='nowhere': holds no manifest.json; make it with"),
         ({"data_dir": "text.txt/x"}, "data_dir='text.txt/x': Not a directory; name another --data_dir"),
-        ({"tokenizer": "bpe", "tokenizer_vocab_size": 9999}, "tokenizer_vocab_size=9999: the text has pairs for"),
+        ({"tokenizer": "bpe", "tokenizer_vocab_size": 9999}, "tokenizer_vocab_size=9999: the text yields only"),
     ],
 )
 def test_refusals_leave_nothing(changes, message):

@@ -220,7 +220,7 @@ def test_files_of_two_tokenizers_are_refused(tokenizer) -> None:
 
 def test_one_document_is_not_split(tokenizer) -> None:
     write(tokenizer, DOCUMENTS[:1])
-    with pytest.raises(UserError, match="one document can not be split"):
+    with pytest.raises(UserError, match="one document cannot be split"):
         load_datatrove(arguments())
 
 

@@ -150,7 +150,7 @@ def test_a_model_that_sees_the_future_is_no_causal_lm(monkeypatch) -> None:
         return outputs
 
     monkeypatch.setattr(model, "forward", both_ways)
-    with pytest.raises(UserError, match="is no causal language model"):
+    with pytest.raises(UserError, match="is not a causal language model"):
         keeps_documents_apart(model, "base")
 
 

@@ -273,7 +273,7 @@ def test_no_token(model_dir, hub, no_token) -> None:
 
 def test_a_token_that_the_hub_does_not_know(model_dir, hub, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "stolen")
-    assert "does not take the token (401)" in refused(push.main, str(model_dir), "me/gpt")
+    assert "rejected the token (401)" in refused(push.main, str(model_dir), "me/gpt")
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -281,7 +281,7 @@ def test_a_repository_of_another(model_dir, hub, is_there: bool) -> None:
     if is_there:
         hub.add("them/gpt")
     line = refused(push.main, str(model_dir), "them/gpt")
-    assert "them/gpt is another's" in line and "403" in line
+    assert "them/gpt belongs to someone else" in line and "403" in line
     assert not is_there or list(hub.repos["them/gpt"].files()) == [".gitattributes"]
 
 
@@ -334,7 +334,7 @@ def leave_checkpoints(path: Path) -> None:
         (lambda path: (path / "modeling_gpt.py").unlink(), "modeling_gpt.py, which is not there"),
         (lambda path: next(path.glob("*-00001-of-*")).write_bytes(b"\1" * 99), "is damaged"),
         (lambda path: (path / "README.md").write_text("---\na: [\n---\n"), "README.md"),
-        (shutil.rmtree, "is no directory"),
+        (shutil.rmtree, "is not a directory"),
     ],
     ids=["shard", "pickle", "checkpoints", "no-config", "config", "code", "weights", "card", "gone"],
 )

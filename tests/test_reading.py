@@ -190,7 +190,7 @@ def test_a_corrupt_parquet_file_is_named_and_the_rest_kept_or_the_run_stopped(so
     for index in range(3):
         os.link(f"p{index}.parquet", f"set/p{index}.parquet")
     source = source | BY_DOCUMENTS | {"tokenizer": "byte", "tokenizer_vocab_size": None}
-    with pytest.raises(UserError, match=r"=.*p1\.parquet': can not be read \(.*--on_bad_file skip$") as refusal:
+    with pytest.raises(UserError, match=r"=.*p1\.parquet': cannot be read \(.*--on_bad_file skip$") as refusal:
         prepared("x", **source)
     assert "\n" not in str(refusal.value) and not Path("x").exists()
     corpus = prepare(arguments(data_dir="x", on_bad_file="skip", **source))
@@ -206,7 +206,7 @@ def test_a_bad_file_that_stopped_the_run_may_be_left_out_as_it_goes_on(monkeypat
     source = BY_DOCUMENTS | {"data_files": ["p*.parquet"], "tokenizer": "byte", "tokenizer_vocab_size": None}
     unbroken = prepared("unbroken", on_bad_file="skip", **source)
     monkeypatch.setattr(preparation, "SAVE_SECONDS", 0)
-    with pytest.raises(UserError, match=r"p1\.parquet': can not be read"):
+    with pytest.raises(UserError, match=r"p1\.parquet': cannot be read"):
         prepared("x", **source)
     assert killed_after(2, data_dir="x", on_bad_file="skip", **source) == -signal.SIGKILL
     assert prepared("x", on_bad_file="skip", **source) == unbroken
@@ -236,7 +236,7 @@ def test_a_missing_column_names_those_there_are(source):
 
 def test_a_column_that_is_no_text():
     write_parquet("rows.parquet", ["a", "b"], n=[1, 2])
-    with pytest.raises(UserError, match=r"rows.parquet': row 1: holds int in 'n', not text; mend it"):
+    with pytest.raises(UserError, match=r"rows.parquet': row 1: holds int in 'n', not text; fix it"):
         prepared("x", data_files=["rows.parquet"], text_column="n")
 
 
@@ -250,7 +250,7 @@ def test_a_hub_id_without_a_network_points_to_data_files():
     with pytest.raises(UserError) as refusal:
         prepared("x", dataset="Skylion007/openwebtext", tokenizer="byte", tokenizer_vocab_size=None)
     message = str(refusal.value)
-    assert message.startswith("dataset='Skylion007/openwebtext': can not be loaded (") and "\n" not in message
+    assert message.startswith("dataset='Skylion007/openwebtext': cannot be loaded (") and "\n" not in message
     assert message.endswith(
         "without a network, fetch its parquet files elsewhere and name them with --data_files 'FOLDER/*.parquet'"
     )

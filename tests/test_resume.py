@@ -285,7 +285,7 @@ def test_a_checkpoint_that_was_not_written_whole_is_passed_over(copy, capsys) ->
     go_on(copy, "--max_steps", "6")
     printed = capsys.readouterr()
     assert "from checkpoint-4" in printed.out
-    assert "checkpoint-8 is passed over: trainer_state.json is missing" in printed.err
+    assert "checkpoint-8 is skipped: trainer_state.json is missing" in printed.err
 
 
 def test_a_folder_of_another_name_is_no_checkpoint(copy, capsys) -> None:
@@ -295,13 +295,13 @@ def test_a_folder_of_another_name_is_no_checkpoint(copy, capsys) -> None:
 
 
 def test_a_checkpoint_without_state_is_no_way_to_go_on_exactly(folder, capsys, monkeypatch) -> None:
-    """It is refused, or with a flag begun anew, on the schedule's own step."""
+    """It is refused, or with a flag begun afresh, on the schedule's own step."""
     monkeypatch.chdir(folder)
     run = grow(folder, "--save_only_model", "true", name="weights-only")
     message = refused(resume.main, run.name, "--max_steps", "10")
-    assert "no optimizer's state and no schedule and no random state" in message and "--fresh_state true" in message
+    assert "no optimizer state and no schedule and no random state" in message and "--fresh_state true" in message
     go_on(run, "--max_steps", "10", "--fresh_state", "true", "--save_only_model", "false")
-    assert "begun anew" in capsys.readouterr().err
+    assert "starting afresh" in capsys.readouterr().err
     unbroken = grow(folder, "--max_steps", "10", name="ten")
     last = [metrics(path)[-1] for path in (run, unbroken)]
     assert last[0]["step"] == last[1]["step"] == 10 and last[0]["learning_rate"] == last[1]["learning_rate"]

@@ -56,7 +56,7 @@ def test_a_changed_setting_is_said_and_taken(run, capsys) -> None:
     settings = run / "generation_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"temperature": 0.5}))
     load_causal_lm(str(run))
-    assert "generation_config.json was changed" in capsys.readouterr().err
+    assert "generation_config.json has changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"files": {"model.safetensors": {}}}', '{"files": 1}'])
@@ -119,7 +119,7 @@ def test_a_changed_recipe_is_said_and_taken(run, capsys) -> None:
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("max_steps: 8", "max_steps: 9"))
     go_on(run)
-    assert "recipe.yaml was changed" in capsys.readouterr().err
+    assert "recipe.yaml has changed" in capsys.readouterr().err
     assert checkpoints(run)[-1] == 9
 
 

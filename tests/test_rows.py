@@ -114,7 +114,7 @@ def test_text_files_may_be_compressed(ending):
     assert texts(text_files=["plain.txt", f"packed.txt{ending}"]) == [content, content]
     whole = Path(f"packed.txt{ending}").read_bytes()
     Path("half").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"^text_files='half': (can not be read \(|is binary|is not UTF-8)") as refusal:
+    with pytest.raises(UserError, match=r"^text_files='half': (cannot be read \(|is binary|is not UTF-8)") as refusal:
         texts(text_files=["half"])
     assert "\n" not in str(refusal.value)
 
@@ -123,7 +123,7 @@ def test_a_zip_of_several_files_is_refused():
     with zipfile.ZipFile("two.zip", "w") as archive:
         archive.writestr("a", "a")
         archive.writestr("b", "b")
-    with pytest.raises(UserError, match=r"two.zip': can not be read \(a zip of 2 files.*unpack it"):
+    with pytest.raises(UserError, match=r"two.zip': cannot be read \(a zip archive of 2 files.*unpack it"):
         texts(text_files=["two.zip"])
 
 
@@ -177,7 +177,7 @@ def test_rows_without_text_are_none_and_leave_no_split_empty():
 def test_a_text_of_parquet_that_is_not_utf8_is_one_bad_row(capsys):
     texts_and_one = pa.array([b"a", b"caf\xe9", b"b"]).view(pa.string())
     pq.write_table(pa.table({"text": texts_and_one}), "latin.parquet")
-    with pytest.raises(UserError, match=r"latin.parquet': row 2: can not be read \(.*0xe9"):
+    with pytest.raises(UserError, match=r"latin.parquet': row 2: cannot be read \(.*0xe9"):
         texts(data_files=["latin.parquet"])
     assert texts(data_files=["latin.parquet"], on_bad_file="skip") == ["a", "b"]
     assert capsys.readouterr().err.count("left out") == 1
@@ -187,7 +187,7 @@ def test_half_a_compressed_chat_is_one_line():
     chat = gzip.compress(b"".join(b"User: %d\nAssistant: %d\n\n" % (n, n * 7919) for n in range(999)))
     Path("whole.gz").write_bytes(chat)
     Path("half.gz").write_bytes(chat[:20])
-    with pytest.raises(UserError, match=r"text_files='half.gz': can not be read \(Compressed file ended"):
+    with pytest.raises(UserError, match=r"text_files='half.gz': cannot be read \(Compressed file ended"):
         find_format(FinetuneDataArguments(text_files=["half.gz"]))
     data = FinetuneDataArguments(text_files=["whole.gz", "half.gz"], on_bad_file="skip")
     assert find_format(data) == "chat"

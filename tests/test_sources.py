@@ -128,7 +128,7 @@ def address(folder, monkeypatch):
 
 def test_url(address):
     assert list(documents(arguments(text_files=[f"{address}/b.txt"]))) == [(f"{address}/b.txt", "one\r\ntwo\rthree\n")]
-    with pytest.raises(UserError, match=r"text_files='http.*nothing': can not be downloaded \(.*\); .* a local file"):
+    with pytest.raises(UserError, match=r"text_files='http.*nothing': cannot be downloaded \(.*\); .* a local file"):
         texts(text_files=[f"{address}/nothing"])
 
 
@@ -146,7 +146,7 @@ def test_secrets_of_an_address_are_used_and_shown_nowhere(folder, address, field
     cached = [path.read_bytes() for path in tmp_path_factory.getbasetemp().glob("cache*/**/*.json")]
     shown = capsys.readouterr()
     assert "SECRET" not in f"{refusal.value} {list(documents(data))} {shown.out} {shown.err} {cached}"
-    assert f"{field}: of {name} the user and query are used now and kept nowhere" in shown.err
+    assert f"{field}: the user and query of {name} are not stored" in shown.err
 
 
 def test_tables(tmp_path):
@@ -204,7 +204,7 @@ def test_a_file_that_the_hub_does_not_give_is_named(monkeypatch):
         return SimpleNamespace(config=config, info=info)
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    with pytest.raises(UserError, match=r"dataset='someone/x': hf://datasets/.*0000.parquet can not be downloaded \("):
+    with pytest.raises(UserError, match=r"dataset='someone/x': hf://datasets/.*0000.parquet cannot be downloaded \("):
         texts(dataset="someone/x")
 
 
@@ -252,15 +252,18 @@ BAD_ROWS = {
         ({"data_files": ["empty.txt"]}, "data_files='empty.txt': the file is empty"),
         ({"data_files": ["bad.jsonl"]}, "data_files='bad.jsonl': line 2: is not JSON ("),
         ({"data_files": ["rows.jsonl"]}, "text_column='text': rows.jsonl has no such column; it has body, n"),
-        ({"data_files": ["number.jsonl"]}, "data_files='number.jsonl': line 3: holds int in 'text', not text; mend"),
+        ({"data_files": ["number.jsonl"]}, "data_files='number.jsonl': line 3: holds int in 'text', not text; fix"),
         ({"data_files": ["half.jsonl"]}, "data_files='half.jsonl': line 1: is not UTF-8 (lone surrogate U+D800"),
-        ({"data_files": ["latin.txt"]}, "data_files='latin.txt': is no table that is known (.json"),
-        ({"data_files": [""]}, "data_files='': names nothing"),
-        ({"text_files": [" "]}, "text_files=' ': names nothing"),
+        ({"data_files": ["latin.txt"]}, "data_files='latin.txt': is not a known kind of table (.json"),
+        ({"data_files": [""]}, "data_files='': does not name a file"),
+        ({"text_files": [" "]}, "text_files=' ': does not name a file"),
         ({"text_files": ["a" * 5000]}, f"text_files='{'a' * 100}': File name too long; check the path"),
         ({"data_files": ["a\0b"]}, "data_files='a\\x00b': embedded null byte; check the path"),
-        ({"dataset": "http://me:S@h/x"}, "dataset='http://h/x': is an address; --text_files and --data_files"),
-        ({"dataset": "./none"}, "dataset='./none': can not be loaded ("),
+        (
+            {"dataset": "http://me:S@h/x"},
+            "dataset='http://h/x': is a web address; give it to --text_files or --data_files",
+        ),
+        ({"dataset": "./none"}, "dataset='./none': cannot be loaded ("),
         ({"dataset": "sets", "text_column": "x"}, "text_column='x': train.jsonl has no such column; it has body"),
         (
             {"dataset": "sets", "dataset_split": "dev"},

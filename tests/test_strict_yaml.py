@@ -44,8 +44,8 @@ def bomb() -> str:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("a: 1\na: 2", "'a' is there twice"),
-        ("x: {b: 1, b: 2}", "'b' is there twice"),
+        ("a: 1\na: 2", "'a' is given twice"),
+        ("x: {b: 1, b: 2}", "'b' is given twice"),
         (bomb(), "stands for more than"),
         ("a: &a [*a]", "holds itself"),
         ("[" * 20_000, "nested too deeply"),

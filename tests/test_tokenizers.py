@@ -115,11 +115,11 @@ def test_unknown_character_is_named():
     ("name", "texts", "size", "message"),
     [
         ("bpe", ["ab"], 100, r"tokenizer_vocab_size=100: must be at least 257"),
-        ("bpe", ["ab"], 4096, r"tokenizer_vocab_size=4096: the text has pairs for 258 tokens only; lower the size"),
+        ("bpe", ["ab"], 4096, r"tokenizer_vocab_size=4096: the text yields only 258 tokens; lower the size"),
         ("byte", None, 300, r"tokenizer_vocab_size=300: only tokenizer=bpe takes it, not 'byte'"),
         ("char", None, None, r"tokenizer='char': it is made from a text and there is none"),
         ("char", [""], None, r"tokenizer='char': the text is empty"),
-        ("./no-such-dir/x", None, None, r"tokenizer='./no-such-dir/x': can not be loaded \(.*\); name byte"),
+        ("./no-such-dir/x", None, None, r"tokenizer='./no-such-dir/x': cannot be loaded \(.*\); name byte"),
     ],
 )
 def test_refusals(name, texts, size, message):
@@ -152,7 +152,7 @@ def test_main_trains_and_saves(tmp_path, capsys):
     assert len(load_tokenizer(str(tmp_path / "made"))) == 264
     assert "made: a bpe tokenizer, vocabulary 264." in capsys.readouterr().out
     for taken in ("made", "a.txt"):
-        with pytest.raises(UserError, match=f"{taken}: is there already and not empty; name another"):
+        with pytest.raises(UserError, match=f"{taken}: already exists and is not empty; choose another"):
             train_tokenizer.main([*flags, "--output_dir", str(tmp_path / taken)])
 
 

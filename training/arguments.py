@@ -58,7 +58,7 @@ class DataArguments:
     data_dir: str | None = _say("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
     shard_size: int = _say("Tokens a shard file.", 100_000_000)
     num_proc: int = _say("Processes that tokenise; 1 is this one, with the tokenizer's own threads.", 1)
-    on_bad_file: str = _say("A file or row that can not be read: stop, or skip (what could be read is kept).", "stop")
+    on_bad_file: str = _say("A file or row that cannot be read: stop, or skip (what could be read is kept).", "stop")
     sampling: str = _say("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
 
     def __post_init__(self):
@@ -201,7 +201,7 @@ class GPTTrainingArguments(TrainingArguments):
         rows, rest = divmod(self.tokens_per_step, context_length)
         if rest or not rows:
             near = context_length * max(1, round(self.tokens_per_step / context_length))
-            what = f"no multiple of the context, {context_length}"
+            what = f"not a multiple of the context, {context_length}"
             raise UserError(f"tokens_per_step={self.tokens_per_step}: {what}; the nearest is {near}")
         share, size = rows // processes, self.per_device_train_batch_size
         if share * processes == rows and share < size <= rows:

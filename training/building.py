@@ -29,7 +29,7 @@ def built_aside(directory: Path, fingerprint: str) -> Iterator[Path]:
 
     While another process has it, this one waits; what a process that ended before its time left there is there still.
     When work fails, the folder stays if it holds a STATE to go on from. Raises UserError for a disk that is full and
-    a place that can not be written to.
+    a place that cannot be written to.
     """
     folder = building_folder(directory, fingerprint)
     missing = [parent for parent in directory.parents if not parent.exists()]

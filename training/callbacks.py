@@ -250,7 +250,7 @@ def _read_row(path: Path, number: int, line: bytes) -> dict:
         why = "not a row of figures"
     except (ValueError, AttributeError) as error:
         why = one_line(error)
-    raise UserError(f"{path} is damaged in line {number} ({why}): mend or remove that line")
+    raise UserError(f"{path} is damaged in line {number} ({why}): fix or remove that line")
 
 
 def mend_metrics(run_dir: str | os.PathLike, last_step: float = math.inf) -> None:

@@ -41,7 +41,7 @@ def read_state(checkpoint: Path) -> dict:
 
 def missing_state(checkpoint: Path) -> list[str]:
     """What a checkpoint lacks of all that a run goes on exactly by, in words."""
-    kinds = {"optimizer's state": "optimizer.pt", "schedule": "scheduler.pt", "random state": "rng_state*.pth"}
+    kinds = {"optimizer state": "optimizer.pt", "schedule": "scheduler.pt", "random state": "rng_state*.pth"}
     if (checkpoint / "latest").is_file():  # DeepSpeed's own folder holds the first two
         kinds = {"random state": kinds["random state"]}
     return [what for what, pattern in kinds.items() if not any(checkpoint.glob(pattern))]
@@ -193,8 +193,8 @@ def reading(checkpoint: str | None, what: str) -> Iterator[None]:
         yield
     except (*UNREADABLE, TypeError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{checkpoint}: its {what} cannot be taken up ({in_words(error)}): damaged, or of another run; go on from "
-            "another one by --checkpoint"
+            f"{checkpoint}: its {what} cannot be loaded ({in_words(error)}): it is damaged, or belongs to another run; "
+            "choose another with --checkpoint"
         ) from error
 
 
@@ -227,7 +227,7 @@ def newest_whole(found: list[Path]) -> Path:
         if what is None:
             return path
         damages.append(f"{path.name}: {what}")
-        print(f"{path} is passed over: {what}", file=sys.stderr)
+        print(f"{path} is skipped: {what}", file=sys.stderr)
     raise UserError(
         f"{found[0].parent}: no checkpoint is whole ({'; '.join(damages)}); start the run again "
         "with another --output_dir"

@@ -74,9 +74,9 @@ def check_names(args) -> None:
 
 
 def check_attention(name: str | None, device_type: str = "") -> None:
-    """Refuse an attention implementation that transformers does not know, or that can not be trained with here."""
+    """Refuse an attention implementation that transformers does not know, or that cannot be trained with here."""
     if name == "flex_attention" and device_type == "cpu":
-        raise UserError("attn_implementation='flex_attention': torch can not train with it on CPUs; use sdpa or eager")
+        raise UserError("attn_implementation='flex_attention': torch cannot train with it on CPUs; use sdpa or eager")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if name is None or "/" in name:  # a kernel of the Hub
         return
@@ -170,10 +170,10 @@ def check_schedule(args) -> None:
     except ZeroDivisionError as error:
         why = f"warmup_steps={args.warmup_steps} leaves it no steps of max_steps={args.max_steps}"
         raise UserError(f"{what}: {why}; lower warmup_steps") from error
-    except Exception as error:  # whatever a schedule says of settings that it can not use
+    except Exception as error:  # whatever a schedule says of settings that it cannot use
         raise UserError(f"{what}: {one_line(error)}") from error
     if not all(isinstance(rate, float | int) and math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise UserError(f"{what}: makes learning rates that are negative, or no numbers")
+        raise UserError(f"{what}: its learning rates must be finite and not negative")
 
 
 def _rehearse(args, kind: SchedulerType, kwargs: dict) -> list:

@@ -26,9 +26,9 @@ def _open_zip(path: Path) -> BinaryIO:
     archive = zipfile.ZipFile(path)
     members = [entry for entry in archive.infolist() if not entry.is_dir() and "__MACOSX" not in entry.filename]
     if len(members) != 1:
-        raise zipfile.BadZipFile(f"a zip of {len(members)} files, and one is read: unpack it")
+        raise zipfile.BadZipFile(f"a zip archive of {len(members)} files, of which only one can be read; unpack it")
     if members[0].flag_bits & 1:
-        raise zipfile.BadZipFile("a zip with a password: unpack it")
+        raise zipfile.BadZipFile("a zip archive with a password; unpack it")
     return archive.open(members[0])
 
 
@@ -71,6 +71,6 @@ def without_compression(name: str) -> str:
 
 
 def damaged(field: str, name: str, error: BaseException, mend: str = "check it") -> UserError:
-    """Say that a file can not be read, and why."""
+    """Say that a file cannot be read, and why."""
     why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{field}={name!r}: can not be read ({why}); {mend}")
+    return UserError(f"{field}={name!r}: cannot be read ({why}); {mend}")

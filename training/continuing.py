@@ -70,11 +70,11 @@ def choose(run_dir: Path, wanted: Wanted, args) -> Path | None:
     missing = [] if checkpoint is None else missing_state(checkpoint)
     if missing and not wanted.fresh_state:
         raise UserError(
-            f"{checkpoint} holds no {' and no '.join(missing)} (saved with --save_only_model?): the run would go on as "
-            "another; --fresh_state true begins them anew"
+            f"{checkpoint} holds no {' and no '.join(missing)} (saved with --save_only_model?), so the run cannot "
+            "continue exactly; give --fresh_state true to start them afresh"
         )
     if missing:
-        print(f"{checkpoint} holds no {' and no '.join(missing)}: begun anew", file=sys.stderr)
+        print(f"{checkpoint} holds no {' and no '.join(missing)}: starting afresh", file=sys.stderr)
     return checkpoint
 
 

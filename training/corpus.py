@@ -71,7 +71,7 @@ def prepare(data, tokenizer=None, name: str = "corpus", check_shards: bool = Fal
     `data_dir` defaults to corpora/<name>-<first 8 hex digits of the fingerprint>. The fingerprint covers sources,
     tokenizer and split options, so preparing the same thing again does nothing, and a preparation that was killed goes
     on where it was. `check_shards` compares what is there already with its hashes. Raises UserError for arguments that
-    can not be met, for a directory that holds something else, for shards that are damaged and for a full disk.
+    cannot be met, for a directory that holds something else, for shards that are damaged and for a full disk.
     """
     if data.data_dir and not named_sources(data):
         return _prepared_with(data)
@@ -131,7 +131,7 @@ def read_manifest(directory: Path) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"data_dir={str(directory)!r}: holds no {MANIFEST}; make it with acorn prepare") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can not be read ({error}); prepare the text again into another --data_dir") from error
+        raise UserError(f"{path}: cannot be read ({error}); prepare the text again into another --data_dir") from error
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("format_version")) != (FORMAT, 1):
         raise UserError(f"{path}: is not of format {FORMAT} {FORMAT_VERSION}; prepare the text again")
     return manifest
@@ -186,7 +186,7 @@ def summary(corpus: Corpus) -> str:
 
 
 def check_options(data) -> None:
-    """Refuse options that can not be met, before any text is read."""
+    """Refuse options that cannot be met, before any text is read."""
     check_split_options(data)
     for name, what in (("shard_size", "token"), ("num_proc", "process")):
         if getattr(data, name) < 1:
@@ -230,7 +230,7 @@ def _prepared_with(data) -> Corpus:
     """Open `data_dir`, and refuse tokens that were made with another tokenizer than the one that is named.
 
     "byte" is what stands there when nobody named one. Names are compared first: a machine without a network, to which
-    tokens were carried, can not load "gpt2".
+    tokens were carried, cannot load "gpt2".
     """
     corpus = load_corpus(data.data_dir)
     _refuse_decided(data, corpus.manifest)

@@ -116,7 +116,7 @@ class TokenShards(Tokens):
         expected = self._sizes[shard] * self.dtype.itemsize
         if now < expected:
             why = f"was {expected:,} bytes long and is {now:,} now"
-            raise UserError(f"{self.paths[shard]}: {why}; bring the prepared tokens back, and resume the run")
+            raise UserError(f"{self.paths[shard]}: {why}; restore the prepared tokens, and resume the run")
 
     def _fill(self, row: np.ndarray, start: int) -> None:
         """Copy the tokens from `start` on into `row`, shard by shard."""

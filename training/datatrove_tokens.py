@@ -203,7 +203,7 @@ def choose_validation(data, files: list[TokenFile]) -> np.ndarray:
     """Return which documents validate: the last ones (position), or those that a hash of seed and number picks."""
     lengths = np.concatenate([np.diff(file.ends, prepend=0) for file in files])
     if len(lengths) < 2:
-        raise UserError(f"{files[0].path}: one document can not be split; tokenise two at least")
+        raise UserError(f"{files[0].path}: one document cannot be split; tokenise two at least")
     if data.validation_by == "documents":
         points = unit_points(np.arange(len(lengths), dtype=np.uint64), data.validation_seed)
     else:  # the share of all tokens that comes after a document begins

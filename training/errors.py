@@ -29,13 +29,13 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As in argparse, but a flag that is there twice is refused: the last one would win in silence."""
+        """As in argparse, but a flag that is given twice is refused: the last one would win in silence."""
         args = sys.argv[1:] if args is None else args
         refuse_broken_text(args)
         words = [word.partition("=")[0] for word in args]
         twice = [word for word in words if words.count(word) > 1 and self._is_single(word)]
         if twice:
-            self.error(f"{twice[0]} is there twice: give it once")
+            self.error(f"{twice[0]} is given twice; give it once")
         return super().parse_known_args(args, namespace)
 
     def _is_single(self, word: str) -> bool:

@@ -51,7 +51,7 @@ REFUSED = {
     "length_column_name": "use sampling, or packing in finetuning",
     "load_best_model_at_end": "the run directory's root holds the best model at every moment",
     "local_rank": "torchrun and accelerate launch number the processes",
-    "logging_nan_inf_filter": "a loss that is no number stops the run",
+    "logging_nan_inf_filter": "a loss that is not a number stops the run",
     "neftune_noise_alpha": "nothing here adds noise to embeddings; leave it out",
     "optim": "use optimizer (adamw, muon)",
     "optim_args": "use optimizer and its own flags",

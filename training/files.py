@@ -38,7 +38,7 @@ def check_hash(path: Path) -> None:
     if not rest.endswith(END):
         raise UserError(f"{path} is cut off: its last line, {END.decode().strip()!r}, is missing; copy it again")
     if first[len(HASH) :] != digest(rest).encode():
-        print(f"{path} was changed since it was written: taken as it is", file=sys.stderr)
+        print(f"{path} has changed since it was written; using it as it is", file=sys.stderr)
 
 
 def read_json(path: Path, mend: str = "copy the directory again") -> dict:
@@ -124,10 +124,10 @@ def sync_below(folder: Path) -> None:
 def new_directory(directory: Path) -> Iterator[Path]:
     """Yield a folder beside `directory`, which takes that name when all went well and is gone when not.
 
-    Raises UserError where `directory` is there already and holds anything, or can not be made.
+    Raises UserError where `directory` is there already and holds anything, or cannot be made.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: is there already and not empty; name another directory, or remove it yourself")
+        raise UserError(f"{directory}: already exists and is not empty; choose another directory, or remove it")
     whole = directory.absolute()
     missing = [folder for folder in whole.parents if not folder.exists()]
     building = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")

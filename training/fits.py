@@ -1,4 +1,4 @@
-"""What can not fit into this machine is refused before anything is read or written, with what it would take."""
+"""What cannot fit into this machine is refused before anything is read or written, with what it would take."""
 
 import psutil
 import torch
@@ -16,7 +16,7 @@ SPARE = 1.2  # the estimate is within a few per cent; only what is far beyond is
 
 
 def refuse_too_large(recipe: Recipe, args) -> None:
-    """Refuse a model, a context or a micro-batch that this machine's memory can not hold, and attention it has not.
+    """Refuse a model, a context or a micro-batch that this machine's memory cannot hold, and attention it has not.
 
     The model is built on the meta device, which takes no memory. Of several processes that share the model out each
     holds its part.
@@ -31,7 +31,7 @@ def refuse_too_large(recipe: Recipe, args) -> None:
             f"attn_implementation={recipe.model.get('attn_implementation')!r}: {one_line(error)}"
         ) from error
     except (RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{_named(args, config)}: no memory is this large ({one_line(error)})") from error
+        raise UserError(f"{_named(args, config)}: too large for any memory ({one_line(error)})") from error
     rows = 1 if args.auto_find_batch_size else args.per_device_train_batch_size
     figures = memory(model, args, rows * config.max_position_embeddings)
     needed = sum(figures.values()) / (args.world_size if shares_weights_out(args) else 1)
@@ -39,8 +39,8 @@ def refuse_too_large(recipe: Recipe, args) -> None:
     if needed > SPARE * has:
         parts = ", ".join(f"{name} {_size(size)}" for name, size in figures.items())
         raise UserError(
-            f"{_named(args, config)}: needs {_size(needed)} (acorn estimate: {parts}), and there are {_size(has)}; "
-            "lower what is too large"
+            f"{_named(args, config)}: needs {_size(needed)} (acorn estimate: {parts}) and {_size(has)} is available; "
+            "lower one of them"
         )
 
 
@@ -50,7 +50,9 @@ def refuse_large_batch(args, context_length: int, vocab_size: int) -> None:
     needed, has = 2 * rows * context_length * vocab_size, memory_of(args.device)
     if needed > has:
         what = f"per_device_train_batch_size={rows}, block_size={context_length}"
-        raise UserError(f"{what}: the logits alone need {_size(needed)}, and there are {_size(has)}; lower one of them")
+        raise UserError(
+            f"{what}: the logits alone need {_size(needed)} and {_size(has)} is available; lower one of them"
+        )
 
 
 def memory_of(device: torch.device) -> int:

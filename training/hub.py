@@ -27,16 +27,14 @@ from .uploads import (
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-NO_TOKEN = (
-    f"no Hugging Face token: make one that may write at {TOKENS_PAGE}, then run `hf auth login`, or set HF_TOKEN to it"
-)
+NO_TOKEN = f"no Hugging Face token: create one at {TOKENS_PAGE} with write access, then `hf auth login` or set HF_TOKEN"
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # RuntimeError: what huggingface_hub wraps uploads in
 # status of an answer: what it means
 ANSWERS = {
-    401: f"the Hub does not take the token (401): make another that may write at {TOKENS_PAGE}, then `hf auth login`",
-    403: "{repo_id} is another's, or the token may only read (403, {said}): push to a repository of your own, "
-    f"or make a token that may write at {TOKENS_PAGE}",
-    404: "{repo_id} is not there for this token (404): check the id and the branch, and whose the token is",
+    401: f"the Hub rejected the token (401): create one with write access at {TOKENS_PAGE}, then `hf auth login`",
+    403: "{repo_id} belongs to someone else, or the token is read-only (403, {said}): push to one of your own, "
+    f"or create a token with write access at {TOKENS_PAGE}",
+    404: "{repo_id} was not found with this token (404): check the id and the branch, and whose the token is",
     None: "the Hub answered {status}: {said}; nothing is lost, push again later",
 }
 

@@ -49,6 +49,6 @@ def refuse_other_inputs(run_dir: Path, inputs: Inputs) -> None:
     changed = [what for what, now in inputs.items() if now and recorded.get(what) and now != recorded[what]]
     if changed:
         raise UserError(
-            f"{run_dir}: {', '.join(changed)} changed since the run began: bring back what it was, or start another "
+            f"{run_dir}: {', '.join(changed)} changed since the run began: restore what it was, or start a new "
             "run with another --output_dir"
         )

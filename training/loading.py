@@ -46,7 +46,7 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
     except (*UNREADABLE, ImportError) as error:
         why = in_words(error)
         if "Unrecognized configuration class" in why:
-            why = "it is no causal language model (none of transformers' AutoModelForCausalLM)"
+            why = "it is not a causal language model (none of transformers' AutoModelForCausalLM)"
         raise UserError(f"model {name!r} cannot be loaded: {why}") from error
     refuse_torn(name, report)
     return model
@@ -55,7 +55,7 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
 def refuse_emulated_dtype(dtype: str, device_type: str) -> None:
     """Refuse to load weights in what the device only emulates; `auto` is for `in_native_dtype`."""
     if isinstance(DTYPES.get(dtype), torch.dtype):
-        mend = "take --dtype float32, or insist with --force_precision"
+        mend = "take --dtype float32, or override with --force_precision"
         refuse_emulated(f"dtype={dtype}", device_type, DTYPES[dtype], mend)
 
 
@@ -74,9 +74,13 @@ def load_config(name: str, trust_remote_code: bool = False):
         config = loader.from_pretrained(name, **options)
     except UNREADABLE as error:
         why = one_line(error)
-        raise UserError(f"model {name!r}: is no model directory here, and the Hub gives none: {why}") from error
+        raise UserError(
+            f"model {name!r}: is not a local model directory, and cannot be loaded from the Hub: {why}"
+        ) from error
     if not isinstance(getattr(text_config(config), "vocab_size", None), int):
-        raise UserError(f"model {name!r}: is no causal language model: its {type(config).__name__} has no vocabulary")
+        raise UserError(
+            f"model {name!r}: is not a causal language model: its {type(config).__name__} has no vocabulary"
+        )
     return config
 
 

@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset_config")
     parser.add_argument("--dataset_split", default="test")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--on_bad_file", default="stop", help="stop, or skip a file or row that can not be read")
+    parser.add_argument("--on_bad_file", default="stop", help="stop, or skip a file or row that cannot be read")
     parser.add_argument("--block_size", type=int, help="window length [the model's context]")
     parser.add_argument("--per_device_eval_batch_size", type=int, default=32, help="windows a batch [%(default)s]")
     parser.add_argument("--bf16", action="store_true", help="compute the logits in bf16 (without: in what was saved)")
@@ -57,7 +57,7 @@ def open_model(flags):
     check_numbers(flags)
     quiet_libraries()
     if flags.bf16 and not flags.force_precision:
-        mend = "leave it out, or insist with --force_precision"
+        mend = "leave it out, or override with --force_precision"
         refuse_emulated("--bf16", best_device().type, torch.bfloat16, mend)
     return load_model_and_tokenizer(flags.model, "auto", flags.trust_remote_code, flags.force_precision)
 

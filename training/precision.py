@@ -99,7 +99,7 @@ def choose(args) -> tuple[str, str]:
     if asked == "fp16" and device_type == "cpu":
         raise UserError("precision=fp16: training in fp16 is for GPUs alone; use --precision auto, which fits this CPU")
     if not args.force_precision:
-        mend = "go on in fp32 (--precision fp32; auto takes it for a new run), or insist with --force_precision true"
+        mend = "go on in fp32 (--precision fp32; auto takes it for a new run), or override with --force_precision true"
         refuse_emulated(f"precision={asked}", device_type, DTYPES[asked], mend)
     return asked, why
 
@@ -112,7 +112,9 @@ def _asked(args) -> str | None:
     unwanted = {name for name in ("bf16", "fp16") if getattr(args, name) is False}
     if len(wanted) > 1 or wanted & unwanted:
         given = {key: getattr(args, key) for key in KEYS if getattr(args, key) not in (None, "auto")}
-        raise UserError(f"{', '.join(f'{key}={value}' for key, value in given.items())}: contradict each other")
+        raise UserError(
+            f"{', '.join(f'{key}={value}' for key, value in given.items())}: contradict each other; give one of them"
+        )
     return next(iter(wanted), "fp32" if "bf16" in unwanted else None)
 
 

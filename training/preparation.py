@@ -156,7 +156,7 @@ def _open_writers(folder: Path, state: State, data, tokenizer) -> dict[str, Spli
         return {split: SplitWriter.going_on(folder / CORPUS, split, *arguments, counts) for split, counts in saved}
     except ValueError as error:
         (folder / STATE).unlink()  # so that the folder goes, too
-        raise UserError(f"{error}, so a preparation that was stopped can not go on; start it again") from error
+        raise UserError(f"{error}, so a preparation that was stopped cannot go on; start it again") from error
 
 
 def _pieces_from(state: State, data, tokenizer) -> Iterator[Piece]:

@@ -60,9 +60,7 @@ def leave_row_out(data, left_out: dict, field: str, name: str, row, why: str) ->
 
     The rows of a file are one entry in `left_out`, however often they are read: why the first is, and their numbers.
     """
-    error = UserError(
-        f"{field}={name!r}: {row.place}: {why}; mend it, or leave out what is bad with --on_bad_file skip"
-    )
+    error = UserError(f"{field}={name!r}: {row.place}: {why}; fix it, or skip what is bad with --on_bad_file skip")
     if data.on_bad_file == "stop":
         raise error
     entry = left_out.setdefault(f"rows of {name}", {"why": f"{row.place}: {why}", "rows": []})
@@ -94,7 +92,7 @@ def as_list(field: str, entries: list[str] | str) -> list[str]:
     entries = [entries] if isinstance(entries, str) else list(entries)
     for entry in entries:
         if not isinstance(entry, str) or not entry.strip():
-            raise UserError(f"{field}={entry!r}: names nothing; give a file, or leave it out")
+            raise UserError(f"{field}={entry!r}: does not name a file; give one, or leave it out")
         try:
             with suppress(FileNotFoundError, NotADirectoryError):  # a pattern, or what `match_files` refuses
                 os.stat(entry if not is_address(entry) else os.curdir)
@@ -128,7 +126,7 @@ def files_below(field: str, folder: Path) -> list[Path]:
     found: list[Path] = []
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{field}={str(folder)!r}: {error.filename} can not be listed ({error.strerror})")
+        raise UserError(f"{field}={str(folder)!r}: {error.filename} cannot be listed ({error.strerror})")
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not _is_a_tools(Path(parent, name))]
@@ -148,13 +146,13 @@ def download(field: str, address: str) -> Path:
 
     public = public_name(address)
     if public != address:
-        say_once(f"{field}: of {public} the user and query are used now and kept nowhere; whoever reads it again, as a "
-                 f"resume without the prepared tokens does, gives --{field} again")  # fmt: skip
+        say_once(f"{field}: the user and query of {public} are not stored; what reads it again, such as a resume "
+                 f"without the prepared tokens, needs --{field} again")  # fmt: skip
     try:
         path = Path(DownloadManager().download(address))
     except Exception as error:  # aiohttp, requests, fsspec and OSErrors: all mean that the file did not come
-        again = f"if it needs a user or a query, which are kept nowhere, give --{field} again; or name a local file"
-        raise UserError(f"{field}={public!r}: can not be downloaded ({one_line(error)}); {again}") from error
+        again = f"if it needs a user or a query, which are not stored, give --{field} again; or name a local file"
+        raise UserError(f"{field}={public!r}: cannot be downloaded ({one_line(error)}); {again}") from error
     if public != address:  # what `datasets` notes beside its copy
         Path(f"{path}.json").write_text(json.dumps({"url": public, "etag": None}), encoding="utf-8")
     return path
@@ -167,7 +165,7 @@ def fingerprint_files(files: Files) -> dict:
         try:
             listed.append({"path": name, "bytes": path.stat().st_size, "sha256": _hash_as_it_was(path)})
         except OSError as error:
-            raise UserError(f"{name}: can not be read ({error.strerror}); check it, or name others") from error
+            raise UserError(f"{name}: cannot be read ({error.strerror}); check it, or name others") from error
     return {"files": listed, "bytes": sum(entry["bytes"] for entry in listed)}
 
 

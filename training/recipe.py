@@ -78,7 +78,7 @@ class Recipe:
         return self.sections["card"](**self.card)
 
     def check(self) -> None:
-        """Refuse values that can not be, of every section but the one that training_arguments builds."""
+        """Refuse values that cannot be, of every section but the one that training_arguments builds."""
         for section in self.sections.keys() - {"training"}:
             self.sections[section](**getattr(self, section))
 
@@ -184,7 +184,7 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
         raise UserError(
-            f"{path}: is of `acorn finetune`; `acorn resume RUN_DIR` (launched: -m finetune.resume) goes on"
+            f"{path}: is of `acorn finetune`; use `acorn resume RUN_DIR` (under accelerate launch: -m finetune.resume)"
         )
     recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
     for section, values in content.items():
@@ -201,14 +201,14 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
                 raise UserError(f"{path}: {error}") from error
     names = [_one_name(key) for key in recipe.model]
     if doubled := [key for key in recipe.model if names.count(_one_name(key)) > 1]:
-        raise UserError(f"{path}: {' and '.join(doubled)} are two names of one key: give it once")
+        raise UserError(f"{path}: {' and '.join(doubled)} are two names for one key; give only one")
     return recipe
 
 
 def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
     """The recipe that a run directory was grown from."""
     if not (run_dir / "recipe.yaml").is_file():
-        what = "has no recipe.yaml, so it is no run directory" if run_dir.is_dir() else "does not exist"
+        what = "has no recipe.yaml, so it is not a run directory" if run_dir.is_dir() else "does not exist"
         raise UserError(f"{run_dir} {what}: name a directory that `acorn pretrain` made, such as runs/quickstart")
     check_hash(run_dir / "recipe.yaml")
     recipe = load_recipe_file(str(run_dir / "recipe.yaml"), kind)
@@ -247,7 +247,7 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe
     check_number(_one_name(key), value, key)
     refuse_ambiguous(key, value)
     if (value == "" and key in ("output_dir", "data_dir")) or (isinstance(value, str) and "\0" in value):
-        raise UserError(f"{key}={value!r}: names no place; give a path, or leave it out")
+        raise UserError(f"{key}={value!r}: is not a path; give one, or leave it out")
     return value
 
 
@@ -265,7 +265,7 @@ def parse_flags(argv: list[str], kind: type[Recipe] = Recipe) -> dict[str, dict]
         if flag in values and isinstance(value, list):
             value = values[flag] + value
         elif flag in values or before != flag:
-            raise UserError(f"--{flag} is there twice{'' if before == flag else f' (as --{before})'}: give it once")
+            raise UserError(f"--{flag} is given twice{'' if before == flag else f' (as --{before})'}; give it once")
         values[flag] = value
     return found
 
@@ -279,7 +279,7 @@ def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
         elif flags:
             flags[-1][1].append(token)
         else:
-            raise UserError(f"{token!r} is no flag: flags are --name value")
+            raise UserError(f"{token!r} is not a flag; flags are written --name value")
     return flags
 
 

@@ -65,9 +65,9 @@ def verify(directory: Path) -> None:
             continue
         if path.suffix == ".safetensors":
             raise UserError(f"{path} is damaged: it is not what was written (its sha256 differs); copy it again")
-        print(f"{path} was changed since it was written: taken as it is", file=sys.stderr)
+        print(f"{path} has changed since it was written; using it as it is", file=sys.stderr)
     if missing := [name for name in listed if not (directory / name).is_file()]:
-        print(f"{directory / missing[0]} is gone since it was written", file=sys.stderr)
+        print(f"{directory / missing[0]} has been removed since it was written", file=sys.stderr)
 
 
 def _is_state(name: str) -> bool:
@@ -103,5 +103,5 @@ def _take_over(checkpoint: Path, root: Path) -> None:
             (aside / path.relative_to(checkpoint)).parent.mkdir(exist_ok=True)
             shutil.copy2(path, aside / path.relative_to(checkpoint))
     move_in(aside, root, step_of(checkpoint))
-    print(f"the model of step {step_of(checkpoint):,} is at the root again: it is of the course that goes on",
+    print(f"the model of step {step_of(checkpoint):,} is at the root again: it belongs to the course that continues",
           file=sys.stderr)  # fmt: skip

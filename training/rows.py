@@ -58,7 +58,7 @@ def format_of(path: Path, name: str) -> str | None:
 def read_rows(path: Path, name: str, columns: list[str] | None = None, first: int = 0) -> Iterator[Row]:
     """Yield the rows of a file from number `first` on; `columns` (None: all) are those that parquet need read.
 
-    Raises UserError for a column that the table lacks, and one of `bad_file_errors` where the file can not be read on.
+    Raises UserError for a column that the table lacks, and one of `bad_file_errors` where the file cannot be read on.
     """
     kind = format_of(path, name)
     checked = [] if columns is None else columns
@@ -183,7 +183,7 @@ def _tsv_rows(path: Path, name: str, columns: list[str] | None, first: int) -> I
 
 
 def _what_is_wrong(text: str) -> str:
-    """Say which byte or character of a text can not be written as UTF-8, if one can not."""
+    """Say which byte or character of a text cannot be written as UTF-8, if one cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -225,7 +225,7 @@ def _rows_of_batch(batch, start: int, first: int) -> Iterator[Row]:
         rows = batch.to_pylist()
     except ValueError as error:  # a text that is not UTF-8, or a date that Python has not: which row's?
         if len(batch) == 1:
-            yield Row(start, f"row {start + 1}", {}, f"can not be read ({error})")
+            yield Row(start, f"row {start + 1}", {}, f"cannot be read ({error})")
             return
         for at in range(len(batch)):
             yield from _rows_of_batch(batch.slice(at, 1), start + at, first)

@@ -128,7 +128,7 @@ def source_kind(data) -> str:
         raise UserError(f"{' and '.join(named)}: two sources at once; name one of them, or list both under mixture")
     if named[0] == "dataset" and is_address(data.dataset):
         raise UserError(
-            f"dataset={public_name(data.dataset)!r}: is an address; --text_files and --data_files read those"
+            f"dataset={public_name(data.dataset)!r}: is a web address; give it to --text_files or --data_files"
         )
     return named[0]
 

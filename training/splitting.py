@@ -46,7 +46,7 @@ class Splitter(NamedTuple):
 
 
 def check_split_options(data) -> None:
-    """Refuse split options that can not be met, before any text is read."""
+    """Refuse split options that cannot be met, before any text is read."""
     fraction = data.validation_fraction
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise UserError(f"validation_fraction={fraction!r}: must lie between 0 and 1, such as 0.1")

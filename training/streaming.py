@@ -45,7 +45,7 @@ def refuse_stream_options(data) -> None:
 
 
 def stream_corpus(data, num_workers: int = 0) -> "StreamedCorpus":
-    """Open the text that the data arguments name; raise UserError for what a stream can not do."""
+    """Open the text that the data arguments name; raise UserError for what a stream cannot do."""
     if num_workers:
         why = "a stream is read ahead by a thread of its own"
         raise UserError(f"dataloader_num_workers={num_workers}: {why}; set it to 0")
@@ -188,7 +188,7 @@ class TokenStream(Tokens):
         self._pool = self._batches = None
 
     def __len__(self) -> int:
-        raise UserError("max_steps=-1: a stream does not know its length, so it can not count epochs; give --max_steps")
+        raise UserError("max_steps=-1: a stream does not know its length, so it cannot count epochs; give --max_steps")
 
     def training_rows(self, context_length: int, seed: int, num_rows: int, sampling: str) -> "StreamRows":
         """Return rows in the order of the text: seed and sampling are for texts that are known whole."""
@@ -284,7 +284,7 @@ def _digest(text: str) -> str:
 
 
 def _changed(mark: Mark) -> UserError:
-    why = f"document {mark.documents} of the text is not the one that it was, so the run can not go on exactly"
+    why = f"document {mark.documents} of the text is not the one that it was, so the run cannot go on exactly"
     return UserError(f"streaming: {why}; bring the text back as it was, or start another run")
 
 

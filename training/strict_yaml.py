@@ -21,7 +21,7 @@ PLAIN = {
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the plain values of YAML 1.2, which refuses a key that is there twice."""
+    """PyYAML's safe loader with the plain values of YAML 1.2, which refuses a key that is given twice."""
 
     yaml_implicit_resolvers = {}
 
@@ -51,7 +51,7 @@ def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
-                raise yaml.YAMLError(f"the key {key.value!r} is there twice (again in line {_last_line(node, key)})")
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice (again in line {_last_line(node, key)})")
         children = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value

@@ -34,7 +34,7 @@ from .rows import (
 )
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion, which also exists where a script was the data set
-MEND = "mend the file, or leave out what is bad with --on_bad_file skip"
+MEND = "fix the file, or skip what is bad with --on_bad_file skip"
 
 
 # --- files of rows ----------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def find_data_files(entries: list[str] | str) -> Files:
             raise UserError(f"data_files={name!r}: the file is empty; name one with rows in it")
         if format_of(path, name) is None:
             kinds = ", ".join(ENDINGS)
-            raise UserError(f"data_files={name!r}: is no table that is known ({kinds}, compressed or not); "
+            raise UserError(f"data_files={name!r}: is not a known kind of table ({kinds}, compressed or not); "
                             "or use text_files")  # fmt: skip
     return [(name, path) for path, name in found.items()]
 
@@ -114,7 +114,7 @@ def _rows(
                 else:
                     yield index, row
         except bad_file_errors() as error:
-            what = f"{field}={name!r}: can not be read ({one_line(error)}), from row {number + 1} on"
+            what = f"{field}={name!r}: cannot be read ({one_line(error)}), from row {number + 1} on"
             leave_out(data, left_out, name, UserError(f"{what}; {MEND}"))
 
 
@@ -151,7 +151,7 @@ def _size_of_table(field: str, name: str, path: Path, data) -> Size:
     except bad_file_errors() as error:
         if data.on_bad_file == "skip":
             return Size(0, 0)  # reading it says so
-        raise UserError(f"{field}={name!r}: can not be read ({one_line(error)}); {MEND}") from error
+        raise UserError(f"{field}={name!r}: cannot be read ({one_line(error)}); {MEND}") from error
 
 
 # --- data sets on the Hub, or in local directories --------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _guarded(rows, data) -> Iterator[dict]:
     try:
         yield from rows
     except bad_file_errors() as error:
-        why = f"dataset={data.dataset!r}: can not be read on ({one_line(error)})"
+        why = f"dataset={data.dataset!r}: cannot be read on ({one_line(error)})"
         raise UserError(f"{why}; the same command goes on from where it was") from error
 
 
@@ -228,7 +228,7 @@ def _downloaded(data, name: str) -> Path:
     try:
         return Path(DownloadManager().download(name))
     except Exception as error:  # httpx, fsspec, Hub and OSErrors: all mean that the file did not come
-        why = f"dataset={data.dataset!r}: {name} can not be downloaded ({one_line(error)})"
+        why = f"dataset={data.dataset!r}: {name} cannot be downloaded ({one_line(error)})"
         raise UserError(f"{why}; the same command goes on from where it was") from error
 
 
@@ -271,7 +271,7 @@ def _not_loaded(name: str, why: str) -> UserError:
             "check id, dataset_config and dataset_split; without a network, fetch its parquet files elsewhere and name "
             "them with --data_files 'FOLDER/*.parquet'"
         )
-    return UserError(f"dataset={name!r}: can not be loaded ({why}); {hint}")
+    return UserError(f"dataset={name!r}: cannot be loaded ({why}); {hint}")
 
 
 def fingerprint_dataset(data) -> dict:

@@ -22,7 +22,7 @@ def build_tokenizer(name: str, texts: Texts | None = None, vocab_size: int | Non
     """Build the tokenizer called `name`: "byte", "char", "bpe", or any Hugging Face id or path.
 
     `texts` returns a fresh iterator over the training texts ("char" and "bpe" read it once); `vocab_size` counts
-    `<|endoftext|>` and is for "bpe" alone. Raises UserError when the tokenizer can not be built or loaded.
+    `<|endoftext|>` and is for "bpe" alone. Raises UserError when the tokenizer cannot be built or loaded.
     """
     if vocab_size is not None and name != "bpe":
         why = f"only tokenizer=bpe takes it, not {name!r}"
@@ -41,7 +41,7 @@ def load_tokenizer(name: str, needs_end_of_text: bool = True) -> PreTrainedToken
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one cause: not there
         why = str(error).strip().split("\n")[0] or type(error).__name__
         mend = "name byte, char, bpe or a directory that holds a tokenizer"
-        raise UserError(f"tokenizer={name!r}: can not be loaded ({why}); {mend}") from error
+        raise UserError(f"tokenizer={name!r}: cannot be loaded ({why}); {mend}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"tokenizer={name!r}: is not a fast tokenizer (no tokenizer.json); choose one that is")
     if needs_end_of_text and tokenizer.eos_token_id is None:
@@ -228,7 +228,7 @@ def build_bpe(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenize
     backend.train_from_iterator(texts(), trainer)
     backend.add_special_tokens([END_OF_TEXT])
     if (reached := backend.get_vocab_size()) != size and is_exact:
-        raise UserError(f"tokenizer_vocab_size={size}: the text has pairs for {reached} tokens only; lower the size")
+        raise UserError(f"tokenizer_vocab_size={size}: the text yields only {reached} tokens; lower the size")
     return _wrap(backend)
 
 
@@ -334,7 +334,7 @@ def _encode_by_itself(tokenizer, texts: list[str], names: list[str]) -> list[np.
         try:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the only class that `tokenizers` raises
-            raise UserError(f"tokenizer: can not encode {names[0]} or one after it ({error}); try byte") from error
+            raise UserError(f"tokenizer: cannot encode {names[0]} or one after it ({error}); try byte") from error
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 

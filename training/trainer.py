@@ -160,7 +160,7 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         groups = [{key: v for key, v in group.items() if key != "params"} for group in self.optimizer.param_groups]
         rates = list(getattr(schedule, "base_lrs", []))
         if not set(missing_state(Path(checkpoint))) - {"random state"}:
-            with reading(checkpoint, "optimizer's state"):
+            with reading(checkpoint, "optimizer state"):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif hasattr(schedule, "lr_lambdas"):  # a fresh optimizer, on the schedule's own step
             schedule.last_epoch = read_state(Path(checkpoint))["global_step"]
@@ -395,5 +395,5 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
     def _stop_on_nan(self, loss: float) -> None:
         raise UserError(
             f"loss is {loss} at step {self.state.global_step + 1}: training stopped, the checkpoints in "
-            f"{self.args.output_dir} are from before; lower learning_rate (or use bf16 instead of fp16) and resume"
+            f"{self.args.output_dir} are older; lower learning_rate (or use bf16 instead of fp16) and resume"
         )

@@ -115,7 +115,7 @@ def weight_files(directory: Path, stem: str) -> list[str]:
     shards = sorted(set(dict(read_json(index).get("weight_map") or {}).values()))
     for name in shards:
         if not re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", str(name)):
-            raise UserError(f"{index} is damaged: {name!r} is no shard's name; copy the directory again")
+            raise UserError(f"{index} is damaged: {name!r} is not the name of a shard; copy the directory again")
     return [index.name, *shards]
 
 
@@ -146,7 +146,7 @@ def _references(auto_map: Any) -> Iterator[str]:
 def refuse_no_model(directory: Path) -> None:
     """Refuse, in one line, a directory that nothing could load."""
     if not directory.is_dir():
-        raise UserError(f"{directory} is no directory: name a run, a checkpoint, a model or an adapter directory")
+        raise UserError(f"{directory} is not a directory; name a run, a checkpoint, a model or an adapter directory")
     names = {path.name for path in directory.iterdir()}
     kind, config, stem = "a model", "config.json", "model"
     if "adapter_config.json" in names:
@@ -154,14 +154,14 @@ def refuse_no_model(directory: Path) -> None:
     if config not in names:
         holds = sorted(name for name in names if name.startswith("checkpoint-"))
         mend = f"push one of its checkpoints, such as {directory / holds[-1]}" if holds else "name a model directory"
-        raise UserError(f"{directory} holds no config.json, so it is no model; {mend}")
+        raise UserError(f"{directory} holds no config.json, so it is not a model; {mend}")
     for name in (config, *weight_files(directory, stem), *code_files(directory)):
         if name not in names:
             pickled = [other for other in names if other.endswith(".bin") and stem.split("_")[-1] in other]
             why = f"; its weights are a pickle ({pickled[0]}), `acorn convert` writes safetensors" if pickled else ""
             raise UserError(f"{directory} is not whole as {kind}: {name} is not there{why}")
         if not is_own_file(directory / name, directory):
-            raise UserError(f"{directory / name} is {LINK_OUT}, or no file: put a copy of the file in its place")
+            raise UserError(f"{directory / name} is {LINK_OUT}, or not a file: put a copy of the file in its place")
 
 
 def resume_state(checkpoint: Path, folder: str) -> list[Upload]:

@@ -46,7 +46,7 @@ class Encoded:
 
 
 def encode(tokenizer, dtype: np.dtype, texts: list[str], names: list[str]) -> Encoded:
-    """Encode texts; a UserError names the one that can not be."""
+    """Encode texts; a UserError names the one that cannot be."""
     arrays = encode_documents(tokenizer, texts, names)
     ids = np.concatenate(arrays).astype(dtype)
     sizes = [len(text.encode()) for text in texts]
@@ -151,7 +151,7 @@ def _begin_work(tokenizer, dtype, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: a parent that was killed can not tell its workers."""
+    """End this process when its parent is gone: a parent that was killed cannot tell its workers."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

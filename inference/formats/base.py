@@ -76,7 +76,7 @@ class Format:
         raise NotImplementedError
 
     def obstacles(self, config: GPTConfig) -> list[str]:
-        """What of an architecture of ours the format can not hold: one `field=value (why)` each."""
+        """What of an architecture of ours the format cannot hold: one `field=value (why)` each."""
         raise NotImplementedError
 
     def write(self, model: GPTForCausalLM, tokenizer, directory: Path, destination: Path) -> list[str]:
@@ -110,9 +110,11 @@ def open_source(name: str) -> Source:
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: is no directory here, and config.json can not be read: {one_line(error)}") from error
+        raise UserError(
+            f"{name}: is not a local directory, and config.json cannot be read: {one_line(error)}"
+        ) from error
     if not config:
-        raise UserError(f"{name}: is no directory here, and no model of that name has a config.json")
+        raise UserError(f"{name}: is not a local directory, and no model of that name has a config.json")
     return Source(name, config=config, directory=path)
 
 
@@ -121,7 +123,7 @@ def read_checkpoint(path: Path) -> dict:
     checkpoint = read_pickle(path)
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not all(torch.is_tensor(weight) for weight in model.values()):
-        raise UserError(f"{path}: is no checkpoint of nanoGPT's kind, a dict with 'model' and 'model_args'")
+        raise UserError(f"{path}: is not a nanoGPT checkpoint (a dict with 'model' and 'model_args')")
     args = checkpoint.get("model_args")
     if isinstance(args, dict):
         plain = {key: value.item() for key, value in args.items() if isinstance(value, np.generic)}
@@ -139,7 +141,7 @@ def load_strictly(model_class, name: str, no_weights: tuple[str, ...] = ()):
     try:
         model, info = model_class.from_pretrained(name, **options)
     except UNREADABLE as error:
-        raise UserError(f"{name}: can not be loaded: {in_words(error)}") from error
+        raise UserError(f"{name}: cannot be loaded: {in_words(error)}") from error
     misshapen = ((key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"])
     extra = (key for key in info["unexpected_keys"] if not key.endswith(no_weights))
     refuse_tensors(name, info["missing_keys"], extra, misshapen)

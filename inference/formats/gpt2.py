@@ -65,7 +65,7 @@ class GPT2(Format):
     def config(self, loaded: Loaded) -> GPTConfig:
         theirs = loaded.model.config
         if theirs.add_cross_attention:
-            raise UserError("add_cross_attention=true: Acorn has no cross attention; the model can not be converted")
+            raise UserError("add_cross_attention=true: Acorn has no cross attention; the model cannot be converted")
         if theirs.activation_function not in ACTIVATIONS:
             name = theirs.activation_function
             raise UserError(f"activation_function={name!r}: Acorn has not got it; it has {', '.join(ACTIVATIONS)}")

@@ -81,7 +81,7 @@ def read_meta(path: Path) -> PreTrainedTokenizerFast:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {one_line(error)}, and is refused; make it again with plain dicts") from error
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-        what = "is no meta.pkl of nanoGPT's kind, with 'itos' from 0 on"
+        what = "is not a meta.pkl of nanoGPT, with 'itos' from 0 on"
         raise UserError(f"{path}: {what} ({one_line(error)}); name a --tokenizer instead") from error
     has_end = bool(entries) and entries[-1] == END_OF_TEXT
     characters = entries[:-1] if has_end else entries
