@@ -103,6 +103,8 @@ def test_a_mistake_is_one_line_on_stderr(here, command: list[str], named: str) -
         ("--validation_by place", "validation_by='place'"),
         ("--tokenizer nowhere/tokenizer", "tokenizer='nowhere/tokenizer'"),
         ("--tokenizer_vocab_size 300", "tokenizer_vocab_size=300"),
+        ("--prompt Ω", "'Ω' (U+03A9) at offset 0 of the prompt; give another --prompt"),
+        ("--deepspeed {}", "the package deepspeed is not installed"),
         ("--lr_scheduler_type cosin", "lr_scheduler_type"),
         ("--report_to wandbb", "report_to"),
     ],

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import acorn
 from training import errors, list_recipes
@@ -152,7 +154,20 @@ def test_a_full_disk_names_the_file(capsys) -> None:
     assert "the disk is full: free some space" in unnamed
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), SystemExit(7)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 39 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_is_used_up_is_one_line(error: Exception, capsys) -> None:
+    assert exit_of(error) == 1
+    assert re.match("acorn: error: out of memory .*: lower batch size or context; .*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("shapes do not fit"), SystemExit(7)])
 def test_the_rest_passes_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as passed:
         run_main(lambda argv: (_ for _ in ()).throw(error), [])

@@ -147,6 +147,7 @@ def test_what_needs_another_argument(name: str) -> None:
         ("cosine_with_min_lr", {"min_lr_rate": "x"}, "lr_scheduler_kwargs"),
         ("cosine_with_min_lr", {"min_lr_rate": 0.1, "min_lr": 0.1}, "lr_scheduler_kwargs"),
         ("cosine_with_min_lr", {"min_lr_rate": float("nan")}, "min_lr_rate=nan: must be a finite number"),
+        ("polynomial", {"power": "abc"}, "lr_scheduler_kwargs.power='abc': must be a finite number"),
         ("constant", {"x": 1}, "it takes none"),
     ],
 )

@@ -54,7 +54,7 @@ def stock_of(checkpoint: dict) -> GPT2LMHeadModel:
     return stock
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model."])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @torch.no_grad()
 def test_in(bias: bool, prefix: str, tmp_path) -> None:

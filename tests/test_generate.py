@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inference import evaluate, generate
 from training.dataset import EvaluationRows
 from training.evaluation import evaluate_rows
+from training.loading import load_causal_lm
 from training.measuring import TokenArray
 from training.metrics import METRICS, language_metrics
 from training.sampling import continue_ids
@@ -171,6 +173,22 @@ def test_it_stops_at_any_of_several_ends(run, write, tmp_path, flag: list[str]) 
     tokenizer.save_pretrained(tmp_path)
     ended = PROMPT + free.removeprefix(PROMPT).split(last)[0] + last
     assert write("--temperature", "0", *flag, where=str(tmp_path), length=40) == ended
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "ends"),
+    [("eos_token_id", [], None), ("eos_token_id", [-1, 5], [5]), ("eos_token_id", "x", "refused"),
+     ("bos_token_id", "x", "refused")],
+)  # fmt: skip
+def test_special_tokens_of_a_foreign_generation_config(run, tmp_path, field: str, value, ends) -> None:
+    shutil.copytree(run, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*", "manifest.json"))
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    if ends == "refused":
+        assert f"{field}='x'" in refused(generate.main, str(tmp_path / "model"), "--prompt", PROMPT)
+        return
+    generate.main([str(tmp_path / "model"), "--prompt", PROMPT, "--max_new_tokens", "2"])
+    assert load_causal_lm(str(tmp_path / "model")).generation_config.eos_token_id == ends
 
 
 @pytest.mark.parametrize(

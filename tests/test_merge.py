@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import save as save_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import finetune, merge
@@ -146,12 +147,13 @@ def test_what_peft_itself_cannot_run_is_one_line(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["hostile", "cut off", "empty"])
+@pytest.mark.parametrize("kind", ["hostile", "cut off", "empty", "of no tensors"])
 def test_damaged_or_hostile_weights_are_one_line_and_nothing_runs(folder, kind: str, tmp_path) -> None:
     shutil.copytree(tuned(folder, "lora"), tmp_path / "run")
     path = tmp_path / "run" / "adapter_model.safetensors"
     raw = path.read_bytes()
-    path.write_bytes({"cut off": raw[: len(raw) // 2], "empty": b""}.get(kind, raw))
+    others = {"cut off": raw[: len(raw) // 2], "empty": b"", "of no tensors": save_tensors({})}
+    path.write_bytes(others.get(kind, raw))
     if kind == "hostile":
         path.unlink()
         torch.save({"weight": Trap(tmp_path / "trap")}, path.with_suffix(".bin"))

@@ -156,6 +156,20 @@ def test_main_trains_and_saves(tmp_path, capsys):
             train_tokenizer.main([*flags, "--output_dir", str(tmp_path / taken)])
 
 
+def test_a_byte_tokenizer_needs_no_text_but_what_is_named_must_be_there(tmp_path):
+    flags = ["--tokenizer", "byte", "--output_dir", str(tmp_path / "made")]
+    for nothing in ("", "nowhere.txt"):
+        with pytest.raises(UserError, match=f"text_files='{nothing}'"):
+            train_tokenizer.main([*flags, "--text_files", nothing])
+    train_tokenizer.main(flags)
+
+
+def test_a_place_that_can_not_be_made_is_named_as_it_was_given(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/made: Not a directory; name another"):
+        train_tokenizer.main(["--tokenizer", "byte", "--output_dir", str(tmp_path / "file" / "made")])
+
+
 def test_a_tokenizer_that_was_half_written_does_not_bar_the_way(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("to be or not to be")
     flags = ["--tokenizer", "byte", "--text_files", str(tmp_path / "a.txt"), "--output_dir", str(tmp_path / "made")]

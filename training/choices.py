@@ -77,7 +77,7 @@ def check_attention(name: str | None, device_type: str = "") -> None:
     """Refuse an attention implementation that transformers does not know, or that cannot be trained with here."""
     if name == "flex_attention" and device_type == "cpu":
         raise UserError("attn_implementation='flex_attention': torch cannot train with it on CPUs; use sdpa or eager")
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith("paged|"))]  # serving
     if name is None or "/" in name:  # a kernel of the Hub
         return
     if name not in known:
@@ -98,7 +98,7 @@ def check_choices(args) -> None:
         path = getattr(args, name)
         if isinstance(path, str) and not path.startswith("{") and not Path(path).is_file():
             raise UserError(f"{name}={path!r}: there is no such file")
-    _check_package("deepspeed", args.deepspeed)
+    _check_package("deepspeed", args.deepspeed is not None and (args.deepspeed or "{}"))
     _check_package("liger_kernel", args.use_liger_kernel, "use_liger_kernel")
 
 
@@ -160,8 +160,8 @@ def check_schedule(args) -> None:
         if name not in known and not is_open:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise UserError(f"lr_scheduler_kwargs.{name}={given[name]!r}: {kind.value} does not read it; {takes}")
-        if isinstance(given[name], float) and not math.isfinite(given[name]):
-            raise UserError(f"lr_scheduler_kwargs.{name}={given[name]}: must be a finite number")
+        if not _is_number(given[name]) and not (_may_be_text(known.get(name)) and isinstance(given[name], str)):
+            raise UserError(f"lr_scheduler_kwargs.{name}={given[name]!r}: must be a finite number")
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in given and parameter.kind is not parameter.VAR_KEYWORD:
             raise UserError(f"{what}: {kind.value} needs lr_scheduler_kwargs.{name}, such as {{{name}: 0.2}}")
@@ -174,6 +174,15 @@ def check_schedule(args) -> None:
         raise UserError(f"{what}: {one_line(error)}") from error
     if not all(isinstance(rate, float | int) and math.isfinite(rate) and rate >= 0 for rate in rates):
         raise UserError(f"{what}: its learning rates must be finite and not negative")
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
+def _may_be_text(parameter: inspect.Parameter | None) -> bool:
+    """Whether a schedule takes a word here; of settings that it hands on that is not known."""
+    return parameter is None or isinstance(parameter.default, str)
 
 
 def _rehearse(args, kind: SchedulerType, kwargs: dict) -> list:

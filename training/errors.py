@@ -22,6 +22,10 @@ DISK_FULL = (
 )
 
 
+# Memory that is used up, as torch's allocators tell it: of CPUs, and of GPUs.
+MEMORY_FULL = ("can't allocate memory", "not enough memory", "out of memory", "Unable to allocate")
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse whose refusals are one line, and which guesses no flag from its beginning."""
 
@@ -85,8 +89,9 @@ def one_line(error: BaseException) -> str:
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
     """Call `main(argv)`; end the process with one line for whatever is not a bug.
 
-    Exit codes: 2 for a `UserError` and for what the operating system refuses, 130 for Ctrl-C, 1 for a full disk or a
-    reader that went away (`acorn … | head`). Anything else passes through with its traceback.
+    Exit codes: 2 for a `UserError` and for what the operating system refuses, 130 for Ctrl-C, 1 for a full disk,
+    for memory that is used up and for a reader that went away (`acorn … | head`). Anything else passes
+    through with its traceback.
     """
     try:
         mend_streams()
@@ -102,6 +107,9 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
     except Exception as error:
         if is_disk_full(error):
             _leave(1, f"error: {_disk_full(error)}")
+        if is_memory_full(error):
+            mend = "lower batch size or context; `acorn estimate` says what a recipe needs"
+            _leave(1, f"error: out of memory ({one_line(error)[:160]}): {mend}")
         if not isinstance(error, OSError):
             raise
         _leave(2, f"error: {refusal(error)}")
@@ -137,6 +145,13 @@ def refusal(error: OSError) -> str:
 def is_disk_full(error: Exception) -> bool:
     """Whether an error of the operating system, of safetensors or of torch.save means that the disk is full."""
     return any(words in str(error) for words in DISK_FULL)
+
+
+def is_memory_full(error: Exception) -> bool:
+    """Whether an error of Python or of torch means that there is no memory left, on a CPU or a GPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_FULL)
+    )
 
 
 def _leave(code: int, line: str = "", every_process: bool = False) -> None:

@@ -132,7 +132,10 @@ def new_directory(directory: Path) -> Iterator[Path]:
     missing = [folder for folder in whole.parents if not folder.exists()]
     building = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
     try:
-        building.mkdir(parents=True)
+        try:
+            building.mkdir(parents=True)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise UserError(f"{directory}: {getattr(error, 'strerror', error)}; name another directory") from error
         yield building
         sync_below(building)
         with suppress(OSError):

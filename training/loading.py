@@ -49,7 +49,19 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
             why = "it is not a causal language model (none of transformers' AutoModelForCausalLM)"
         raise UserError(f"model {name!r} cannot be loaded: {why}") from error
     refuse_torn(name, report)
+    settle_tokens(name, model.generation_config)
     return model
+
+
+def settle_tokens(name: str, generation) -> None:
+    """Refuse special tokens that are no ids; an empty list, and ids below 0, mean that no token ends a text."""
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(generation, field)
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(token) is int for token in ids):
+            raise UserError(f"model {name!r}: generation_config.json: {field}={given!r}: must be ids of tokens")
+        if field == "eos_token_id" and min(ids, default=-1) < 0:
+            generation.eos_token_id = [token for token in ids if token >= 0] or None
 
 
 def refuse_emulated_dtype(dtype: str, device_type: str) -> None:
@@ -164,9 +176,10 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
         )
     try:
         with without_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # they would stay as they begin
             make_room_for_tokens(base, Path(directory))
             return with_cache_names(PeftModel.from_pretrained(base, directory))
-    except UNREADABLE as error:
+    except (*UNREADABLE, UserWarning) as error:
         raise UserError(f"adapter {directory}: is damaged, or does not fit {base_name}: {in_words(error)}") from error
 
 

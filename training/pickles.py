@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import UserError, one_line
 
 # What damaged or hostile files of weights, and a config.json that is none, make their readers raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError)
 UNREADABLE += (pickle.UnpicklingError, StrictDataclassError)
 # What numpy's numbers and arrays are made of in a pickle, numpy 1's names and numpy 2's; each only holds numbers.
 _MADE_OF = {"scalar": np._core.multiarray.scalar, "_reconstruct": np._core.multiarray._reconstruct}

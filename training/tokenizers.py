@@ -59,11 +59,14 @@ def encode_documents(tokenizer, texts: list[str], names: list[str] | None = None
     return ENCODERS[tokenizer_kind(tokenizer)](tokenizer, texts, names)
 
 
+THE_PROMPT = "the prompt"
+
+
 class Rendered(str):
     """Text that a chat template made: all its special tokens are spelled out, one that begins a text among them."""
 
 
-def encode_prompt(tokenizer, text: str, name: str = "the prompt") -> list[int]:
+def encode_prompt(tokenizer, text: str, name: str = THE_PROMPT) -> list[int]:
     """Ids of a text that is to be continued, the same that training makes of a document's beginning.
 
     Unlike in a document, special tokens that the text spells out are read as such. Nothing is put at the end; what a
@@ -315,7 +318,8 @@ def _encode_characters(tokenizer, texts: list[str], names: list[str]) -> list[np
 
 def _unknown_character(character: str, offset: int, name: str) -> UserError:
     where = f"{character!r} (U+{ord(character):04X}) at offset {offset} of {name}"
-    return UserError(f"tokenizer='char': it does not know {where}; build it on this text too, or use tokenizer=byte")
+    mend = "give another --prompt" if name == THE_PROMPT else "build it on this text too"
+    return UserError(f"tokenizer='char': it does not know {where}; {mend}, or use tokenizer=byte")
 
 
 def _encode_others(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from .files import new_directory
 from .help import wants_help
 from .recipe import Recipe, load_recipe, parse_flags
 from .shell import shell
-from .sources import documents
+from .sources import documents, named_sources
 from .tokenizers import build_tokenizer
 
 
@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     with new_directory(directory) as folder:  # whole or not at all: half a tokenizer would bar the way of the next
         texts = (text for _, text in documents(data))  # read once
         tokenizer = build_tokenizer(data.tokenizer, lambda: texts, data.tokenizer_vocab_size)
+        if named_sources(data):
+            next(texts, None)  # one that is made without a text reads none: what is named must still be there
         tokenizer.save_pretrained(folder)
     print(f"{directory}: a {data.tokenizer} tokenizer, vocabulary {len(tokenizer):,}.")
     print(f"Type next: {shell('acorn', 'prepare', 'RECIPE', tokenizer=directory)}")

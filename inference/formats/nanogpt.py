@@ -21,7 +21,8 @@ SIZES = {  # ours: nanoGPT's
     "vocab_size": "vocab_size",
 }
 MODEL_ARGS = {*SIZES.values(), "bias", "dropout"}
-WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of torch, around a model
+# Around a model: of torch, of Fabric, and the attribute of a LightningModule.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "model"}
 EPS = 1e-5
 NANOGPT_OBSTACLES = {
     **OBSTACLES,
