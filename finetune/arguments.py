@@ -50,8 +50,6 @@ class FinetuneDataArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data_format not in ("auto", "text", "pairs", "chat"):
-            raise UserError(f"data_format={self.data_format!r}: choose auto, text, pairs or chat")
         if self.tokenizer_vocab_size is not None:
             raise UserError("tokenizer_vocab_size: finetuning keeps the model's tokenizer; leave it out")
         if self.streaming:

@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write samples to stdout."""
     flags = parse(argv)
     check_numbers(flags)
-    if flags.max_new_tokens < 1 or flags.num_samples < 1:
-        raise UserError("--max_new_tokens and --num_samples must be at least 1")
+    if flags.max_new_tokens < 1:  # which a recipe may say, and means no sample
+        raise UserError(f"max_new_tokens={flags.max_new_tokens}: must be above 0")
     quiet_libraries()
     generation = sampling_arguments(
         flags.temperature, flags.top_k, flags.top_p, repetition_penalty=flags.repetition_penalty

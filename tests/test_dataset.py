@@ -40,7 +40,7 @@ def test_a_shard_that_was_cut_is_one_line_and_no_signal(tmp_path, is_mapped):
     with open(tokens.paths[1], "r+b") as file:
         file.truncate(100)
     assert not is_mapped or tokens.window(0, 20_000)[-1] == 19_999
-    with pytest.raises(UserError, match=r"train-00001.bin: was 40,000 bytes long and is 100 now; bring"):
+    with pytest.raises(UserError, match=r"train-00001.bin: was 40,000 bytes long and is 100 now; restore"):
         tokens.window(30_000, 9)
 
 

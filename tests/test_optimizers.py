@@ -101,7 +101,7 @@ def test_adamw_is_torchs(tiny_model) -> None:
 def test_an_unknown_optimizer_is_refused(tmp_path) -> None:
     from training.arguments import GPTTrainingArguments
 
-    with pytest.raises(UserError, match="optimizer='sgd': choose one of adamw, muon"):
+    with pytest.raises(UserError, match="unknown optimizer 'sgd': choose from adamw, muon"):
         GPTTrainingArguments(output_dir=str(tmp_path), optimizer="sgd", use_cpu=True)
 
 

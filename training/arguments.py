@@ -17,7 +17,6 @@ from .model_card import check_language, check_license
 from .optimizers import OPTIMIZERS
 from .precision import ACCELERATE, choose
 from .ranges import check_numbers
-from .reading import check_policy
 
 
 def _none() -> list[str]:
@@ -63,7 +62,6 @@ class DataArguments:
 
     def __post_init__(self):
         check_numbers(self)
-        check_policy(self)
         check_names(self)
 
 

@@ -15,8 +15,10 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import trainer_log_levels
 from transformers.utils import import_utils
 
+from .dataset import SAMPLERS
 from .errors import UserError, one_line, unknown
 from .optimizers import OPTIMIZERS
+from .splitting import SPLITTERS
 
 # The metrics of an evaluation, and whether more of it is better.
 RISING = {"loss": False, "perplexity": False, "bits_per_byte": False, "token_accuracy": True}
@@ -37,7 +39,10 @@ CHOICES = {
     "dataloader_multiprocessing_context": multiprocessing.get_all_start_methods(),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl"),
     "debug": ("underflow_overflow",),
-    "sampling": ("random", "shuffled"),
+    "sampling": SAMPLERS,
+    "validation_by": SPLITTERS,
+    "on_bad_file": ("stop", "skip"),
+    "data_format": ("auto", "text", "pairs", "chat"),
 }
 # What does nothing without another argument: the field, and the one that it needs.
 NEEDS = {
@@ -70,7 +75,7 @@ def check_names(args) -> None:
         for value in given if isinstance(given, list) else [given]:
             value = getattr(value, "value", value)  # of an enumeration
             if value is not None and value not in known:
-                raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")
+                raise unknown(name, value, known)
 
 
 def check_attention(name: str | None, device_type: str = "") -> None:

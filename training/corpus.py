@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from .building import CORPUS, STATE, building_folder, built_aside, put_in_place
+from .choices import check_names
 from .dataset import TokenShards
 from .errors import UserError
 from .files import sync_below, write_whole
 from .hashes import digest, hash_file
 from .inputs import text_digest
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
-from .reading import check_policy
+from .ranges import check_numbers
 from .sources import documents, fingerprint_sources, licence_of, named_sources
 from .splitting import SPLITS, check_split_options
 from .tokenizers import BUILDERS, build_tokenizer, load_tokenizer, tokenizer_hash
@@ -187,11 +188,9 @@ def summary(corpus: Corpus) -> str:
 
 def check_options(data) -> None:
     """Refuse options that cannot be met, before any text is read."""
+    check_numbers(data)
+    check_names(data)
     check_split_options(data)
-    for name, what in (("shard_size", "token"), ("num_proc", "process")):
-        if getattr(data, name) < 1:
-            raise UserError(f"{name}={getattr(data, name)}: must be at least 1 {what}")
-    check_policy(data)
 
 
 def describe(data, tokenizer=None) -> dict:

@@ -3,7 +3,7 @@
 import sys
 
 from .costs import SHARDED, Estimate, estimate_recipe
-from .errors import FlagParser, UserError, run_main, unknown
+from .errors import FlagParser, run_main, unknown
 from .hardware import GPUS
 from .help import wants_help
 from .precision import fit_precision
@@ -26,8 +26,6 @@ def main(argv: list[str] | None = None) -> None:
         raise unknown("gpu", flags.gpu, GPUS)
     if flags.sharding not in SHARDED:
         raise unknown("sharding", flags.sharding, SHARDED)
-    if not 1 <= flags.num_gpus <= 1_000_000 or not 0 < flags.mfu <= 1:
-        raise UserError(f"--num_gpus={flags.num_gpus} --mfu={flags.mfu}: from 1 to 1,000,000, and in (0, 1]")
     recipe = load_recipe("estimate", others)
     fit_precision(recipe.training, GPUS[flags.gpu].has_bf16)
     estimate = estimate_recipe(recipe, flags.num_gpus, flags.sharding)

@@ -13,6 +13,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from transformers import TrainingArguments
 
 from .errors import UserError, one_line
+from .fields import REFUSED
 from .files import read_json
 from .model_card import NOT_CHOSEN, PLACE, check_license, is_hub_id
 from .uploads import (
@@ -196,10 +197,7 @@ def _said(response) -> str:
 def check_hub_arguments(args: TrainingArguments) -> None:
     """Refuse hub_* arguments that would do nothing, leak, or fail after hours of training."""
     if args.hub_token is not None:
-        raise UserError(
-            "hub_token: a recipe is saved with the run and pushed with it, and the token would be too; set HF_TOKEN, "
-            "or run `hf auth login`"
-        )
+        raise UserError(f"hub_token: {REFUSED['hub_token']}")  # and not the token itself
     if not args.push_to_hub:
         idle = {"hub_model_id": None, "hub_revision": None, "hub_always_push": False, "hub_strategy": "every_save"}
         for name, default in idle.items():

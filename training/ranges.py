@@ -68,7 +68,9 @@ RANGES = {
     **_same(NOT_NEGATIVE, "learning_rate muon_learning_rate weight_decay max_grad_norm adam_epsilon eval_delay"),
     **_same(SHARE, "adam_beta1 adam_beta2 muon_momentum lora_dropout label_smoothing_factor"),
     "dataloader_num_workers": Range(0, 1024, whole=True),
-    "num_gpus": Range(-math.inf, 10**6),  # of acorn estimate, which tries the numbers near it
+    # acorn estimate
+    "num_gpus": Range(1, 10**6, whole=True),
+    "mfu": Range(0, 1, above=True),
     # data
     **_same(COUNT, "shard_size validation_characters tokenizer_vocab_size"),
     "validation_fraction": Range(0, 1, above=True, below=True),
@@ -84,7 +86,7 @@ RANGES = {
     "r": Range(1, 2**20, whole=True),
     "num_virtual_tokens": COUNT,
     # the model: more layers than these would not even be counted in a minute
-    **_same(Range(-math.inf, 10_000), "num_hidden_layers"),
+    "num_hidden_layers": Range(-math.inf, 10_000),
     **_same(UP_TO, "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size"),
     **_same(UP_TO, "vocab_size max_position_embeddings sliding_window"),
 }

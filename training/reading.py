@@ -13,10 +13,8 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from .addresses import is_address, public_name
-from .errors import UserError, one_line, unknown
+from .errors import UserError, one_line
 from .hashes import hash_file
-
-BAD_FILE_POLICIES = ("stop", "skip")
 
 Files = list[tuple[str, Path]]  # the name that is shown and stored, and where the file lies on this machine
 
@@ -38,12 +36,6 @@ class Size(NamedTuple):
 
     documents: int | None = None
     bytes: int | None = None
-
-
-def check_policy(data) -> None:
-    """Refuse a policy for bad files and rows that there is not."""
-    if data.on_bad_file not in BAD_FILE_POLICIES:
-        raise unknown("on_bad_file", data.on_bad_file, BAD_FILE_POLICIES)
 
 
 def leave_out(data, left_out: dict, name: str, error: UserError) -> None:

@@ -36,7 +36,7 @@ GOES_WITH = {name: other for name, (other, _) in NEEDS.items()} | {
     "greater_is_better": "metric_for_best_model",
 }
 MOVED = {("model", "label_smoothing"): ("training", "label_smoothing_factor")}  # keys of older recipes
-TOKENIZERS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model section: what the tokenizer says
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model section: the tokenizer knows them
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 # Keys of the model section that are not fields of GPTConfig.
 MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
@@ -239,7 +239,7 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe
     keys = known_keys(kind)
     if key not in keys[section]:
         raise unknown(f"key in {section}", key, keys[section])
-    if key in TOKENIZERS and section == "model":
+    if key in TOKEN_IDS and section == "model":
         raise UserError(f"{key}={value!r} has no effect here; the tokenizer knows its special tokens")
     if key == "preset" and value not in PRESETS:
         raise unknown("preset", value, PRESETS)

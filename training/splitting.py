@@ -47,11 +47,6 @@ class Splitter(NamedTuple):
 
 def check_split_options(data) -> None:
     """Refuse split options that cannot be met, before any text is read."""
-    fraction = data.validation_fraction
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
-        raise UserError(f"validation_fraction={fraction!r}: must lie between 0 and 1, such as 0.1")
-    if data.validation_by not in SPLITTERS:
-        raise UserError(f"validation_by={data.validation_by!r}: must be one of {', '.join(SPLITTERS)}")
     if named_sources(data) == ["mixture"] and data.validation_by == "position":
         why = "a mixture repeats documents, so its last part may repeat what is trained on"
         raise UserError(f"validation_by='position': {why}; use --validation_by documents")
