@@ -13,6 +13,7 @@ from training.loading import DTYPES
 from training.ranges import check_numbers
 from training.recipe import SECTIONS, Recipe, load_recipe_file, parse_flags, shipped_recipes
 from training.shell import shell
+from training.tokenizers import BUILDERS
 
 from .adapters import ADAPTERS
 
@@ -52,6 +53,8 @@ class FinetuneDataArguments(DataArguments):
         super().__post_init__()
         if self.tokenizer_vocab_size is not None:
             raise UserError("tokenizer_vocab_size: finetuning keeps the model's tokenizer; leave it out")
+        if self.tokenizer in BUILDERS:
+            raise UserError(f"tokenizer={self.tokenizer!r}: finetuning keeps the model's tokenizer; leave it out")
         if self.streaming:
             raise UserError("streaming: finetuning reads its data before it begins; leave it out")
         if self.block_size is not None and self.block_size < 2:

@@ -37,6 +37,8 @@ PAIR_COLUMNS = (
     ("instruction", "context", "response"),
     ("prompt", None, "response"),
     ("question", None, "answer"),
+    ("query", None, "response"),
+    ("input", None, "output"),
 )
 
 

@@ -17,6 +17,7 @@ from training.tokenizers import begin_ids, encode_documents, encode_prompt, enco
 from .chat_files import Conversation, Pair
 
 RENDER_SECONDS = 5  # for one conversation: a template is a program, and may not end
+RENDER_BYTES = 1 << 30  # which it may take in addition: `'x' * 10**10` would take all there is
 # For tokenizers without a template of their own. It needs no new tokens: the end-of-text token ends an answer.
 PLAIN_TEMPLATE = (
     "{%- for message in messages %}"
@@ -56,7 +57,7 @@ def render(tokenizer, messages: list[dict], where: str, add_generation_prompt: b
     if any(message["role"] == "tool" for message in messages) and not knows_tools(tokenizer):
         messages = [message | {"role": "user"} if message["role"] == "tool" else message for message in messages]
     try:
-        with at_most(RENDER_SECONDS):
+        with at_most(RENDER_SECONDS), at_most_memory(RENDER_BYTES):
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TimeoutError:
         why = f"has not come to an end in {RENDER_SECONDS} seconds"
@@ -71,7 +72,7 @@ def knows_tools(tokenizer) -> bool:
     turns = [("user", "a"), ("assistant", "b"), ("tool", "TOOL-TURN"), ("assistant", "c")]
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        with at_most(RENDER_SECONDS):
+        with at_most(RENDER_SECONDS), at_most_memory(RENDER_BYTES):
             shown = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # as in `render`
         shown = ""
@@ -98,6 +99,26 @@ def at_most(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def at_most_memory(size: int) -> Iterator[None]:
+    """Raise MemoryError in what takes more than `size` bytes in addition, on Linux."""
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = before = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (held + size, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def answer_spans(tokenizer, messages: list[dict], text: str, where: str) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Conversations: read from every format, refused by file and line, rendered by the template, masked but for answers."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -363,6 +364,8 @@ def test_other_shapes_of_chats(tmp_path, shape: str) -> None:
         ({"instruction": "i", "output": "o"}, ("i\n\n", "o")),
         ({"instruction": "i", "context": "c", "response": "o", "category": "k"}, ("i\n\nc\n\n", "o")),
         ({"question": "q", "answer": "a"}, ("q\n\n", "a")),
+        ({"query": "q", "response": "a"}, ("q\n\n", "a")),
+        ({"input": "q", "output": "a"}, ("q\n\n", "a")),
         ({"prompt": "p ", "response": "r"}, ("p ", "r")),
         ({"prompt": "p", "completion": " c", "instruction": "i", "output": "o"}, ("p", " c")),
     ],
@@ -381,6 +384,10 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch) -> None:
     tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"^here: the tokenizer's chat template has not come to an end in 0.3 seconds"):
         encode_messages(tokenizer, MESSAGES, "here")
+    if sys.platform == "linux":
+        tokenizer.chat_template = "{{ 'x' * 10**10 }}"
+        with pytest.raises(UserError, match="here: the tokenizer's chat template refuses it: MemoryError"):
+            encode_messages(tokenizer, MESSAGES, "here")
     tokenizer.chat_template = "{{ '' }}"
     with pytest.raises(UserError, match="here: the tokenizer's chat template leaves no answer"):
         encode_conversation(tokenizer, Conversation("here", MESSAGES), 40)

@@ -225,6 +225,7 @@ def test_help_names_every_adapter_and_flag(capsys) -> None:
         (["gpt2", *TEXT, "--lora_alpha", "nan"], "lora_alpha=nan"),
         (["gpt2", *TEXT, "--optimizer", "muon"], "only for adapter=full on an Acorn model"),
         (["gpt2", *TEXT, "--tokenizer_vocab_size", "300"], "keeps the model's tokenizer"),
+        (["gpt2", *TEXT, "--tokenizer", "char"], "keeps the model's tokenizer"),
         (["gpt2", *TEXT, "--max_new_tokens", "-1"], "max_new_tokens"),
         (["gpt2", *CHAT, "--output_dir", "tuned"], "acorn resume tuned"),
         (["gpt2", *TEXT, "--prompt", "x" * 70], "do not fit the model's context"),
