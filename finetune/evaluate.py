@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from training.errors import run_main
-from training.measuring import measure, measure_text, names_text, open_model, parse, window_of
+from training.measuring import measure, window_of
 from training.recipe import load_run_recipe
 
 from .arguments import FinetuneRecipe
@@ -15,11 +15,11 @@ from .run import DEFAULT_BLOCK
 
 def main(argv: list[str] | None = None) -> None:
     """Print the figures of the documents that the run held out, or of a text that the flags name."""
-    flags = parse(argv)
-    model, tokenizer = open_model(flags)
-    if names_text(flags):
-        measure_text(model, tokenizer, flags)
-        return
+    measure(argv, held_out)
+
+
+def held_out(flags, model, tokenizer) -> tuple:
+    """(rows, tokens that count, bytes) of the documents that the run held out."""
     directory = Path(flags.model)
     recipe = load_run_recipe(directory if (directory / "recipe.yaml").is_file() else directory.parent, FinetuneRecipe)
     data = recipe.data_arguments()
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     is_packed = data.packing and not has_virtual_tokens(model) and keeps_documents_apart(model, flags.model)
     split = material.manifest["splits"]["validation"]
     counted = split["answer_tokens"] if isinstance(material, Examples) else split["tokens"] - 1
-    measure(model, held_out_rows(material, window, is_packed), counted, split["bytes"], flags)
+    return held_out_rows(material, window, is_packed), counted, split["bytes"]
 
 
 def has_virtual_tokens(model) -> bool:

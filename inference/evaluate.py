@@ -5,7 +5,7 @@ from pathlib import Path
 from training.corpus import Corpus
 from training.dataset import EvaluationRows
 from training.errors import UserError, run_main
-from training.measuring import measure, measure_text, names_text, open_model, parse, window_of
+from training.measuring import measure, window_of
 from training.recipe import load_run_recipe
 from training.run import corpus_of_run
 from training.tokenizers import read_alike
@@ -13,14 +13,14 @@ from training.tokenizers import read_alike
 
 def main(argv: list[str] | None = None) -> None:
     """Print the metrics as one JSON line."""
-    flags = parse(argv)
-    model, tokenizer = open_model(flags)
-    if names_text(flags):
-        measure_text(model, tokenizer, flags)
-        return
+    measure(argv, held_out)
+
+
+def held_out(flags, model, tokenizer) -> tuple[EvaluationRows, int, int]:
+    """(rows, tokens that count, bytes) of the validation split of the model's run."""
     window = window_of(flags, model)
     tokens, num_bytes = validation_tokens(Path(flags.model), tokenizer)
-    measure(model, EvaluationRows(tokens, window), len(tokens) - 1, num_bytes, flags)
+    return EvaluationRows(tokens, window), len(tokens) - 1, num_bytes
 
 
 def validation_tokens(directory: Path, tokenizer):

@@ -197,8 +197,8 @@ class GPTModel(GPTPreTrainedModel):
         """input_ids: (batch, tokens), or inputs_embeds: (batch, tokens, hidden_size). Returns the last hidden states.
 
         attention_mask: (batch, keys) of ones and zeros, or ready masks by layer type. cache, or past_key_values: what
-        the layers keep of earlier tokens. Raises ValueError for both or
-        neither kind of input, and for learned positions past the context.
+        the layers keep of earlier tokens. Raises ValueError for both or neither kind of input, and for learned
+        positions past the context.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")

@@ -11,10 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import evaluate, generate
-from training.dataset import EvaluationRows
+from training.dataset import EvaluationRows, TokenArray
 from training.evaluation import evaluate_rows
 from training.loading import load_causal_lm
-from training.measuring import TokenArray
 from training.metrics import METRICS, language_metrics
 from training.sampling import continue_ids
 from training.tokenizers import encode_prompt

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from .agreement import highest
 from .errors import UserError, leave_terminal, one_line
 from .files import write_whole
-from .hardware import PRECISIONS, device_peak_flops
+from .hardware import ACCELERATE_NAMES, device_peak_flops
 from .sampling import sample_text
 
 COLUMNS = {
@@ -121,7 +121,7 @@ class ConsoleTable(TrainerCallback, ExportableState):
             self.trainer.take_up_unlogged_loss(**self.unlogged)
         if self.last_logged > state.global_step or not self.unlogged:  # a new run, or one of an Acorn that kept less
             self._start_interval(state.global_step)
-        precision = PRECISIONS.get(self.trainer.accelerator.mixed_precision, "")
+        precision = ACCELERATE_NAMES.get(self.trainer.accelerator.mixed_precision, "")
         peak = args.peak_flops or device_peak_flops(args.device, precision, args.tf32 is not False)
         self.peak_flops = peak * args.world_size if peak else None
         if state.is_world_process_zero:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 ENDINGS = (".gz", ".gzip", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4", ".zip")  # that a table's name may have
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)  # what reading them raises
@@ -72,5 +72,5 @@ def without_compression(name: str) -> str:
 
 def damaged(field: str, name: str, error: BaseException, mend: str = "check it") -> UserError:
     """Say that a file cannot be read, and why."""
-    why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    why = getattr(error, "strerror", None) or one_line(error)
     return UserError(f"{field}={name!r}: cannot be read ({why}); {mend}")

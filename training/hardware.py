@@ -47,7 +47,7 @@ GPUS = {
 }
 # Words in a device's name that make it another than the one of the table: a part of it, or one with other clocks.
 OTHERS = {"mig", "laptop", "d", "ti"}
-PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
+ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
 
 
 def known_gpu(name: str) -> GPU | None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -76,21 +77,27 @@ def names_text(flags) -> bool:
     return bool(flags.text_files or flags.data_files or flags.dataset)
 
 
-def measure_text(model, tokenizer, flags) -> None:
-    """Print the figures of the text that the flags name."""
-    window = window_of(flags, model)
-    tokens, num_bytes = tokens_of_text(flags, tokenizer)
-    measure(model, EvaluationRows(tokens, window), len(tokens) - 1, num_bytes, flags)
+def measure(argv: list[str] | None, held_out: Callable[..., tuple]) -> None:
+    """Print the figures of the text that the flags name, or else of what a run held out, as one JSON line.
 
-
-def measure(model, rows, tokens: int, num_bytes: int, flags) -> None:
-    """Print the figures of rows, in which so many tokens count, as one JSON line."""
+    held_out(flags, model, tokenizer) -> (rows, how many tokens count in them, their UTF-8 bytes).
+    """
+    flags = parse(argv)
+    model, tokenizer = open_model(flags)
+    rows, tokens, num_bytes = (text_named if names_text(flags) else held_out)(flags, model, tokenizer)
     batches = -(-len(rows) // flags.per_device_eval_batch_size)
     device = next(model.parameters()).device.type
     autocast = (lambda: torch.autocast(device, torch.bfloat16)) if flags.bf16 else nullcontext
     with tqdm(total=batches, unit="batch", leave=False, file=sys.stderr, disable=None) as bar:
         results = evaluate_rows(model, rows, num_bytes, flags.per_device_eval_batch_size, autocast, on_batch=bar.update)
     print(json.dumps({**results, "tokens": tokens, "bytes": num_bytes}))
+
+
+def text_named(flags, model, tokenizer) -> tuple[EvaluationRows, int, int]:
+    """(rows, tokens that count, bytes) of the text that the flags name."""
+    window = window_of(flags, model)
+    tokens, num_bytes = tokens_of_text(flags, tokenizer)
+    return EvaluationRows(tokens, window), len(tokens) - 1, num_bytes
 
 
 def tokens_of_text(flags, tokenizer) -> tuple[TokenArray, int]:

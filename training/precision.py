@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from .errors import UserError, unknown
-from .hardware import PRECISIONS as ACCELERATE_NAMES
+from .hardware import ACCELERATE_NAMES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .errors import UserError, one_line
 from .files import read_json
 from .hashes import digest
-from .strict_yaml import dump
+from .strict_yaml import dump, load
 
 # Exact names, of files that Acorn, transformers and PEFT write; weights and code are found by what names them.
 GOES_UP = {
@@ -208,7 +208,7 @@ def read_recipe(directory: Path) -> dict:
     if path is None:
         return {}
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return dict(load(path.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}; copy the directory again") from error
 
