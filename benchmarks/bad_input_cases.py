@@ -222,7 +222,7 @@ READERS = {
     "lora": (
         (["generate", "lora", "--max_new_tokens", "8", "--temperature", "0"], printed),
         (["merge", "lora", "merged"], weights_of("merged/model.safetensors")),
-        (["finetune", "--resume", "lora", "--max_steps", "4"], weights_of("lora/checkpoint-4/optimizer.pt")),
+        (["resume", "lora", "--max_steps", "4"], weights_of("lora/checkpoint-4/optimizer.pt")),
         (["push", "lora", "me/gpt", "--dry_run", "--base_model", "me/base"], None),
     ),
     "tokens": (

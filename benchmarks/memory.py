@@ -5,9 +5,8 @@
 Each recipe's model is built and trained for two steps of one micro-batch (two where the recipe accumulates) in a
 process of its own, and the most that torch's allocator had given out is put beside the estimate; on a CPU also what the
 process held in all, libraries' scratch and fragments of the heap included. A batch of evaluation follows, measured the
-same way. Flags after `--` go to the recipes, such as
-`-- --per_device_train_batch_size 4 --dropout 0 --attn_implementation sdpa`: the estimate assumes fused attention, which
-CPUs have without dropout only.
+same way. Flags after `--` go to the recipes, such as `-- --per_device_train_batch_size 4 --dropout 0
+--attn_implementation sdpa`: the estimate assumes fused attention, which CPUs have without dropout only.
 """
 
 import argparse

@@ -8,7 +8,8 @@ import torch
 from transformers import set_seed
 
 from training.errors import FlagParser, UserError, quiet_libraries, run_main
-from training.loading import best_device, load_model_and_tokenizer, refuse_emulated_dtype
+from training.hardware import best_device
+from training.loading import load_model_and_tokenizer, refuse_emulated_dtype
 from training.ranges import check_numbers
 from training.sampling import (
     TextPrinter,

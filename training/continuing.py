@@ -63,7 +63,7 @@ def refuse_fixed(flags: dict[str, dict], verb: str, changeable_model: tuple[str,
 
 
 def choose(run_dir: Path, wanted: Wanted, args) -> Path | None:
-    """The checkpoint, which has all that a run goes on exactly by, or else it is said that it begins anew."""
+    """The checkpoint to go on from; one that lacks a part of its state is refused, unless that may start afresh."""
     checkpoint = find_checkpoint(run_dir, wanted.checkpoint)
     if checkpoint is not None:
         check_writer(checkpoint, args)

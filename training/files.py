@@ -31,7 +31,7 @@ def write_with_hash(path: Path, text: str) -> None:
 
 
 def check_hash(path: Path) -> None:
-    """Refuse what `write_with_hash` wrote where its end is missing; where it was changed it is said."""
+    """Refuse what `write_with_hash` wrote where its end is missing; other changes are reported."""
     first, _, rest = path.read_bytes().partition(b"\n")
     if not first.startswith(HASH):  # of an earlier Acorn, or a person's own
         return

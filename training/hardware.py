@@ -50,6 +50,11 @@ OTHERS = {"mig", "laptop", "d", "ti"}
 ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
 
 
+def best_device() -> torch.device:
+    """The accelerator, where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def known_gpu(name: str) -> GPU | None:
     """The table's entry for a device by the name that its driver gives it, such as "NVIDIA A100-SXM4-40GB".
 

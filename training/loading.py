@@ -17,7 +17,7 @@ from modeling.configuration_gpt import OLD_MODEL_TYPE
 
 from .errors import UserError, one_line, unknown
 from .files import read_json
-from .hardware import text_config
+from .hardware import best_device, text_config
 from .pickles import UNREADABLE, in_words
 from .precision import is_native, refuse_emulated
 from .root import verify
@@ -109,11 +109,6 @@ def load_model_tokenizer(name: str, config, needs_end_of_text: bool = True):
             "they do not belong together"
         )
     return add_nothing(tokenizer) if config.model_type in OUR_TYPES else tokenizer
-
-
-def best_device() -> torch.device:
-    """The accelerator, where there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def load_model_and_tokenizer(

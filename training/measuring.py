@@ -15,7 +15,8 @@ from .arguments import DataArguments
 from .dataset import EvaluationRows, TokenArray
 from .errors import FlagParser, UserError, quiet_libraries
 from .evaluation import evaluate_rows
-from .loading import best_device, load_model_and_tokenizer
+from .hardware import best_device
+from .loading import load_model_and_tokenizer
 from .precision import refuse_emulated
 from .ranges import check_numbers
 from .sampling import context_left

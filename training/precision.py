@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from .errors import UserError, unknown
-from .hardware import ACCELERATE_NAMES
+from .hardware import ACCELERATE_NAMES, best_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
@@ -78,8 +78,7 @@ def refuse_emulated(what: str, device_type: str, dtype: torch.dtype, mend: str) 
 
 def device_of(args) -> str:
     """The type of device that TrainingArguments will choose, without choosing it."""
-    accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+    return "cpu" if args.use_cpu else best_device().type
 
 
 def choose(args) -> tuple[str, str]:

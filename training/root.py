@@ -51,7 +51,7 @@ def move_in(aside: Path, root: Path, step: int, leave_out: tuple[str, ...] = ())
 
 
 def verify(directory: Path) -> None:
-    """Refuse weights that are not what Acorn wrote there; of other files that were changed it is said.
+    """Refuse weights that are not what Acorn wrote there; changes of other files are reported.
 
     Directories without a manifest are taken as they are. The state of a checkpoint is `damage`'s business.
     """

@@ -89,9 +89,9 @@ def corpus_of_run(recipe: Recipe, run_dir: Path) -> Corpus:
 
 
 def by_the_first(args, work: Callable[[], T]) -> T:
-    """What `work` opens or prepares, in every process: once one has prepared a corpus, the others take its word for it.
+    """What `work` opens or prepares, in every process; the others load the corpus that the first one has prepared.
 
-    They would hash all of the text again, else. Chats and pairs, which lie nowhere prepared, each process reads.
+    Otherwise each would hash all of the text again. Chats and pairs, which are stored nowhere, each process reads.
     """
     return one_process_first(args, work, "prepare", word=whereabouts, take=corpus_at)
 
@@ -131,7 +131,7 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
 def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> bool:
     """Make the run directory this run's: what it is grown from, and nothing that only a later part of it may say.
 
-    Returns whether the best model of the course that goes on is there no more.
+    Returns whether the best model of the course that goes on is gone.
     """
     args, run_dir = trainer.args, Path(trainer.args.output_dir)
     mend_metrics(run_dir, -1 if checkpoint is None else step_of(Path(checkpoint)))

@@ -38,7 +38,7 @@ def is_streamed(data) -> bool:
 
 
 def refuse_stream_options(data) -> None:
-    """Refuse, where text is prepared, what only a stream would heed."""
+    """Refuse, where text is prepared, what only a stream would read."""
     if data.validation_characters is not None:
         why = "is for --streaming without --data_dir; prepared text is split by validation_fraction"
         raise UserError(f"validation_characters={data.validation_characters}: {why}")
