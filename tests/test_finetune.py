@@ -119,8 +119,10 @@ def test_stopped_between_before_and_first_checkpoint_it_begins_again(folder, tun
     run.mkdir()
     for name in ("recipe.yaml", "finetune.json"):
         shutil.copy(tuned / name, run)
+    (run / ".finetune.json.123.tmp").write_text("half", encoding="utf-8")
     go_on(run)
     assert losses(run) == losses(tuned)
+    assert not list(run.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full", pytest.param("pissa", marks=pytest.mark.slow)])

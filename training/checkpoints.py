@@ -20,7 +20,9 @@ SAVING, REPLACED, REMOVING = ".saving-", ".replaced-", ".removing-"
 # What is read of a checkpoint that a run goes on from, beside JSON; training_args.bin is written and never read.
 STATE_FILES = ("*.safetensors", "*.pt", "*.pth", "optimizer*.bin", "pytorch_model*.bin", "adapter_model.bin")
 # The files of a run that write_whole makes, under another name first.
-WRITTEN_WHOLE = ("recipe.yaml", "inputs.json", "metrics.jsonl", "loss.png", "sample.txt", "README.md", "manifest.json")
+WRITTEN_WHOLE = """
+recipe.yaml inputs.json finetune.json metrics.jsonl loss.png sample.txt README.md manifest.json
+""".split()
 
 
 def step_of(checkpoint: Path) -> int:
