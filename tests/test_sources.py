@@ -241,6 +241,9 @@ BAD_ROWS = {
     ("changes", "message"),
     [
         ({}, "no text: name a source, such as --text_files FILE, or --dataset python-stdlib"),
+        ({"text_files": ["a"], "text_column": "body"}, "text_column='body': has no effect on text_files; leave it out"),
+        ({"data_files": ["a"], "dataset_split": "dev"}, "dataset_split='dev': has no effect on data_files"),
+        ({"dataset": "python-stdlib", "dataset_config": "x"}, "dataset_config='x': has no effect on python-stdlib"),
         ({"text_files": ["a"], "data_files": ["b"]}, "text_files and data_files: two sources at once; name one"),
         ({"text_files": ["none.txt"]}, "text_files='none.txt': there is no such file; check the path"),
         ({"text_files": ["*.nothing"]}, "text_files='*.nothing': the pattern matches no file; check it"),

@@ -37,6 +37,12 @@ SOURCE_DEFAULTS = {
     "text_files": None,
     "data_files": None,
 }
+# What only some kinds of source read: the kinds, and the defaults, evaluation's among them.
+READ_BY = {
+    "dataset_config": (("dataset",), (None,)),
+    "dataset_split": (("dataset",), ("train", "test")),
+    "text_column": (("dataset", "data_files"), ("text",)),
+}
 
 
 class Document(NamedTuple):
@@ -130,6 +136,11 @@ def source_kind(data) -> str:
         raise UserError(
             f"dataset={public_name(data.dataset)!r}: is a web address; give it to --text_files or --data_files"
         )
+    for name, (kinds, defaults) in READ_BY.items():
+        value = getattr(data, name, defaults[0])
+        if named[0] not in kinds and value not in defaults:
+            where = "put it into the entries of mixture" if named[0] == "mixture" else "leave it out"
+            raise UserError(f"{name}={value!r}: has no effect on {named[0]}; {where}")
     return named[0]
 
 
