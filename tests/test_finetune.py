@@ -216,7 +216,7 @@ def test_help_names_every_adapter_and_flag(capsys) -> None:
         (["gpt2", *TEXT, "--target_modules", "c_atn"], "there are c_attn, c_fc, c_proj"),
         (["gpt2", *TEXT, "--block_size", "65"], "the model's context, 64"),
         (["gpt2", *TEXT, "--adapter", "prompt", "--block_size", "64"], "the model's context, 44"),
-        (["gpt2", *TEXT, "--data_format", "chats"], "data_format='chats'"),
+        (["gpt2", *TEXT, "--data_format", "chats"], "unknown data_format 'chats'"),
         (["gpt2", *TEXT, "--data_format", "pairs"], "pairs come from --data_files"),
         (["gpt2", *TEXT, "--data_format", "chat"], "begins with User:"),
         (["gpt2", *TEXT, "--per_device_train_batch_size", "100000000"], "per_device_train_batch_size=100000000"),
