@@ -1,6 +1,7 @@
 """Every adapter goes on every base, trains only what it should, is saved, loaded and merged to equal logits."""
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -91,6 +92,14 @@ def test_few_parameters_are_trained_and_all_of_them_learn(base, name: str) -> No
     # of a fresh LoRA, A gets no gradient through the zero B, but it has one
     assert [key for key, gradient in gradients.items() if gradient is None] == []
     assert [key for key, p in adapted.named_parameters() if not p.requires_grad and p.grad is not None] == []
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_virtual_tokens_come_without_a_warning(name: str) -> None:
+    model = moved(attach(stock_model(), arguments(name), "base"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "lora", "ia3"])

@@ -1,6 +1,7 @@
 """A causal LM, or an adapter on its base, from a run directory, a checkpoint, a model directory or a Hub id."""
 
 import hashlib
+import inspect
 import json
 import warnings
 from collections.abc import Iterator
@@ -196,12 +197,16 @@ def make_room_for_tokens(base, directory: Path) -> None:
 
 
 def with_cache_names(adapted):
-    """The same PeftModel, whose virtual tokens find the cache by its new name.
+    """The same PeftModel, whose virtual tokens reach the base, and find the cache, by the cache's new name.
 
     PEFT 0.21 knows the one of before transformers 5.24 alone; this goes when a later PEFT knows both.
     """
     if CACHE_NAME == "past_key_values" or not adapted.active_peft_config.is_prompt_learning:
         return adapted
+    if CACHE_NAME in inspect.signature(adapted.base_model.forward).parameters:
+        adapted.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, _renamed(kwargs, "past_key_values", CACHE_NAME)), with_kwargs=True
+        )
     base, whole = adapted.base_model_prepare_inputs_for_generation, adapted.prepare_inputs_for_generation
 
     def prepare(*args, **kwargs):
