@@ -18,7 +18,7 @@ TORCH := torch
 help:  ## show this list
 	@echo "Acorn: plant a text, grow a GPT."
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 	@echo
 	@echo "Type next:  make quickstart"
 
