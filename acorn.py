@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from training.errors import run_main, unknown
+from training.system.errors import run_main, unknown
 
 __version__ = "0.1.0"
 

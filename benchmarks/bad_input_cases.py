@@ -88,7 +88,7 @@ def values_of(hint) -> tuple[list[str], list[str]]:
 def field_cases() -> Iterator[Case]:
     """Each field of pretraining and finetuning, with each value of its type."""
     from finetune.arguments import FinetuneRecipe
-    from training.recipe import Recipe, known_keys
+    from training.config.recipe import Recipe, known_keys
 
     for base, kind, sections in (
         (PRETRAIN, Recipe, ("data", "training", "model", "sample", "card")),

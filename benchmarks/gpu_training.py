@@ -19,7 +19,7 @@ from benchmarks import placement as placing
 from modeling import GPTConfig, GPTForCausalLM
 from modeling.presets import PRESETS
 from tests.variants import VARIANTS, tiny_config
-from training.hardware import flops_per_token, known_gpu
+from training.model.hardware import flops_per_token, known_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def rows_at_once(device: str) -> int:
 def arguments(device: str, **flags):
     """GPTTrainingArguments that neither evaluate nor save, in a folder of their own."""
     stand_in_for_metrics()
-    from training.arguments import GPTTrainingArguments
+    from training.config.arguments import GPTTrainingArguments
 
     defaults = {
         "per_device_train_batch_size": rows_at_once(device),
@@ -57,14 +57,14 @@ def arguments(device: str, **flags):
 
 def stand_in_for_metrics() -> None:
     """Let training be imported where `evaluate` or `datasets` is missing: the loss alone is measured then."""
-    if "training.metrics" in sys.modules or all(map(importlib.util.find_spec, ("evaluate", "datasets"))):
+    if "training.loop.metrics" in sys.modules or all(map(importlib.util.find_spec, ("evaluate", "datasets"))):
         return
-    module = ModuleType("training.metrics")
+    module = ModuleType("training.loop.metrics")
     module.language_metrics = lambda nats, right, tokens, num_bytes: {
         "loss": sum(nats) / sum(tokens),
         "bits_per_byte": sum(nats) / num_bytes,
     }
-    sys.modules["training.metrics"] = module
+    sys.modules["training.loop.metrics"] = module
 
 
 class Drawn(SimpleNamespace):
@@ -79,7 +79,7 @@ class Drawn(SimpleNamespace):
         self.manifest = {"splits": {"validation": {"bytes": 4 * length // 10}}}
 
     def tokens(self, split: str):
-        from training.dataset import TokenArray
+        from training.data.dataset import TokenArray
 
         return TokenArray(self.ids[: len(self.ids) // 10] if split == "validation" else self.ids)
 
@@ -88,7 +88,7 @@ class Drawn(SimpleNamespace):
 def trained(device: str, **flags) -> Iterator[tuple]:
     """(trainer, losses by step, seconds since the middle step) of a run of Acorn's own loop."""
     args = arguments(device, logging_steps=1, **flags)
-    from training.trainer import GPTTrainer
+    from training.loop.trainer import GPTTrainer
 
     torch.manual_seed(0)
     config = GPTConfig(**sizes(device))
@@ -162,7 +162,7 @@ def fsdp(device: str) -> dict:
 
 def optimizers(device: str) -> dict:
     """Two steps of each optimizer, and what their states lie on."""
-    from training.optimizers import OPTIMIZERS, build_optimizer
+    from training.model.optimizers import OPTIMIZERS, build_optimizer
 
     args, strays = arguments(device, max_steps=2), {}
     for name in OPTIMIZERS:
@@ -188,7 +188,7 @@ def adapted(device: str, adapter: str) -> dict:
     from finetune.adapters import attach, quantization
     from finetune.arguments import AdapterArguments
     from finetune.trainer import FinetuneTrainer
-    from training.loading import load_causal_lm
+    from training.model.loading import load_causal_lm
 
     config = GPTConfig(**sizes(device))
     torch.manual_seed(0)

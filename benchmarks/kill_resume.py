@@ -31,10 +31,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from training.callbacks import read_metrics
-from training.checkpoints import damage, list_checkpoints
-from training.errors import run_main
-from training.tokenizers import build_tokenizer
+from training.data.tokenizers import build_tokenizer
+from training.loop.callbacks import read_metrics
+from training.system.checkpoints import damage, list_checkpoints
+from training.system.errors import run_main
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

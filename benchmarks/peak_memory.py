@@ -10,11 +10,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from modeling import GPTForCausalLM
+from training.config.recipe import load_recipe
 from training.costs import config_of, estimate_recipe
-from training.dataset import EvaluationRows, TokenArray
-from training.evaluation import evaluate_rows
-from training.optimizers import build_optimizer
-from training.recipe import load_recipe
+from training.data.dataset import EvaluationRows, TokenArray
+from training.loop.evaluation import evaluate_rows
+from training.model.optimizers import build_optimizer
 
 
 def resident(kind: str) -> int:

@@ -228,7 +228,7 @@ def batches(folder: Path, limit: int):
 
 def ranks(hf) -> dict[bytes, int]:
     """Each token of a byte-level BPE as bytes, and its id, which is the rank of its merge."""
-    from training.tokenizers import BYTE_VOCABULARY
+    from training.data.tokenizers import BYTE_VOCABULARY
 
     vocabulary = hf.backend_tokenizer.get_vocab(with_added_tokens=False)
     return {

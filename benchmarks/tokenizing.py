@@ -21,9 +21,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from training.fast_bpe import fast_bpe
-from training.sources import SOURCE_DEFAULTS, documents
-from training.tokenizers import BYTE_VOCABULARY, encode_documents, load_tokenizer
+from training.data.fast_bpe import fast_bpe
+from training.data.sources import SOURCE_DEFAULTS, documents
+from training.data.tokenizers import BYTE_VOCABULARY, encode_documents, load_tokenizer
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
 

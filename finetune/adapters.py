@@ -22,9 +22,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from training.errors import UserError, one_line
-from training.loading import with_cache_names, without_warnings
-from training.precision import DTYPES
+from training.model.loading import with_cache_names, without_warnings
+from training.model.precision import DTYPES
+from training.system.errors import UserError, one_line
 
 # (names of what is adapted, those of them that are the MLP's) for IA3: keys, values and the MLP's second layer.
 IA3_NAMES = (

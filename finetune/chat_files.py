@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from training.compression import DAMAGED, damaged, open_bytes
-from training.errors import UserError
-from training.reading import leave_out, leave_row_out
-from training.rows import Row
-from training.tables import rows_of_data_files, rows_of_dataset
-from training.text_files import find_text_files, read_parts
+from training.data.compression import DAMAGED, damaged, open_bytes
+from training.data.reading import leave_out, leave_row_out
+from training.data.rows import Row
+from training.data.tables import rows_of_data_files, rows_of_dataset
+from training.data.text_files import find_text_files, read_parts
+from training.system.errors import UserError
 
 SPEAKER = re.compile(r"^(System|User|Assistant):[ \t]?(.*)$", re.DOTALL)
 SEPARATOR = re.compile(r"^(-{3,}|={3,}|\*{3,})\s*$")

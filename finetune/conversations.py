@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.errors import UserError, one_line
-from training.reading import say_once
-from training.tokenizers import begin_ids, encode_documents, encode_prompt, encode_spelled
+from training.data.reading import say_once
+from training.data.tokenizers import begin_ids, encode_documents, encode_prompt, encode_spelled
+from training.system.errors import UserError, one_line
 
 from .chat_files import Conversation, Pair
 

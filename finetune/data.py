@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from training.corpus import Corpus, load_corpus, prepare
-from training.errors import UserError
-from training.hashes import digest
-from training.inputs import Inputs
-from training.reading import say, told
-from training.sources import unit_hash
-from training.splitting import check_split_options
-from training.tokenizers import Rendered
+from training.data.corpus import Corpus, load_corpus, prepare
+from training.data.inputs import Inputs
+from training.data.reading import say, told
+from training.data.sources import unit_hash
+from training.data.splitting import check_split_options
+from training.data.tokenizers import Rendered
+from training.system.errors import UserError
+from training.system.hashes import digest
 
 from .chat_files import Conversation, Pair, find_format, read_conversations, read_pairs
 from .conversations import Example, encode_conversation, encode_pair, render, with_template

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from training.errors import run_main
+from training.config.recipe import load_run_recipe
 from training.measuring import measure, window_of
-from training.recipe import load_run_recipe
+from training.system.errors import run_main
 
 from .arguments import FinetuneRecipe
 from .data import Examples, read_data

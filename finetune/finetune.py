@@ -2,9 +2,9 @@
 
 import sys
 
-from training.agreement import first_decides
-from training.errors import UserError, quiet_libraries, run_main
-from training.files import refuse_used
+from training.system.agreement import first_decides
+from training.system.errors import UserError, quiet_libraries, run_main
+from training.system.files import refuse_used
 
 from .arguments import load_finetune_recipe
 from .conversations import preview

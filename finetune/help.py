@@ -1,6 +1,6 @@
 """`acorn finetune --help`: what it takes, the adapters, the flags, and examples."""
 
-from training.help import _fields as fields_help
+from training.config.help import _fields as fields_help
 
 from .adapters import ADAPTERS
 from .arguments import (

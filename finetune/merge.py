@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
-from training.files import new_directory
-from training.hardware import context_of, text_config
-from training.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
-from training.model_card import CardFacts, write_card
-from training.shell import shell
-from training.tokenizers import load_tokenizer
+from training.data.tokenizers import load_tokenizer
+from training.model.hardware import context_of, text_config
+from training.model.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
+from training.share.model_card import CardFacts, write_card
+from training.system.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
+from training.system.files import new_directory
+from training.system.shell import shell
 
 EPILOG = """examples:
   acorn merge runs/gpt2-lora my-gpt2

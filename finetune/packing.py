@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from training.corpus import Corpus
-from training.dataset import IGNORED, EvaluationRows, Rows, shuffled_starts
-from training.errors import UserError
+from training.data.corpus import Corpus
+from training.data.dataset import IGNORED, EvaluationRows, Rows, shuffled_starts
+from training.system.errors import UserError
 
 from .conversations import Example
 

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from training.errors import UserError
-from training.hardware import text_config
-from training.processes import shares_weights_out
+from training.model.hardware import text_config
+from training.system.errors import UserError
+from training.system.processes import shares_weights_out
 
 TOKENS = 8  # in each of two documents
 

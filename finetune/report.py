@@ -4,12 +4,12 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from training.callbacks import read_metrics
-from training.files import write_whole
-from training.loading import load_config
-from training.model_card import CardFacts, write_card
-from training.report import data_section, draw_losses, metrics_of, sources_of
-from training.shell import shell
+from training.loop.callbacks import read_metrics
+from training.model.loading import load_config
+from training.share.model_card import CardFacts, write_card
+from training.share.report import data_section, draw_losses, metrics_of, sources_of
+from training.system.files import write_whole
+from training.system.shell import shell
 
 from .data import Examples
 

@@ -3,7 +3,7 @@
 import sys
 
 from training.continuing import read_run, refuse_fixed, taken_up
-from training.errors import quiet_libraries, run_main
+from training.system.errors import quiet_libraries, run_main
 
 from .arguments import FinetuneRecipe
 from .run import prepare_data, run

@@ -9,16 +9,12 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from training.agreement import first_decides
-from training.callbacks import read_metrics
-from training.checkpoints import refuse_finished
-from training.choices import check_attention
-from training.errors import UserError
-from training.files import read_json, write_whole
+from training.config.choices import check_attention
+from training.data.inputs import refuse_other_inputs
 from training.fits import refuse_large_batch
-from training.hardware import context_of, peak_memory
-from training.inputs import refuse_other_inputs
-from training.loading import (
+from training.loop.callbacks import read_metrics
+from training.model.hardware import context_of, peak_memory
+from training.model.loading import (
     fingerprint,
     in_native_dtype,
     load_adapter,
@@ -27,11 +23,15 @@ from training.loading import (
     load_model_tokenizer,
     refuse_emulated_dtype,
 )
-from training.lock import claimed
-from training.precision import trained_in
-from training.processes import leave
+from training.model.precision import trained_in
+from training.model.sampling import prompt_tensor, sample_text
 from training.run import begin, by_the_first, train
-from training.sampling import prompt_tensor, sample_text
+from training.system.agreement import first_decides
+from training.system.checkpoints import refuse_finished
+from training.system.errors import UserError
+from training.system.files import read_json, write_whole
+from training.system.lock import claimed
+from training.system.processes import leave
 
 from .adapters import attach, count_parameters, quantization, virtual_tokens
 from .arguments import FinetuneRecipe

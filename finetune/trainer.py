@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from modeling.loss import causal_lm_loss
-from training.arguments import GPTTrainingArguments
-from training.corpus import Corpus
-from training.dataset import IGNORED
-from training.errors import UserError
-from training.inputs import Inputs
-from training.loading import OUR_TYPES, record_base, without_warnings
-from training.trainer import GPTTrainer
+from training.config.arguments import GPTTrainingArguments
+from training.data.corpus import Corpus
+from training.data.dataset import IGNORED
+from training.data.inputs import Inputs
+from training.loop.trainer import GPTTrainer
+from training.model.loading import OUR_TYPES, record_base, without_warnings
+from training.system.errors import UserError
 
 from .adapters import build_loraplus, count_parameters
 from .packing import ExampleRows, SeparatedRows, documents_in, held_out_rows

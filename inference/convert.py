@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from training.errors import FlagParser, UserError, quiet_libraries, run_main
-from training.files import new_directory
-from training.shell import shell
+from training.system.errors import FlagParser, UserError, quiet_libraries, run_main
+from training.system.files import new_directory
+from training.system.shell import shell
 
 from .formats import FORMATS
 from .formats.base import Format, Source, open_source

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from training.corpus import Corpus
-from training.dataset import EvaluationRows
-from training.errors import UserError, run_main
+from training.config.recipe import load_run_recipe
+from training.data.corpus import Corpus
+from training.data.dataset import EvaluationRows
+from training.data.tokenizers import read_alike
 from training.measuring import measure, window_of
-from training.recipe import load_run_recipe
 from training.run import corpus_of_run
-from training.tokenizers import read_alike
+from training.system.errors import UserError, run_main
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from training.errors import FlagParser, UserError, quiet_libraries, run_main
-from training.hardware import best_device
-from training.loading import load_model_and_tokenizer, refuse_emulated_dtype
-from training.ranges import check_numbers
-from training.sampling import (
+from training.config.ranges import check_numbers
+from training.model.hardware import best_device
+from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
+from training.model.sampling import (
     TextPrinter,
     context_left,
     continuations,
@@ -19,6 +18,7 @@ from training.sampling import (
     prompt_tensor,
     sampling_arguments,
 )
+from training.system.errors import FlagParser, UserError, quiet_libraries, run_main
 
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("

@@ -6,8 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError
 
-from training.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
-from training.hub import (
+from training.share.hub import (
     HUB_ERRORS,
     NO_TOKEN,
     check_repo_id,
@@ -16,11 +15,12 @@ from training.hub import (
     send,
     total_size,
 )
-from training.model_card import NOT_CHOSEN, check_license, model_card
-from training.report import facts_of
-from training.root import verify
-from training.shell import shell
-from training.uploads import Upload, is_own_file, refuse_no_model, sort_files
+from training.share.model_card import NOT_CHOSEN, check_license, model_card
+from training.share.report import facts_of
+from training.share.uploads import Upload, is_own_file, refuse_no_model, sort_files
+from training.system.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
+from training.system.root import verify
+from training.system.shell import shell
 
 EPILOG = """examples:
   acorn push runs/quickstart me/my-gpt --dry_run                what would go up, and why; needs no network

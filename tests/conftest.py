@@ -15,7 +15,7 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from training import reading  # noqa: E402
+from training.data import reading  # noqa: E402
 
 from . import variants  # noqa: E402
 

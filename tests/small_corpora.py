@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training import preparation, splitting, text_files, workers
-from training.arguments import DataArguments
-from training.corpus import load_corpus, prepare
+from training.config.arguments import DataArguments
+from training.data import preparation, splitting, text_files, workers
+from training.data.corpus import load_corpus, prepare
 
 from .tiny_runs import contents
 

@@ -17,7 +17,7 @@ from finetune.adapters import (
     quantization,
 )
 from finetune.arguments import AdapterArguments, FinetuneTrainingArguments
-from training.errors import UserError
+from training.system.errors import UserError
 
 from .tiny_bases import BASES, our_model, stock_model
 

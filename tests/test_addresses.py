@@ -2,11 +2,11 @@
 
 import pytest
 
-from training.addresses import each_text, public_name, public_text
+from training.config.recipe import Recipe, load_recipe_file
 from training.continuing import give_addresses_again
-from training.errors import UserError
-from training.recipe import Recipe, load_recipe_file
-from training.report import sources_of
+from training.share.report import sources_of
+from training.system.addresses import each_text, public_name, public_text
+from training.system.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,10 @@ def test_texts_errors_and_commands_lose_it_too() -> None:
 
 def test_an_error_of_a_data_loaders_worker_is_its_one_line() -> None:
     told = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
-    assert str(UserError(f"{told}training.errors.UserError: a.bin: was 4 bytes long\n")) == "a.bin: was 4 bytes long"
+    assert (
+        str(UserError(f"{told}training.system.errors.UserError: a.bin: was 4 bytes long\n"))
+        == "a.bin: was 4 bytes long"
+    )
 
 
 def test_a_saved_recipe_has_no_secrets_and_the_one_at_hand_keeps_them(tmp_path) -> None:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from inference import evaluate, generate
 from training import pretrain, resume
-from training.callbacks import read_metrics
-from training.checkpoints import damage
-from training.errors import run_main
+from training.loop.callbacks import read_metrics
+from training.system.checkpoints import damage
+from training.system.errors import run_main
 
 from .tiny_runs import TEXT, checkpoints, contents, go_on, grow, refused, tiny_argv, weights, write_text
 

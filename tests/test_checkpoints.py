@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as safetensors_bytes
 
 from training import resume
-from training.callbacks import ROW, append_metrics, mend_metrics, read_metrics
-from training.checkpoints import (
+from training.loop.callbacks import ROW, append_metrics, mend_metrics, read_metrics
+from training.system.checkpoints import (
     MANIFEST,
     STATE,
     damage,
@@ -25,7 +25,7 @@ from training.checkpoints import (
     sweep,
     write_beside,
 )
-from training.errors import UserError
+from training.system.errors import UserError
 
 from .foreign import Trap
 from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights
@@ -125,7 +125,9 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path) -> None:
 def test_an_error_while_sealing_leaves_what_was_there(tmp_path, monkeypatch) -> None:
     make_checkpoint(tmp_path, 4)
     before, aside = contents(tmp_path), tmp_path / ".saving-checkpoint-8"
-    monkeypatch.setattr("training.checkpoints.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        "training.system.checkpoints.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     with pytest.raises(OSError, match="No space"):
         write_beside(
             aside, lambda: (aside / "a").write_bytes(b"a"), lambda: seal(aside, tmp_path / "checkpoint-8"), ALONE
@@ -135,13 +137,15 @@ def test_an_error_while_sealing_leaves_what_was_there(tmp_path, monkeypatch) -> 
 
 def test_the_manifest_is_written_when_all_else_is_on_the_disk(tmp_path, monkeypatch) -> None:
     synced = []
-    monkeypatch.setattr("training.checkpoints.sync", lambda path: synced.append((path.name, aside.exists())))
+    monkeypatch.setattr("training.system.checkpoints.sync", lambda path: synced.append((path.name, aside.exists())))
     aside = tmp_path / ".saving-checkpoint-4"
     aside.mkdir()
     for name in ("a", "b"):
         (aside / name).write_bytes(b"content")
     written = []
-    monkeypatch.setattr("training.checkpoints.write_whole", lambda path, text: written.append((path.name, len(synced))))
+    monkeypatch.setattr(
+        "training.system.checkpoints.write_whole", lambda path, text: written.append((path.name, len(synced)))
+    )
     seal(aside, tmp_path / "checkpoint-4")
     assert written == [(MANIFEST, 2)]
     assert {name for name, _ in synced[:2]} == {"a", "b"}

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import acorn
-from training import errors, list_recipes
-from training.errors import UserError, is_disk_full, run_main, unknown
+from training import list_recipes
+from training.system import errors
+from training.system.errors import UserError, is_disk_full, run_main, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(list_recipes.RECIPES.glob("*.yaml"))
@@ -194,7 +195,7 @@ def test_what_the_system_refuses_is_one_line(capsys) -> None:
 def test_streams_that_cannot_be_written(tmp_path, streams: str, code: int, said: str) -> None:
     """Closed, full, and with an alphabet that lacks a dash; no file of the run is opened in their place."""
     program = (
-        "from training.errors import run_main\n"
+        "from training.system.errors import run_main\n"
         "def main(argv):\n    open('file', 'w').close()\n"
         "    print('–', flush=True)\n    open('file', 'a').write('mine')\n"
         "run_main(main)"
@@ -214,7 +215,7 @@ def test_only_the_first_process_speaks(monkeypatch, capsys) -> None:
 
 
 def test_a_reader_that_went_away_is_quiet() -> None:
-    code = "import sys; from training.errors import run_main; run_main(lambda _: print('x' * 1_000_000), [])"
+    code = "import sys; from training.system.errors import run_main; run_main(lambda _: print('x' * 1_000_000), [])"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.close()
     assert (child.stderr.read(), child.wait(timeout=60)) == (b"", 1)

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling import PRESETS, GPTConfig, GPTForCausalLM
-from training.loading import load_config
+from training.model.loading import load_config
 
 from .variants import VARIANTS, tiny_config
 

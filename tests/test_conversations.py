@@ -26,8 +26,8 @@ from finetune.conversations import (
     preview,
     with_template,
 )
-from training.errors import UserError
-from training.tokenizers import build_tokenizer, tokenizer_hash
+from training.data.tokenizers import build_tokenizer, tokenizer_hash
+from training.system.errors import UserError
 
 from .chat_fixture import CHATML, chat_text, many_conversations
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inference import convert, evaluate, generate
 from inference.formats import FORMATS
 from modeling import GPTForCausalLM
-from training.tokenizers import build_tokenizer, encode_documents
+from training.data.tokenizers import build_tokenizer, encode_documents
 
 from .foreign import CHARACTERS, TEXT, RotaryReference, Trap, nanogpt_of, stock_gpt2, write_checkpoint, write_meta
 from .tiny_runs import contents, refused

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from training import corpus as corpus_module
 from training import prepare as prepare_main
-from training.arguments import DataArguments
-from training.corpus import load_corpus, prepare
-from training.errors import UserError
-from training.recipe import load_recipe
-from training.sources import SOURCE_DEFAULTS
-from training.tokenizers import build_tokenizer
+from training.config.arguments import DataArguments
+from training.config.recipe import load_recipe
+from training.data import corpus as corpus_module
+from training.data.corpus import load_corpus, prepare
+from training.data.sources import SOURCE_DEFAULTS
+from training.data.tokenizers import build_tokenizer
+from training.system.errors import UserError
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared/data/tinyshakespeare.txt"
 DEFAULTS = {

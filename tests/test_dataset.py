@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from training.dataset import (
+from training.data.dataset import (
     SAMPLERS,
     EvaluationRows,
     ShardWriter,
@@ -16,7 +16,7 @@ from training.dataset import (
     collate_rows,
     permuted,
 )
-from training.errors import UserError
+from training.system.errors import UserError
 
 
 def shards(folder, length: int, shard_size: int = 7) -> TokenShards:

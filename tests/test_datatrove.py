@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from training import pretrain, resume
-from training.arguments import DataArguments
-from training.datatrove_tokens import holds_datatrove, load_datatrove, read_token_file
-from training.errors import UserError
-from training.tokenizers import build_tokenizer, encode_documents
+from training.config.arguments import DataArguments
+from training.data.datatrove_tokens import holds_datatrove, load_datatrove, read_token_file
+from training.data.tokenizers import build_tokenizer, encode_documents
+from training.system.errors import UserError
 
 from .tiny_runs import TEXT, checkpoints, latest, metrics, refused, same_weights, tiny_argv
 

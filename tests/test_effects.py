@@ -8,8 +8,8 @@ from shlex import split as words
 import pytest
 import torch
 
-from training.checkpoints import STATE
-from training.fields import TAKES_EFFECT
+from training.config.fields import TAKES_EFFECT
+from training.system.checkpoints import STATE
 
 from .tiny_runs import checkpoints, grow, metrics, same_weights
 

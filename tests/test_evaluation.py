@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from finetune.packing import Example, ExampleRows
-from training import chunked_logits
-from training.dataset import IGNORED
-from training.evaluation import evaluate_rows
+from training.data.dataset import IGNORED
+from training.loop import chunked_logits
+from training.loop.evaluation import evaluate_rows
 
 from .tiny_bases import CONTEXT, VOCABULARY, our_model, stock_model
 from .variants import randomize

@@ -9,14 +9,14 @@ from transformers import TrainingArguments
 
 from finetune.arguments import FinetuneDataArguments, FinetuneTrainingArguments
 from training import pretrain
-from training.arguments import GPTTrainingArguments
-from training.choices import CHOICES, NEEDS, RISING
-from training.errors import UserError
-from training.fields import REFUSED, TAKES_EFFECT, TRANSFORMERS
-from training.metrics import METRICS
-from training.optimizers import build_optimizer
-from training.ranges import RANGES
-from training.recipe import load_recipe, load_run_recipe
+from training.config.arguments import GPTTrainingArguments
+from training.config.choices import CHOICES, NEEDS, RISING
+from training.config.fields import REFUSED, TAKES_EFFECT, TRANSFORMERS
+from training.config.ranges import RANGES
+from training.config.recipe import load_recipe, load_run_recipe
+from training.loop.metrics import METRICS
+from training.model.optimizers import build_optimizer
+from training.system.errors import UserError
 
 from .tiny_runs import checkpoints, grow, metrics, refused, same_weights, tiny_argv, write_text
 

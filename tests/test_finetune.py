@@ -15,11 +15,11 @@ from finetune import finetune, resume
 from finetune.adapters import ADAPTERS
 from finetune.arguments import FinetuneRecipe
 from training import resume as pretraining_resume
-from training.callbacks import read_metrics
-from training.errors import UserError
-from training.loading import load_model_and_tokenizer
-from training.recipe import load_recipe_file
-from training.tokenizers import build_tokenizer
+from training.config.recipe import load_recipe_file
+from training.data.tokenizers import build_tokenizer
+from training.loop.callbacks import read_metrics
+from training.model.loading import load_model_and_tokenizer
+from training.system.errors import UserError
 
 from .tiny_bases import TINY, save, stock_model
 from .tiny_finetunes import CHAT, PAIRS, TEXT, facts, go_on, make_place, tune

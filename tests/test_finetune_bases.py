@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from training.errors import UserError
-from training.loading import load_model_and_tokenizer
+from training.model.loading import load_model_and_tokenizer
+from training.system.errors import UserError
 
 from .tiny_bases import save, stock_model
 from .tiny_finetunes import CHAT, PAIRS, TEXT, facts, go_on, make_place, tune

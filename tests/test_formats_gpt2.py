@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from inference.formats import FORMATS
 from inference.formats.base import Loaded, open_source
 from modeling import GPTForCausalLM
-from training.errors import UserError
+from training.system.errors import UserError
 
 from .foreign import stock_gpt2
 from .variants import VARIANTS, random_model, tiny_config

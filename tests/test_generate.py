@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import evaluate, generate
-from training.dataset import EvaluationRows, TokenArray
-from training.evaluation import evaluate_rows
-from training.loading import load_causal_lm
-from training.metrics import METRICS, language_metrics
-from training.sampling import continue_ids
-from training.tokenizers import encode_prompt
+from training.data.dataset import EvaluationRows, TokenArray
+from training.data.tokenizers import encode_prompt
+from training.loop.evaluation import evaluate_rows
+from training.loop.metrics import METRICS, language_metrics
+from training.model.loading import load_causal_lm
+from training.model.sampling import continue_ids
 
 from .tiny_runs import BATCH, CONTEXT, grow, metrics, refused, write_text
 

@@ -107,7 +107,7 @@ def test_modeling_is_flat() -> None:
     ("path", "line"),
     [
         ("modeling/a.py", "import numpy"),
-        ("modeling/a.py", "from training.errors import UserError"),
+        ("modeling/a.py", "from training.system.errors import UserError"),
         ("modeling/a.py", "from . import positions"),
         ("modeling/a.py", "from ..training import errors"),
         ("modeling/a.py", "from modeling.positions import POSITIONS"),
@@ -131,10 +131,13 @@ def test_the_rule_catches(path: str, line: str) -> None:
     ("path", "line"),
     [
         ("modeling/a.py", "import math, torch.nn\nfrom transformers import Cache\nfrom .positions import POSITIONS"),
-        ("training/a.py", "import datasets\nfrom modeling.presets import PRESETS\nfrom training.errors import unknown"),
+        (
+            "training/a.py",
+            "import datasets\nfrom modeling.presets import PRESETS\nfrom training.system.errors import unknown",
+        ),
         ("training/a.py", "import evaluate, tokenizers"),
-        ("inference/a.py", "from training.metrics import perplexity\nfrom modeling import GPTForCausalLM"),
-        ("finetune/a.py", "import peft\nfrom training.trainer import GPTTrainer"),
+        ("inference/a.py", "from training.loop.metrics import perplexity\nfrom modeling import GPTForCausalLM"),
+        ("finetune/a.py", "import peft\nfrom training.loop.trainer import GPTTrainer"),
     ],
 )
 def test_the_rule_allows(path: str, line: str) -> None:

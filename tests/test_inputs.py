@@ -10,8 +10,8 @@ from tokenizers.processors import TemplateProcessing
 
 from inference import evaluate
 from training import pretrain, resume
-from training.inputs import text_digest
-from training.tokenizers import add_nothing, build_tokenizer, encoding_hash
+from training.data.inputs import text_digest
+from training.data.tokenizers import add_nothing, build_tokenizer, encoding_hash
 
 from .tiny_runs import TEXT, contents, grow, refused, same_weights, tiny_argv, write_text
 

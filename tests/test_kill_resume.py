@@ -17,9 +17,9 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from benchmarks import kill_resume
-from training.callbacks import read_metrics
-from training.checkpoints import damage
-from training.trainer import StepSampler
+from training.data.dataset import StepSampler
+from training.loop.callbacks import read_metrics
+from training.system.checkpoints import damage
 
 from .test_resume import back_to, rows
 from .tiny_runs import checkpoints, grow, metrics, same_weights, tiny_argv, weights, write_text

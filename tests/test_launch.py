@@ -12,12 +12,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling import GPTForCausalLM
 from training import pretrain, run
-from training.arguments import DataArguments, GPTTrainingArguments, fitting_micro_batches
-from training.corpus import corpus_at, prepare, whereabouts
-from training.errors import UserError
-from training.processes import check_launch, check_partitions, check_writer
+from training.config.arguments import DataArguments, GPTTrainingArguments, fitting_micro_batches
+from training.data.corpus import corpus_at, prepare, whereabouts
+from training.loop.trainer import GPTTrainer
 from training.run import empty_model
-from training.trainer import GPTTrainer
+from training.system.errors import UserError
+from training.system.processes import check_launch, check_partitions, check_writer
 
 from .tiny_runs import grow, metrics, tiny_argv, write_text
 from .two_processes import ROOT, as_launched, launch

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import acorn
-from training import chunked_logits
-from training.callbacks import ConsoleTable
+from training.loop import chunked_logits
+from training.loop.callbacks import ConsoleTable
 
 from .test_hub_copy import run_without_acorn
 from .tiny_bases import TINY, our_model, save

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from training import pretrain, resume
-from training.errors import UserError
-from training.lock import HOLDER, LOCK, claimed, locked
+from training.system.errors import UserError
+from training.system.lock import HOLDER, LOCK, claimed, locked
 
 from .tiny_runs import contents, grow, refused, tiny_argv, write_text
 
@@ -82,7 +82,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys) -> N
     def refuse(lock):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("training.lock.FileLock.acquire", refuse)
+    monkeypatch.setattr("training.system.lock.FileLock.acquire", refuse)
     with locked(tmp_path):
         assert "cannot be locked (" in capsys.readouterr().err
 

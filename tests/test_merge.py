@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import finetune, merge
 from inference import generate
-from training.loading import load_model_and_tokenizer
+from training.model.loading import load_model_and_tokenizer
 
 from .chat_fixture import chat_text
 from .foreign import Trap

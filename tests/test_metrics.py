@@ -3,7 +3,7 @@
 import pytest
 from evaluate import config
 
-from training.metrics import METRICS, language_metrics
+from training.loop.metrics import METRICS, language_metrics
 
 
 def test_no_folder_is_made(monkeypatch, tmp_path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import cache_utils
 
 from modeling import GPTForCausalLM, GPTModel
-from training.fast_dropout import use_fast_dropout
+from training.loop.fast_dropout import use_fast_dropout
 
 from .variants import VARIANTS, random_model, tiny_config
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.errors import UserError
-from training.optimizers import OPTIMIZERS, Muon, build_optimizer, decay_groups, orthogonalize
+from training.model.optimizers import OPTIMIZERS, Muon, build_optimizer, decay_groups, orthogonalize
+from training.system.errors import UserError
 
 ARGS = {
     "optimizer": "muon",
@@ -99,7 +99,7 @@ def test_adamw_is_torchs(tiny_model) -> None:
 
 
 def test_an_unknown_optimizer_is_refused(tmp_path) -> None:
-    from training.arguments import GPTTrainingArguments
+    from training.config.arguments import GPTTrainingArguments
 
     with pytest.raises(UserError, match="unknown optimizer 'sgd': choose from adamw, muon"):
         GPTTrainingArguments(output_dir=str(tmp_path), optimizer="sgd", use_cpu=True)

@@ -8,8 +8,8 @@ from finetune.arguments import FinetuneTrainingArguments
 from finetune.conversations import Example
 from finetune.packing import ExampleRows, SeparatedRows, documents_of, pack
 from finetune.probe import as_trained, keeps_documents_apart
-from training.dataset import IGNORED, EvaluationRows, TrainingRows, collate_rows
-from training.errors import UserError
+from training.data.dataset import IGNORED, EvaluationRows, TrainingRows, collate_rows
+from training.system.errors import UserError
 
 from .tiny_bases import BASES, VOCABULARY, our_model, stock_model
 

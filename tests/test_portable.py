@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training import files, hardware
+from training.model import hardware
+from training.system import files
 
 from .test_imports import FILES, ROOT
 

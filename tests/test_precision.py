@@ -10,14 +10,15 @@ import yaml
 
 from inference import evaluate, generate
 from modeling import GPTForCausalLM
-from training import loading, precision, pretrain, resume
-from training.arguments import GPTTrainingArguments
-from training.errors import UserError
-from training.loading import load_model_and_tokenizer
-from training.optimizers import Muon, orthogonalize
-from training.recipe import load_recipe_file, load_run_recipe, parse_flags
+from training import pretrain, resume
+from training.config.arguments import GPTTrainingArguments
+from training.config.recipe import load_recipe_file, load_run_recipe, parse_flags
+from training.data.tokenizers import load_tokenizer
+from training.model import loading, precision
+from training.model.loading import load_model_and_tokenizer
+from training.model.optimizers import Muon, orthogonalize
 from training.run import describe
-from training.tokenizers import load_tokenizer
+from training.system.errors import UserError
 
 from .tiny_runs import grow, refused, tiny_argv, weights, words
 
@@ -67,7 +68,7 @@ def test_another_device_is_measured(monkeypatch) -> None:
 
 
 def test_the_two_variables_make_a_cpu_without_bf16() -> None:
-    script = "import torch; from training.precision import is_native; print(is_native('cpu', torch.bfloat16))"
+    script = "import torch; from training.model.precision import is_native; print(is_native('cpu', torch.bfloat16))"
     variables = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": "."}
     assert subprocess.check_output([sys.executable, "-c", script], env=variables, text=True).strip() == "False"
 

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from training import building, preparation, splitting, workers
-from training.building import building_folder
-from training.corpus import describe, prepare
-from training.errors import UserError
-from training.lock import locked
-from training.preparation import progress_line
-from training.reading import say
-from training.sources import size_of_sources
-from training.tokenizers import build_tokenizer
+from training.data import preparation, splitting, workers
+from training.data.corpus import describe, prepare
+from training.data.preparation import progress_line
+from training.data.reading import say
+from training.data.sources import size_of_sources
+from training.data.tokenizers import build_tokenizer
+from training.system import building
+from training.system.building import building_folder
+from training.system.errors import UserError
+from training.system.lock import locked
 
 from .small_corpora import (
     BY_DOCUMENTS,
@@ -166,7 +167,7 @@ def test_what_a_killed_preparation_left_may_be_damaged():
 
 
 def fingerprint_of(data) -> str:
-    from training.corpus import _digest
+    from training.data.corpus import _digest
 
     return _digest(describe(data))
 

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from training import pretrain
-from training.corpus import load_corpus
+from training.data.corpus import load_corpus
 
 from .tiny_runs import (
     BATCH,

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from inference import push
 from modeling import GPTForCausalLM
-from training.hub import finish_files, send
-from training.uploads import resume_state, sort_files
+from training.share.hub import finish_files, send
+from training.share.uploads import resume_state, sort_files
 
 from .hub_server import card_errors
 from .test_hub_copy import run_without_acorn, tiny_tokenizer

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from training import resume
-from training.errors import UserError
-from training.push_while_training import hold
-from training.uploads import Upload
+from training.loop.push_while_training import hold
+from training.share.uploads import Upload
+from training.system.errors import UserError
 
 from .tiny_runs import checkpoints, grow
 

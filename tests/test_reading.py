@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from training import preparation, splitting, text_files
-from training.corpus import prepare
-from training.errors import UserError
-from training.sources import Bookmark, documents, numbered_parts, unit_hash
-from training.splitting import after_words, anywhere, cutting_rule, encodable
-from training.tokenizers import build_tokenizer, encode_documents, load_tokenizer
+from training.data import preparation, splitting, text_files
+from training.data.corpus import prepare
+from training.data.sources import Bookmark, documents, numbered_parts, unit_hash
+from training.data.splitting import after_words, anywhere, cutting_rule, encodable
+from training.data.tokenizers import build_tokenizer, encode_documents, load_tokenizer
+from training.system.errors import UserError
 
 from .small_corpora import (
     BY_DOCUMENTS,

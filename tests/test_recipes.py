@@ -9,9 +9,8 @@ import yaml
 
 from finetune.arguments import FinetuneRecipe
 from modeling import PRESETS, GPTForCausalLM
-from training.arguments import DataArguments
-from training.errors import UserError
-from training.recipe import (
+from training.config.arguments import DataArguments
+from training.config.recipe import (
     RECIPES_DIR,
     Recipe,
     coerce,
@@ -21,6 +20,7 @@ from training.recipe import (
     parse_flags,
     shipped_recipes,
 )
+from training.system.errors import UserError
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 VOCABULARIES = {"byte": 257, "char": 66, "gpt2": 50257, "openai-community/gpt2": 50257}  # char: Shakespeare's

@@ -8,10 +8,10 @@ import pytest
 
 from inference import evaluate, generate, push
 from training import resume
-from training.checkpoints import MANIFEST, damage
-from training.loading import load_causal_lm
-from training.report import read_metrics
-from training.root import move_in, read_manifest
+from training.model.loading import load_causal_lm
+from training.share.report import read_metrics
+from training.system.checkpoints import MANIFEST, damage
+from training.system.root import move_in, read_manifest
 
 from .tiny_runs import checkpoints, contents, go_on, grow, refused, same_weights
 

@@ -15,11 +15,11 @@ import pytest
 
 from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import find_format, read_conversations, read_pairs
-from training import workers
-from training.corpus import prepare
-from training.errors import UserError
-from training.rows import format_of
-from training.sources import Bookmark, documents, numbered_parts
+from training.data import workers
+from training.data.corpus import prepare
+from training.data.rows import format_of
+from training.data.sources import Bookmark, documents, numbered_parts
+from training.system.errors import UserError
 
 from .small_corpora import arguments, killed_after, prepared
 

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from modeling import GPTForCausalLM
-from training.optimizers import build_optimizer
+from training.model.optimizers import build_optimizer
 
 from .two_processes import in_two
 from .variants import tiny_config

@@ -9,8 +9,8 @@ import pytest
 
 import acorn
 from finetune.report import summary
-from training.report import next_steps
-from training.shell import shell
+from training.share.report import next_steps
+from training.system.shell import shell
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = [

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.errors import UserError
-from training.sources import (
+from training.data.sources import (
     SOURCE_DEFAULTS,
     documents,
     fingerprint_sources,
@@ -17,6 +16,7 @@ from training.sources import (
     numbered_documents,
     unit_hash,
 )
+from training.system.errors import UserError
 
 
 def arguments(**changes) -> SimpleNamespace:

@@ -11,12 +11,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from training import pretrain, resume, streaming
-from training.arguments import DataArguments
-from training.dataset import EvaluationRows
-from training.errors import UserError
-from training.sources import numbered_documents
-from training.streaming import Mark, is_streamed, stream_corpus
+from training import pretrain, resume
+from training.config.arguments import DataArguments
+from training.data import streaming
+from training.data.dataset import EvaluationRows
+from training.data.sources import numbered_documents
+from training.data.streaming import Mark, is_streamed, stream_corpus
+from training.system.errors import UserError
 
 from .tiny_runs import TEXT, checkpoints, go_on, latest, metrics, refused, same_weights, tiny_argv
 
@@ -84,7 +85,7 @@ def test_a_row_depends_on_its_index_alone(folder) -> None:
 
 def test_a_document_in_pieces_is_one_document(folder, monkeypatch) -> None:
     """A long text file comes in pieces; only the last one ends with the end-of-text token, and marks lie between."""
-    monkeypatch.setattr("training.text_files.PART_BYTES", 16)
+    monkeypatch.setattr("training.data.text_files.PART_BYTES", 16)
     stream = stream_corpus(arguments()).tokens("train")
     rows = stream.training_rows(CONTEXT, 1, 250, "random")
     np.testing.assert_array_equal(read_rows(rows, range(100)), windows(expected_tokens(3), range(100)))
@@ -195,7 +196,7 @@ def test_a_run_goes_on_by_its_mark_and_refuses_another_text(folder) -> None:
 
 
 def test_parquet_shards_go_on_without_reading_those_before(folder, monkeypatch) -> None:
-    from training import rows as readers
+    from training.data import rows as readers
 
     for shard in range(3):
         rows = {"text": [f"shard {shard} row {row} " + TEXT[row : row + 30] for row in range(10)]}

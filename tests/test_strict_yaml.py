@@ -5,9 +5,9 @@ import time
 import pytest
 import yaml
 
-from training.errors import UserError
-from training.recipe import load_recipe_file
-from training.strict_yaml import dump, load
+from training.config.recipe import load_recipe_file
+from training.config.strict_yaml import dump, load
+from training.system.errors import UserError
 
 
 @pytest.mark.parametrize(

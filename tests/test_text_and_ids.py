@@ -10,10 +10,7 @@ from finetune.chat_files import Conversation, Pair
 from finetune.conversations import encode_conversation, encode_pair, with_template
 from finetune.data import as_prompt
 from inference import evaluate, generate
-from training.hardware import context_of
-from training.report import context_of as stated_context
-from training.sampling import TextPrinter, continuations
-from training.tokenizers import (
+from training.data.tokenizers import (
     Rendered,
     add_nothing,
     begin_ids,
@@ -21,6 +18,9 @@ from training.tokenizers import (
     encode_documents,
     encode_prompt,
 )
+from training.model.hardware import context_of
+from training.model.sampling import TextPrinter, continuations
+from training.share.report import context_of as stated_context
 
 from .tiny_runs import grow, metrics
 from .tokenizer_matrix import BEGINNING, LOSSY, TEXT, TOKENIZERS

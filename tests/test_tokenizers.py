@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training import tokenizers, train_tokenizer
-from training.errors import UserError
-from training.fast_bpe import fast_bpe, kinds_agree, ranks_of
-from training.tokenizers import (
+from training import train_tokenizer
+from training.data import tokenizers
+from training.data.fast_bpe import fast_bpe, kinds_agree, ranks_of
+from training.data.tokenizers import (
     BYTE_VOCABULARY,
     END_OF_TEXT,
     build_tokenizer,
@@ -21,6 +21,7 @@ from training.tokenizers import (
     tokenizer_hash,
     tokenizer_kind,
 )
+from training.system.errors import UserError
 
 GPT2 = Path(__file__).parents[2] / "shared/data/gpt2-tokenizer"
 KINDS = {"byte": None, "char": None, "bpe": 300}
@@ -253,7 +254,7 @@ def test_the_fast_encoder_gives_the_ids_of_tokenizers(which: str):
 
 def test_it_is_built_when_there_is_enough_to_encode(monkeypatch):
     pytest.importorskip("tiktoken")
-    monkeypatch.setattr("training.fast_bpe.WORTH_IT", 1000)
+    monkeypatch.setattr("training.data.fast_bpe.WORTH_IT", 1000)
     tokenizer = trained()
     assert fast_bpe(tokenizer, BYTE_VOCABULARY, 600) is None
     fast = fast_bpe(tokenizer, BYTE_VOCABULARY, 400)
@@ -274,7 +275,7 @@ def test_characters_of_another_kind_are_left_to_tokenizers(monkeypatch):
     """As where one library knows a newer Unicode than the other."""
     pytest.importorskip("tiktoken")
     tokenizer = trained()
-    monkeypatch.setattr("training.fast_bpe.kinds_agree", lambda points: points.start == 0)
+    monkeypatch.setattr("training.data.fast_bpe.kinds_agree", lambda points: points.start == 0)
     fast = fast_bpe(tokenizer, BYTE_VOCABULARY)
     assert [ids is None for ids in fast.encode(["plain é", "日本", "half \ud800 a pair"])] == [False, True, True]
     assert encode_documents(tokenizer, ["日本 x"])[0].tolist() == tokenizer.backend_tokenizer.encode("日本 x").ids

@@ -9,14 +9,14 @@ from transformers import TrainerCallback
 
 from finetune import finetune
 from modeling import GPTConfig, GPTForCausalLM
-from training import trainer as trainer_module
-from training.arguments import DataArguments, GPTTrainingArguments
-from training.callbacks import read_metrics
-from training.corpus import prepare
-from training.dataset import TrainingRows
-from training.errors import UserError
-from training.fast_dropout import FastDropout, fast_dropout
-from training.trainer import GPTTrainer, StepSampler
+from training.config.arguments import DataArguments, GPTTrainingArguments
+from training.data.corpus import prepare
+from training.data.dataset import StepSampler, TrainingRows
+from training.loop import trainer as trainer_module
+from training.loop.callbacks import read_metrics
+from training.loop.fast_dropout import FastDropout, fast_dropout
+from training.loop.trainer import GPTTrainer
+from training.system.errors import UserError
 
 from .tiny_bases import TINY, save, stock_model
 from .tiny_runs import BATCH, CONTEXT, checkpoints, go_on, grow, write_text

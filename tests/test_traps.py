@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from modeling import GPTForCausalLM
-from training.optimizers import decay_groups
+from training.model.optimizers import decay_groups
 
 from .variants import VARIANTS, random_model, tiny_config
 

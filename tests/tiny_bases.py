@@ -6,7 +6,7 @@ from shlex import split as words
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from training.tokenizers import build_tokenizer
+from training.data.tokenizers import build_tokenizer
 
 from . import variants
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from modeling import GPTConfig
 from training import pretrain, resume
-from training.callbacks import read_metrics
-from training.errors import UserError
+from training.loop.callbacks import read_metrics
+from training.system.errors import UserError
 
 WORDS = [*words("the quick brown fox jumps over a lazy dog, and how vexingly quick daft zebras"), "jump\n"]
 # A fixed sequence (a linear congruential generator) of words: some structure to learn, nothing to learn by heart.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.tokenizers import END_OF_TEXT, build_tokenizer
+from training.data.tokenizers import END_OF_TEXT, build_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog\n\n  and how vexingly quick daft zebras jump, The END.\n"
 

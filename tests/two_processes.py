@@ -86,7 +86,7 @@ def fsdp_on_cpus():
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    from training import recipe
+    from training.config import recipe
 
     initialise, check = PartialState.__init__, recipe.check_launch
 

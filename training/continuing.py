@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .addresses import public_name
-from .agreement import first_decides
-from .checkpoints import find_checkpoint, missing_state
-from .errors import UserError
-from .lock import claimed
-from .processes import check_writer
-from .recipe import Recipe, load_run_recipe, parse_flags
-from .shell import shell
-from .values import coerce
+from .config.recipe import Recipe, load_run_recipe, parse_flags
+from .config.values import coerce
+from .system.addresses import public_name
+from .system.agreement import first_decides
+from .system.checkpoints import find_checkpoint, missing_state
+from .system.errors import UserError
+from .system.lock import claimed
+from .system.processes import check_writer
+from .system.shell import shell
 
 FIXED_TRAINING = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these
 

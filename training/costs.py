@@ -8,11 +8,11 @@ import torch
 from modeling import GPTConfig, GPTForCausalLM
 from modeling.loss import CHUNK_ELEMENTS
 
-from .chunked_logits import chunk_elements
-from .errors import UserError
-from .hardware import flops_per_token, matrix_parameters
-from .recipe import Recipe
-from .tokenizers import DEFAULT_BPE_VOCAB_SIZE
+from .config.recipe import Recipe
+from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
+from .loop.chunked_logits import chunk_elements
+from .model.hardware import flops_per_token, matrix_parameters
+from .system.errors import UserError
 
 # What each way of sharding spreads over the devices.
 SHARDED = {"none": (), "zero2": ("gradients", "optimizer"), "full": ("weights", "gradients", "optimizer")}

@@ -2,13 +2,13 @@
 
 import sys
 
+from .config.help import wants_help
+from .config.ranges import check_numbers
+from .config.recipe import Recipe, load_recipe
 from .costs import SHARDED, Estimate, estimate_recipe
-from .errors import FlagParser, run_main, unknown
-from .hardware import GPUS
-from .help import wants_help
-from .precision import fit_precision
-from .ranges import check_numbers
-from .recipe import Recipe, load_recipe
+from .model.hardware import GPUS
+from .model.precision import fit_precision
+from .system.errors import FlagParser, run_main, unknown
 
 
 def main(argv: list[str] | None = None) -> None:

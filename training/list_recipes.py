@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from training.errors import FlagParser, run_main, unknown
+from training.system.errors import FlagParser, run_main, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 FINETUNING = Path(__file__).parent.parent / "finetune" / "recipes"

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .arguments import DataArguments
-from .dataset import EvaluationRows, TokenArray
-from .errors import FlagParser, UserError, quiet_libraries
-from .evaluation import evaluate_rows
-from .hardware import best_device
-from .loading import load_model_and_tokenizer
-from .precision import refuse_emulated
-from .ranges import check_numbers
-from .sampling import context_left
-from .sources import documents, named_sources
-from .tokenizers import encode_documents
+from .config.arguments import DataArguments
+from .config.ranges import check_numbers
+from .data.dataset import EvaluationRows, TokenArray
+from .data.sources import documents, named_sources
+from .data.tokenizers import encode_documents
+from .loop.evaluation import evaluate_rows
+from .model.hardware import best_device
+from .model.loading import load_model_and_tokenizer
+from .model.precision import refuse_emulated
+from .model.sampling import context_left
+from .system.errors import FlagParser, UserError, quiet_libraries
 
 EPILOG = """examples:
   acorn evaluate runs/quickstart                          the validation split it was trained beside

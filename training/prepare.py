@@ -1,11 +1,11 @@
 """`acorn prepare RECIPE [--flag value …]`: turn a text into shards of tokens."""
 
-from .corpus import prepare, summary
-from .errors import quiet_libraries, run_main
-from .help import wants_help
-from .recipe import load_recipe
-from .shell import shell
-from .streaming import is_streamed, refuse_stream_options
+from .config.help import wants_help
+from .config.recipe import load_recipe
+from .data.corpus import prepare, summary
+from .data.streaming import is_streamed, refuse_stream_options
+from .system.errors import quiet_libraries, run_main
+from .system.shell import shell
 
 
 def main(argv: list[str] | None = None) -> None:

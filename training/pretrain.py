@@ -1,13 +1,13 @@
 """`acorn pretrain RECIPE [--flag value …]`: grow a GPT from a text."""
 
-from .agreement import first_decides
-from .corpus import summary
-from .errors import quiet_libraries, run_main
-from .files import refuse_used
+from .config.help import wants_help
+from .config.recipe import load_recipe
+from .data.corpus import summary
 from .fits import refuse_too_large
-from .help import wants_help
-from .recipe import load_recipe
 from .run import build_model, by_the_first, open_corpus, run
+from .system.agreement import first_decides
+from .system.errors import quiet_libraries, run_main
+from .system.files import refuse_used
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from modeling import GPTConfig, GPTForCausalLM
 
-from .checkpoints import reading
+from .config.help import wants_help
+from .config.recipe import Recipe
 from .continuing import read_run, refuse_fixed, taken_up
-from .errors import UserError, quiet_libraries, run_main
 from .fits import refuse_too_large
-from .help import wants_help
-from .recipe import Recipe
 from .run import build_model, by_the_first, corpus_of_run, run
+from .system.checkpoints import reading
+from .system.errors import UserError, quiet_libraries, run_main
 
 CHANGEABLE_MODEL = ("block_size", "max_position_embeddings", "attn_implementation")
 

@@ -12,26 +12,26 @@ from transformers import set_seed
 
 from modeling import GPTForCausalLM
 
-from .agreement import first_decides
-from .callbacks import mend_metrics
-from .checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, step_of, stopped_early
-from .corpus import Corpus, corpus_at, load_corpus, prepare, whereabouts
-from .datatrove_tokens import holds_datatrove, load_datatrove
-from .errors import UserError
-from .inputs import inputs_named_by, record_inputs, refuse_other_inputs
-from .lock import claimed
-from .precision import record as record_precision
-from .precision import trained_in
-from .processes import is_lost_process, leave, lost, one_process_first
-from .recipe import Recipe
-from .report import next_steps, write_report
-from .root import follow_course
-from .sampling import prompt_tensor, sample_text
-from .shell import shell
-from .sources import named_sources
-from .streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
-from .tokenizers import add_nothing
-from .trainer import GPTTrainer
+from .config.recipe import Recipe
+from .data.corpus import Corpus, corpus_at, load_corpus, prepare, whereabouts
+from .data.datatrove_tokens import holds_datatrove, load_datatrove
+from .data.inputs import inputs_named_by, record_inputs, refuse_other_inputs
+from .data.sources import named_sources
+from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
+from .data.tokenizers import add_nothing
+from .loop.callbacks import mend_metrics
+from .loop.trainer import GPTTrainer
+from .model.precision import record as record_precision
+from .model.precision import trained_in
+from .model.sampling import prompt_tensor, sample_text
+from .share.report import next_steps, write_report
+from .system.agreement import first_decides
+from .system.checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, step_of, stopped_early
+from .system.errors import UserError
+from .system.lock import claimed
+from .system.processes import is_lost_process, leave, lost, one_process_first
+from .system.root import follow_course
+from .system.shell import shell
 
 T = TypeVar("T")
 

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-from .errors import quiet_libraries, run_main
-from .files import new_directory
-from .help import wants_help
-from .recipe import Recipe, load_recipe, parse_flags
-from .shell import shell
-from .sources import documents, named_sources
-from .tokenizers import build_tokenizer
+from .config.help import wants_help
+from .config.recipe import Recipe, load_recipe, parse_flags
+from .data.sources import documents, named_sources
+from .data.tokenizers import build_tokenizer
+from .system.errors import quiet_libraries, run_main
+from .system.files import new_directory
+from .system.shell import shell
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from modeling import GPTConfig, GPTForCausalLM
-from training.loading import OUR_TYPES
+from training.model.loading import OUR_TYPES
 
 from .base import Format, Loaded, Source, load_strictly, save_tokenizer
 

@@ -10,10 +10,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from transformers.initialization import no_init_weights
 
 from modeling import GPTConfig, GPTForCausalLM
-from training.errors import UserError, one_line
-from training.pickles import UNREADABLE, in_words, read_pickle
-from training.root import verify
-from training.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
+from training.data.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
+from training.system.errors import UserError, one_line
+from training.system.pickles import UNREADABLE, in_words, read_pickle
+from training.system.root import verify
 
 CHECKPOINT = "ckpt.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 
 from modeling import GPTConfig, GPTForCausalLM
-from training.errors import UserError
+from training.system.errors import UserError
 
 from .base import SPECIAL_IDS, Format, Loaded, Source, config_of, load_strictly, save_tokenizer
 from .layout import MASKS, OBSTACLES, in_the_way, joints, to_ours, to_theirs

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from modeling import GPTConfig, GPTForCausalLM
-from training.errors import UserError
-from training.shell import shell
+from training.system.errors import UserError
+from training.system.shell import shell
 
 from .base import CHECKPOINT, Format, Loaded, Source, check_tensors, config_of, special_ids
 from .layout import MASKS, OBSTACLES, in_the_way, to_ours, to_theirs

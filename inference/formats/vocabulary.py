@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from training.errors import UserError, one_line
-from training.tokenizers import END_OF_TEXT, build_entries, characters_of, load_tokenizer, tokenizer_kind
+from training.data.tokenizers import END_OF_TEXT, build_entries, characters_of, load_tokenizer, tokenizer_kind
+from training.system.errors import UserError, one_line
 
 from .base import Source, named_tokenizer, tokenizer_beside
 

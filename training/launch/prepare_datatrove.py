@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..errors import FlagParser, UserError, run_main, unknown
-from ..shell import shell
-from ..sources import PYTHON_STDLIB, SOURCE_DEFAULTS, documents
-from ..tokenizers import load_tokenizer
+from ..data.sources import PYTHON_STDLIB, SOURCE_DEFAULTS, documents
+from ..data.tokenizers import load_tokenizer
+from ..system.errors import FlagParser, UserError, run_main, unknown
+from ..system.shell import shell
 
 TOKENIZER_FILE = "tokenizer.json"
 

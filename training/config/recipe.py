@@ -1,0 +1,293 @@
+"""Recipes: YAML files and flags to checked sections of arguments, each decided once."""
+
+import dataclasses
+import functools
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from modeling import PRESETS, GPTConfig
+
+from ..data.corpus import DECIDED
+from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
+from ..model.precision import KEYS as PRECISION_KEYS
+from ..system.addresses import each_text, public_name, public_text
+from ..system.errors import UserError, one_line, refuse_broken_text, unknown
+from ..system.files import check_hash, write_with_hash
+from ..system.processes import check_launch, check_partitions
+from ..system.shell import shell
+from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
+from .choices import NEEDS, RISING
+from .ranges import check_number
+from .strict_yaml import dump, load
+from .values import coerce, from_words, refuse_ambiguous
+
+RECIPES_DIR = Path(__file__).parents[1] / "recipes"
+FLAG_ORDER = ("data", "training", "model", "adapter", "sample", "card")  # where a flag that two sections know belongs
+SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
+SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments, "card": CardArguments}
+# What a recipe says for one choice alone, and the key of the choice: a flag that chooses otherwise drops it.
+GOES_WITH = {name: other for name, (other, _) in NEEDS.items()} | {
+    "lr_scheduler_kwargs": "lr_scheduler_type",
+    "greater_is_better": "metric_for_best_model",
+}
+MOVED = {("model", "label_smoothing"): ("training", "label_smoothing_factor")}  # keys of older recipes
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model section: the tokenizer knows them
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
+# Keys of the model section that are not fields of GPTConfig.
+MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
+
+
+@dataclass
+class Recipe:
+    """A name and one dict of checked values a section; `training_arguments` and the like build the objects."""
+
+    name: str
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    sample: dict = field(default_factory=dict)
+    card: dict = field(default_factory=dict)
+    command: str = ""
+
+    # What a kind of recipe is made of; finetuning has its own.
+    directory: typing.ClassVar[Path] = RECIPES_DIR
+    sections: typing.ClassVar[dict[str, type]] = SECTIONS
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.get("output_dir") or f"runs/{self.name}")
+
+    def data_arguments(self) -> DataArguments:
+        return self.sections["data"](**self.data)
+
+    def best(self, rows: list[dict]) -> dict | None:
+        """The row of metrics.jsonl whose model is the best one, by the metric that the recipe names."""
+        metric = (self.training.get("metric_for_best_model") or "loss").removeprefix("eval_")
+        key, sign = (metric, -1) if RISING.get(metric) else ("eval_loss", 1)  # those that fall, fall with the loss
+        return min(rows, key=lambda row: sign * row[key], default=None)
+
+    def sample_arguments(self) -> SampleArguments:
+        return self.sections["sample"](**self.sample)
+
+    def card_arguments(self) -> CardArguments:
+        return self.sections["card"](**self.card)
+
+    def check(self) -> None:
+        """Refuse values that cannot be, of every section but the one that training_arguments builds."""
+        for section in self.sections.keys() - {"training"}:
+            self.sections[section](**getattr(self, section))
+
+    def training_arguments(self) -> GPTTrainingArguments:
+        """transformers' own refusals become one line too, and a launch that is not what was asked for is refused."""
+        check_launch(bool(self.training.get("use_cpu")), bool(self.training.get("fsdp")))
+        if self.training.get("use_cpu") is False and not torch.accelerator.is_available():
+            raise UserError("use_cpu=False: this machine has no accelerator; leave it out")
+        use_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
+        try:
+            args = self.sections["training"](**{**use_cpu, **self.training, "output_dir": str(self.output_dir)})
+        except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
+            words = one_line(error)
+            named = [f"{key}={value!r}" for key, value in self.training.items() if str(value) in words.split()]
+            raise UserError(f"training: {', '.join(named) + ': ' if named else ''}{words}") from error
+        check_partitions(args)
+        return args
+
+    def model_config(self, **overrides) -> GPTConfig:
+        """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""
+        keys = {key: value for key, value in self.model.items() if key != "preset"}
+        preset = PRESETS.get(self.model.get("preset"), {})
+        try:
+            return GPTConfig(**{**_canonical(preset), **_canonical(keys), **overrides})
+        except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
+            raise UserError(f"model: {one_line(error)}") from error
+
+    def update(self, overrides: dict[str, dict], data_dir_is_source: bool = True) -> None:
+        """Lay checked flags over the recipe; naming a source replaces the recipe's.
+
+        Prepared tokens are a source too, unless they are what is to be made.
+        """
+        named = overrides.get("data", {})
+        names_source = any(key in named for key in SOURCE_KEYS)
+        if names_source or ("data_dir" in named and data_dir_is_source):
+            for key in (*SOURCE_KEYS, "data_dir", "dataset_config", "dataset_split", "text_column", "streaming"):
+                self.data.pop(key, None)
+            self.card.pop("language", None)  # it was that of the other text
+            if not names_source and Path(named["data_dir"] or "", "manifest.json").is_file():
+                for key in ("tokenizer", *DECIDED):  # the tokens have their own
+                    self.data.pop(key, None)
+        self._drop_size_of_another(overrides.get("data", {}), names_source)
+        self._drop_what_goes_with_another(overrides.get("training", {}))
+        for key in DROPOUTS if "dropout" in overrides.get("model", {}) else ():
+            self.model.pop(key, None)
+        for section, values in overrides.items():
+            ours, named = getattr(self, section), {_one_name(key) for key in values}
+            for key in [key for key in ours if _one_name(key) in named]:
+                del ours[key]  # nanoGPT's name and ours are one key
+            ours.update(values)
+
+    def _drop_size_of_another(self, flags: dict, names_source: bool) -> None:
+        """The recipe's size of vocabulary is its own tokenizer's; the usual one is no demand on another text either."""
+        is_usual = names_source and self.data.get("tokenizer_vocab_size") == DEFAULT_BPE_VOCAB_SIZE
+        if is_usual or flags.get("tokenizer", "bpe") != "bpe":
+            self.data.pop("tokenizer_vocab_size", None)
+
+    def _drop_what_goes_with_another(self, flags: dict) -> None:
+        """Settings that go with the recipe's schedule, optimizer and so on are not those of another one."""
+        for key in [key for key in self.training if key in GOES_WITH and key not in flags]:
+            other = GOES_WITH[key]
+            if other in flags and flags[other] != self.training.get(other, getattr(self.sections["training"], other)):
+                del self.training[key]
+        for key in PRECISION_KEYS if flags.keys() & set(PRECISION_KEYS) else ():  # three keys for one thing
+            self.training.pop(key, None)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe where `load_run_recipe` finds it again; addresses in it without what may be a secret."""
+        public = {"data": each_text(self.data, public_name), "command": public_text(self.command)}
+        write_with_hash(path, dump(dataclasses.asdict(self) | public))
+
+
+def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
+    """The recipe that `argv` names (a shipped name or a YAML path), with its flags laid over."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"acorn {verb} needs a RECIPE: one of {', '.join(shipped_recipes())}, or a YAML file")
+    name = argv.pop(0)
+    recipe = load_recipe_file(name)
+    recipe.update(parse_flags(argv), data_dir_is_source=verb != "prepare")
+    recipe.check()
+    recipe.command = shell("acorn", verb, name, *map(public_name, argv))
+    return recipe
+
+
+def shipped_recipes(kind: type[Recipe] = Recipe) -> list[str]:
+    return sorted(path.stem for path in kind.directory.glob("*.yaml"))
+
+
+def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
+    """Read and check one recipe of a kind; errors name the file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else kind.directory / f"{name}.yaml"
+    if not path.is_file():
+        if path.parent != kind.directory:
+            raise UserError(f"recipe {name}: no such file")
+        raise unknown("recipe", name, shipped_recipes(kind), "`acorn recipes` lists them; a path ends in .yaml.")
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a YAML file: {one_line(error)}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
+    if "adapter" in content and "adapter" not in kind.sections:
+        raise UserError(
+            f"{path}: is of `acorn finetune`; use `acorn resume RUN_DIR` (under accelerate launch: -m finetune.resume)"
+        )
+    recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
+    for section, values in content.items():
+        if section not in known_keys(kind):
+            raise unknown("section", section, known_keys(kind), f"In {path}.")
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: section {section} must hold `key: value` lines")
+        for key, value in values.items():
+            section, key = MOVED.get((section, key), (section, key))
+            try:
+                getattr(recipe, section)[key] = check(section, key, value, kind)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+    names = [_one_name(key) for key in recipe.model]
+    if doubled := [key for key in recipe.model if names.count(_one_name(key)) > 1]:
+        raise UserError(f"{path}: {' and '.join(doubled)} are two names for one key; give only one")
+    return recipe
+
+
+def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
+    """The recipe that a run directory was grown from."""
+    if not (run_dir / "recipe.yaml").is_file():
+        what = "has no recipe.yaml, so it is not a run directory" if run_dir.is_dir() else "does not exist"
+        raise UserError(f"{run_dir} {what}: name a directory that `acorn pretrain` made, such as runs/quickstart")
+    check_hash(run_dir / "recipe.yaml")
+    recipe = load_recipe_file(str(run_dir / "recipe.yaml"), kind)
+    if not recipe.training.keys() & set(PRECISION_KEYS):
+        recipe.training["precision"] = "fp32"  # of a run that an Acorn began which took it without a word
+    return recipe
+
+
+@functools.cache
+def known_keys(kind: type[Recipe] = Recipe) -> dict[str, dict[str, typing.Any]]:
+    """Section to its keys and their types."""
+    keys = {}
+    for section, arguments in kind.sections.items():
+        hints = typing.get_type_hints(arguments)
+        keys[section] = {f.name: hints[f.name] for f in dataclasses.fields(arguments) if f.init}
+    return keys if "model" in keys else {"model": architecture_keys(), **keys}
+
+
+def architecture_keys() -> dict[str, typing.Any]:
+    """The keys of GPTConfig, under our names and nanoGPT's, and their types."""
+    own = {name: hint for name, hint in vars(GPTConfig)["__annotations__"].items() if name != "auto_map"}
+    aliases = {alias: own[name] for alias, name in GPTConfig.attribute_map.items()}
+    return {**own, **aliases, **MODEL_EXTRAS}
+
+
+def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe) -> typing.Any:
+    """The value in its field's type; raises UserError for unknown keys and wrong types."""
+    keys = known_keys(kind)
+    if key not in keys[section]:
+        raise unknown(f"key in {section}", key, keys[section])
+    if key in TOKEN_IDS and section == "model":
+        raise UserError(f"{key}={value!r} has no effect here; the tokenizer knows its special tokens")
+    if key == "preset" and value not in PRESETS:
+        raise unknown("preset", value, PRESETS)
+    value = coerce(key, value, keys[section][key])
+    check_number(_one_name(key), value, key)
+    refuse_ambiguous(key, value)
+    if (value == "" and key in ("output_dir", "data_dir")) or (isinstance(value, str) and "\0" in value):
+        raise UserError(f"{key}={value!r}: is not a path; give one, or leave it out")
+    return value
+
+
+def parse_flags(argv: list[str], kind: type[Recipe] = Recipe) -> dict[str, dict]:
+    """`--key value …` and `--key=value` to checked values by section; a list that is given twice is one list."""
+    keys, found, given = known_keys(kind), {}, {}
+    refuse_broken_text(argv)
+    for flag, words in _split_flags(argv):
+        section = next((s for s in FLAG_ORDER if flag in keys.get(s, ())), None)
+        if section is None:
+            raise unknown("flag", f"--{flag}", [f"--{key}" for s in keys.values() for key in s])
+        value = check(section, flag, from_words(flag, words, keys[section][flag]), kind)
+        before = given.setdefault(_one_name(flag), flag)
+        values = found.setdefault(section, {})
+        if flag in values and isinstance(value, list):
+            value = values[flag] + value
+        elif flag in values or before != flag:
+            raise UserError(f"--{flag} is given twice{'' if before == flag else f' (as --{before})'}; give it once")
+        values[flag] = value
+    return found
+
+
+def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
+    flags: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token.startswith("--") and len(token) > 2:
+            name, equals, value = token[2:].partition("=")
+            flags.append((name, [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(token)
+        else:
+            raise UserError(f"{token!r} is not a flag; flags are written --name value")
+    return flags
+
+
+def _canonical(keys: dict) -> dict:
+    """nanoGPT's names to ours, so that a flag overrides a preset whatever name either uses; `dropout` is all three."""
+    all_three = dict.fromkeys(DROPOUTS, keys["dropout"]) if "dropout" in keys else {}
+    return all_three | {_one_name(key): value for key, value in keys.items() if key != "dropout"}
+
+
+def _one_name(key: str) -> str:
+    return GPTConfig.attribute_map.get(key, key)

@@ -1,0 +1,90 @@
+"""A value of YAML or of a flag, in the type of the field that it is for."""
+
+import types
+import typing
+
+import yaml
+
+from ..system.errors import UserError
+from .strict_yaml import load
+
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def coerce(key: str, value: typing.Any, hint: typing.Any) -> typing.Any:
+    """Turn a YAML value or a flag's string into the type of its field; UserError names key, value and type."""
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in kinds):
+        if type(None) in kinds:
+            return None
+        raise UserError(f"{key}: needs a value")
+    for kind in kinds:
+        converted = _convert(key, value, kind)
+        if converted is not None:
+            return converted
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
+    raise UserError(f"{key}={_shortened(value)}: expected {wanted}")
+
+
+def from_words(key: str, words: list[str], hint: typing.Any) -> typing.Any:
+    """The value that the words after a flag stand for; without any a switch is turned on."""
+    if not words and bool in (hint, *typing.get_args(hint)):
+        return True
+    if not words:
+        raise UserError(f"--{key}: needs a value: --{key} VALUE")
+    is_yaml = len(words) == 1 and words[0].startswith("[")
+    return words if is_list(hint) and not is_yaml else " ".join(words)
+
+
+def _convert(key: str, value: typing.Any, kind: typing.Any) -> typing.Any:
+    """`value` as `kind`, or None where it is not one."""
+    if kind is bool:
+        return value if isinstance(value, bool) else WORDS.get(str(value).lower())
+    if isinstance(value, bool):
+        return None
+    if kind in (int, float):
+        return _number(value, kind)
+    if kind is str:
+        return value if isinstance(value, str) else None
+    origin = typing.get_origin(kind) or kind
+    if origin in (list, dict) and isinstance(value, str) and value.startswith(("[", "{")):
+        try:
+            value = load(value)
+        except yaml.YAMLError:
+            return None
+    if origin is list:
+        of = typing.get_args(kind) or (typing.Any,)
+        value = value if isinstance(value, list) else [value]
+        return value if of[0] is typing.Any else [coerce(key, entry, of[0]) for entry in value]
+    return value if isinstance(origin, type) and isinstance(value, origin) else None
+
+
+def _number(value: typing.Any, kind: type) -> int | float | None:
+    try:
+        number = float(value.replace("_", "")) if isinstance(value, str) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    if kind is float:
+        return number
+    return value if isinstance(value, int) else int(number) if number.is_integer() else None
+
+
+def refuse_ambiguous(key: str, settings: typing.Any) -> None:
+    """Refuse `no` among settings, which have no types to go by: it would be a text that counts as true."""
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+            raise UserError(f"{key}.{name}={value!r}: write true or false")
+
+
+def _shortened(value: typing.Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}…"
+
+
+def _is_union(hint: typing.Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def is_list(hint: typing.Any) -> bool:
+    """Whether a field may hold a list."""
+    return typing.get_origin(hint) is list or any(typing.get_origin(k) is list for k in typing.get_args(hint))

@@ -1,0 +1,232 @@
+"""Tokens that datatrove's DocumentTokenizer wrote, `.ds` files with their `.index` and `.metadata`, as a corpus.
+
+A `.ds` file is token ids and nothing else, little-endian and 2 or 4 bytes each; its index holds the end of every
+document, in tokens, as 8-byte integers; the first line of its metadata is `tokenizer|bytes a token`, the second one the
+number of tokens. Source: huggingface/datatrove, `pipeline/tokens/tokenizer.py`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from ..system.errors import UserError
+from ..system.hashes import digest
+from .corpus import MANIFEST
+from .dataset import Tokens, TokenShards, TokenSpans, unit_points
+from .splitting import SPLITS, check_split_options
+from .tokenizers import build_tokenizer, encode_documents, encoding_hash, tokenizer_hash, tokenizer_kind
+
+DTYPES = {2: "<u2", 4: "<u4"}
+CHECKED_DOCUMENTS, CHECKED_TOKENS = 20, 2000  # of the first documents, that many tokens are encoded again
+HOW = "tokenise the text again (training/launch/prepare_datatrove.py)"
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One `.ds` file: where documents end in it, and what made it."""
+
+    path: Path
+    ends: np.ndarray
+    tokenizer: str
+    token_size: int
+
+
+@dataclass(frozen=True)
+class DatatroveCorpus:
+    """A directory of `.ds` files, with what training asks of a `Corpus`."""
+
+    directory: Path
+    files: list[TokenFile]
+    tokenizer: PreTrainedTokenizerFast
+    validates: np.ndarray  # bool, one a document
+    name: str
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """The end of each document, counted in tokens through all files."""
+        offsets = np.cumsum([0, *(int(file.ends[-1]) for file in self.files)])
+        return np.concatenate([file.ends + offset for file, offset in zip(self.files, offsets[:-1], strict=True)])
+
+    def tokens(self, split: str) -> Tokens:
+        """Return the tokens of "train" or "validation", memory-mapped, document after document."""
+        shards = TokenShards([file.path for file in self.files], DTYPES[self.files[0].token_size])
+        return TokenSpans(shards, *spans(self.validates == (split == "validation"), self.ends))
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """What is fingerprinted of it in a run directory (see inputs.py): lengths of documents, ends of files."""
+        parts = [part for file in self.files for part in (file.ends.tobytes(), both_ends(file.path))]
+        return {
+            "the tokens": digest(*parts),
+            "the validation split": digest(self.validates.tobytes()),
+            "the tokenizer": encoding_hash(self.tokenizer),
+        }
+
+    @cached_property
+    def manifest(self) -> dict:
+        """What a prepared directory's manifest would say."""
+        is_validation = {"train": ~self.validates, "validation": self.validates}
+        lengths = np.diff(self.ends, prepend=0)
+        splits = {
+            split: {"documents": int(is_validation[split].sum()), "tokens": int(lengths[is_validation[split]].sum())}
+            for split in SPLITS
+        }
+        splits["validation"]["bytes"] = count_bytes(self.tokenizer, self.tokens("validation"))
+        return {
+            "tokenizer": {"name": self.name, "hash": tokenizer_hash(self.tokenizer)},
+            "vocab_size": len(self.tokenizer),
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "dtype": np.dtype(DTYPES[self.files[0].token_size]).name,
+            "licence": None,
+            "splits": splits,
+        }
+
+
+def holds_datatrove(directory: str | Path | None) -> bool:
+    """Say whether a directory holds datatrove's tokens, and not those of `acorn prepare`."""
+    folder = Path(directory or "")
+    return bool(directory) and not (folder / MANIFEST).exists() and any(folder.glob("*.ds"))
+
+
+def load_datatrove(data) -> DatatroveCorpus:
+    """Open the tokens in `data_dir`; raise UserError where files are not whole or the tokenizer is another one."""
+    check_split_options(data)
+    directory = Path(data.data_dir)
+    files = [read_token_file(path) for path in sorted(directory.glob("*.ds"))]
+    files = [file for file in files if len(file.ends) and file.ends[-1]]  # a task without documents leaves nothing
+    if not files:
+        raise UserError(f"data_dir={data.data_dir!r}: its .ds files hold no token; {HOW}")
+    for file in files:
+        if (file.tokenizer, file.token_size) != (files[0].tokenizer, files[0].token_size):
+            raise UserError(f"{file.path}: was made with {file.tokenizer!r} and {files[0].path.name} with "
+                            f"{files[0].tokenizer!r}: keep one of them in {directory}")  # fmt: skip
+    tokenizer = build_tokenizer(data.tokenizer, None, data.tokenizer_vocab_size)
+    check_tokenizer(data.tokenizer, tokenizer, files[0])
+    return DatatroveCorpus(directory, files, tokenizer, choose_validation(data, files), data.tokenizer)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_token_file(path: Path) -> TokenFile:
+    """Read the index and the metadata of a `.ds` file and refuse what does not agree."""
+    index, metadata, loss = (path.with_name(f"{path.name}.{ending}") for ending in ("index", "metadata", "loss"))
+    for beside, option in ((index, "save_index"), (metadata, "save_final_metadata")):
+        if not beside.is_file():
+            raise UserError(f"{path}: there is no {beside.name} beside it; {HOW} with {option}=True, and let it end")
+    if loss.is_file():
+        raise UserError(f"{loss}: masks of the loss play no part in pretraining; {HOW} with save_loss_metadata=False")
+    tokenizer, token_size, count = read_metadata(metadata)
+    if index.stat().st_size % 8:
+        raise UserError(f"{index}: is cut off ({index.stat().st_size} bytes, no multiple of 8); {HOW}")
+    ends = np.fromfile(index, dtype="<u8").astype(np.int64)
+    held, size = int(ends[-1]) if len(ends) else 0, path.stat().st_size
+    if size != held * token_size or held != count or (np.diff(ends, prepend=0) < 0).any():
+        raise UserError(
+            f"{path}: is {size:,} bytes long; its index ends at {held:,} tokens and its metadata count {count:,}, of "
+            f"{token_size} bytes each: it is damaged; {HOW}"
+        )
+    return TokenFile(path, ends, tokenizer, token_size)
+
+
+def read_metadata(path: Path) -> tuple[str, int, int]:
+    """Return (name or path of the tokenizer, bytes a token, tokens); before version 0.3 two bytes went unsaid."""
+    try:
+        first, count, *_ = path.read_text(encoding="utf-8").splitlines()
+        name, _, size = first.rpartition("|") if "|" in first else (first, "|", "2")
+        facts = name, int(size), int(count)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: is not datatrove's metadata ({error}); {HOW}") from error
+    if facts[1] not in DTYPES:
+        raise UserError(f"{path}: tokens of {facts[1]} bytes are not known, only of {' and '.join(map(str, DTYPES))}")
+    return facts
+
+
+def both_ends(path: Path, size: int = 1 << 20) -> bytes:
+    """The first and the last so many bytes of a file that is too long to be hashed whole."""
+    with path.open("rb") as file:
+        begin = file.read(size)
+        file.seek(max(0, path.stat().st_size - size))
+        return begin + file.read()
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(name: str, tokenizer, file: TokenFile) -> None:
+    """Refuse a tokenizer that did not make the tokens, by its name or file, and by what is in the first documents.
+
+    Where the tokenizer that made them is called otherwise and is not here, its tokens alone decide.
+    """
+    made_by = file.tokenizer
+    if made_by not in (name, f"{name}/tokenizer.json"):
+        source = Path(made_by)
+        is_known = source.is_file()
+        is_same = is_known and tokenizer_hash(PreTrainedTokenizerFast(tokenizer_file=made_by)) == tokenizer_hash(
+            tokenizer
+        )
+        if not is_same and (is_known or tokenizer_kind(tokenizer) != "other"):
+            raise _other_tokenizer(name, file)
+    starts = [0, *file.ends[:-1]]
+    tokens = TokenShards([file.path], DTYPES[file.token_size])
+    spans_checked = list(zip(starts, file.ends, strict=True))[:CHECKED_DOCUMENTS]
+    documents = [tokens.window(int(start), int(end - start)) for start, end in spans_checked if end > start]
+    if any(ids.max() >= len(tokenizer) for ids in documents):
+        raise _other_tokenizer(name, file)
+    if not all(ids[-1] == tokenizer.eos_token_id for ids in documents):
+        why = f"its documents do not end with {tokenizer.eos_token} (id {tokenizer.eos_token_id})"
+        raise UserError(f"{file.path}: {why}; {HOW} with that eos_token, or name the --tokenizer that has theirs")
+    if sum(_encodes_again(tokenizer, ids[:-1]) for ids in documents) < len(documents) / 2:
+        raise _other_tokenizer(name, file)
+
+
+def _encodes_again(tokenizer, ids: np.ndarray) -> bool:
+    """Say whether the text of these ids has just these ids; where it is cut off, the last few may differ."""
+    begin = ids[:CHECKED_TOKENS]
+    sure = len(begin) if len(begin) == len(ids) else len(begin) - 16
+    text = tokenizer.backend_tokenizer.decode(begin.tolist(), skip_special_tokens=False)
+    return bool(np.array_equal(encode_documents(tokenizer, [text])[0][:sure], begin[:sure]))
+
+
+def _other_tokenizer(name: str, file: TokenFile) -> UserError:
+    made_by = file.tokenizer.removesuffix("/tokenizer.json")
+    return UserError(f"tokenizer={name!r}: {file.path} was made with {made_by!r}; give --tokenizer {made_by}")
+
+
+# --- splitting --------------------------------------------------------------------------------------------------------
+
+
+def choose_validation(data, files: list[TokenFile]) -> np.ndarray:
+    """Return which documents validate: the last ones (position), or those that a hash of seed and number picks."""
+    lengths = np.concatenate([np.diff(file.ends, prepend=0) for file in files])
+    if len(lengths) < 2:
+        raise UserError(f"{files[0].path}: one document cannot be split; tokenise two at least")
+    if data.validation_by == "documents":
+        points = unit_points(np.arange(len(lengths), dtype=np.uint64), data.validation_seed)
+    else:  # the share of all tokens that comes after a document begins
+        points = 1 - (np.cumsum(lengths) - lengths) / lengths.sum()
+    validates = points <= data.validation_fraction
+    order = np.argsort(points)
+    validates[order[0]], validates[order[-1]] = True, False
+    return validates
+
+
+def spans(chosen: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each run of chosen documents starts and where it ends, in tokens."""
+    edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
+    first, after = edges[::2], edges[1::2]
+    return np.concatenate([[0], ends])[first], ends[after - 1]
+
+
+def count_bytes(tokenizer, tokens: Tokens) -> int:
+    """Return the UTF-8 bytes of the text that the tokens spell, end-of-text tokens left out."""
+    ids = tokens.window(0, len(tokens))
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)
+    total, decode_batch = 0, tokenizer.backend_tokenizer.decode_batch
+    for first in range(0, len(documents), 1000):
+        chosen = [document[document != tokenizer.eos_token_id].tolist() for document in documents[first : first + 1000]]
+        total += sum(len(text.encode()) for text in decode_batch(chosen, skip_special_tokens=False))
+    return total

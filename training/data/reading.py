@@ -1,0 +1,172 @@
+"""What every source of text shares: parts of documents, their sizes, and finding, checking and naming files."""
+
+import bisect
+import functools
+import glob
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm.auto import tqdm
+
+from ..system.addresses import is_address, public_name
+from ..system.errors import UserError, one_line
+from ..system.hashes import hash_file
+
+Files = list[tuple[str, Path]]  # the name that is shown and stored, and where the file lies on this machine
+
+
+class Part(NamedTuple):
+    """A document's text, or a stretch of it: `ends` says that nothing of the document follows.
+
+    `place` tells its source where the document lies, so that reading can go on after it: [file], or [file, row].
+    """
+
+    place: list[int]
+    name: str
+    text: str
+    ends: bool = True
+
+
+class Size(NamedTuple):
+    """How much text a source holds, where that is known without reading it; bytes are an estimate."""
+
+    documents: int | None = None
+    bytes: int | None = None
+
+
+def leave_out(data, left_out: dict, name: str, error: UserError) -> None:
+    """Raise the error about a file, or, with on_bad_file=skip, say it once and remember it in `left_out`."""
+    if data.on_bad_file == "stop":
+        raise error
+    if name not in left_out:
+        left_out[name] = str(error)
+        say_once(f"left out: {error}")
+
+
+def leave_row_out(data, left_out: dict, field: str, name: str, row, why: str) -> None:
+    """Raise what is wrong with one row, or, with on_bad_file=skip, remember its number; the first of a file is said.
+
+    The rows of a file are one entry in `left_out`, however often they are read: why the first is, and their numbers.
+    """
+    error = UserError(f"{field}={name!r}: {row.place}: {why}; fix it, or skip what is bad with --on_bad_file skip")
+    if data.on_bad_file == "stop":
+        raise error
+    entry = left_out.setdefault(f"rows of {name}", {"why": f"{row.place}: {why}", "rows": []})
+    rows, place = entry["rows"], bisect.bisect_left(entry["rows"], row.number)
+    if not rows:
+        say_once(f"left out: {error}")
+    if rows[place : place + 1] != [row.number]:
+        rows.insert(place, row.number)
+
+
+def told(left_out: dict) -> dict[str, str]:
+    """Return what was left out, and why, in words."""
+    counted = {name: entry for name, entry in left_out.items() if isinstance(entry, dict)}
+    return left_out | {name: f"{len(entry['rows']):,}, the first: {entry['why']}" for name, entry in counted.items()}
+
+
+def say(line: str) -> None:
+    """Print a line on stderr in the first process alone (torchrun sets RANK), above a progress bar if one is shown."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+say_once = functools.cache(say)  # what is read several times, or pass after pass, is said about once
+
+
+def as_list(field: str, entries: list[str] | str) -> list[str]:
+    """Return one entry as a list of one; refuse what names nothing."""
+    entries = [entries] if isinstance(entries, str) else list(entries)
+    for entry in entries:
+        if not isinstance(entry, str) or not entry.strip():
+            raise UserError(f"{field}={entry!r}: does not name a file; give one, or leave it out")
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError):  # a pattern, or what `match_files` refuses
+                os.stat(entry if not is_address(entry) else os.curdir)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{field}={entry[:100]!r}: {getattr(error, 'strerror', error)}; check the path") from error
+    return entries
+
+
+def match_files(field: str, entry: str) -> Files:
+    """Return the file that `entry` names, downloaded if it is an address, or the files that match it as a glob.
+
+    ** matches at any depth; the files are sorted.
+    """
+    if is_address(entry):
+        return [(public_name(entry), download(field, entry))]
+    if Path(entry).is_file():
+        return [(str(Path(entry)), Path(entry))]
+    if not glob.has_magic(entry):
+        raise UserError(f"{field}={entry!r}: there is no such file; check the path (it is taken from {Path.cwd()})")
+    matches = sorted(path for path in glob.glob(entry, recursive=True) if Path(path).is_file())
+    if not matches:
+        raise UserError(f"{field}={entry!r}: the pattern matches no file; check it, and quote it in the shell")
+    return [(str(Path(path)), Path(path)) for path in matches]
+
+
+def files_below(field: str, folder: Path) -> list[Path]:
+    """List the files of a folder at any depth, sorted, that hold anything.
+
+    What is hidden, and folders that tools fill (node_modules, __pycache__, virtual environments), are left out.
+    """
+    found: list[Path] = []
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{field}={str(folder)!r}: {error.filename} cannot be listed ({error.strerror})")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not _is_a_tools(Path(parent, name))]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file() and path.stat().st_size)
+
+
+def _is_a_tools(folder: Path) -> bool:
+    is_environment = (folder / "pyvenv.cfg").exists() or (folder / "conda-meta").is_dir()
+    return folder.name.startswith(".") or folder.name in ("node_modules", "__pycache__") or is_environment
+
+
+@functools.cache
+def download(field: str, address: str) -> Path:
+    """Download from an address, once a process, into the cache of `datasets`, and return the local path."""
+    from datasets import DownloadManager
+
+    public = public_name(address)
+    if public != address:
+        say_once(f"{field}: the user and query of {public} are not stored; what reads it again, such as a resume "
+                 f"without the prepared tokens, needs --{field} again")  # fmt: skip
+    try:
+        path = Path(DownloadManager().download(address))
+    except Exception as error:  # aiohttp, requests, fsspec and OSErrors: all mean that the file did not come
+        again = f"if it needs a user or a query, which are not stored, give --{field} again; or name a local file"
+        raise UserError(f"{field}={public!r}: cannot be downloaded ({one_line(error)}); {again}") from error
+    if public != address:  # what `datasets` notes beside its copy
+        Path(f"{path}.json").write_text(json.dumps({"url": public, "etag": None}), encoding="utf-8")
+    return path
+
+
+def fingerprint_files(files: Files) -> dict:
+    """Return names, sizes and hashes of files, as a dict fit for JSON."""
+    listed = []
+    for name, path in files:
+        try:
+            listed.append({"path": name, "bytes": path.stat().st_size, "sha256": _hash_as_it_was(path)})
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror}); check it, or name others") from error
+    return {"files": listed, "bytes": sum(entry["bytes"] for entry in listed)}
+
+
+def _hash_as_it_was(path: Path) -> str:
+    """Return the hash of a file's content, without reading a file twice that was not written to since."""
+    status = path.stat()
+    return _hash_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _hash_at(path: Path, *status: int) -> str:
+    return hash_file(path)

@@ -1,0 +1,329 @@
+"""A text that becomes tokens and rows while training goes: nothing is prepared, and a row depends on its index alone.
+
+The documents of the source follow each other in one endless sequence of tokens, each closed by the end-of-text token;
+after the last document the first one comes again. The first `validation_characters` of the text validate and are left
+out of it. Every process reads the whole stream and keeps the rows that are its own.
+"""
+
+import bisect
+import copy
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..system.errors import UserError
+from ..system.hashes import digest
+from .dataset import Rows, TokenArray, Tokens
+from .inputs import text_digest
+from .sources import Bookmark, Document, fingerprint_sources, licence_of, named_sources, numbered_parts
+from .tokenizers import build_tokenizer, encode_documents, tokenizer_hash
+
+BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once: what a resumed run encodes again, at most
+BATCHES_AHEAD = 2  # encoded by a thread of their own while the model trains
+VALIDATION_CHARACTERS = 200_000
+
+
+def is_streamed(data) -> bool:
+    """Say whether the data arguments ask for training without preparation."""
+    return bool(data.streaming and not data.data_dir)
+
+
+def refuse_stream_options(data) -> None:
+    """Refuse, where text is prepared, what only a stream would read."""
+    if data.validation_characters is not None:
+        why = "is for --streaming without --data_dir; prepared text is split by validation_fraction"
+        raise UserError(f"validation_characters={data.validation_characters}: {why}")
+
+
+def stream_corpus(data, num_workers: int = 0) -> "StreamedCorpus":
+    """Open the text that the data arguments name; raise UserError for what a stream cannot do."""
+    if num_workers:
+        why = "a stream is read ahead by a thread of its own"
+        raise UserError(f"dataloader_num_workers={num_workers}: {why}; set it to 0")
+    if data.tokenizer in ("char", "bpe"):
+        why = "is made from the whole text, which a stream has not read"
+        mend = "make it with acorn tokenizer and name its directory, or leave --streaming out"
+        raise UserError(f"tokenizer={data.tokenizer!r}: {why}; {mend}")
+    if data.mixture:  # what holds for the whole holds for its parts
+        data = replace(data, mixture=[{**entry, "streaming": True} for entry in data.mixture])
+    tokenizer = build_tokenizer(data.tokenizer, None, data.tokenizer_vocab_size)
+    return StreamedCorpus(data, tokenizer, hold_out(data, tokenizer))
+
+
+class StreamedCorpus:
+    """A text that is never prepared, with what training asks of a `Corpus`; it has no directory."""
+
+    directory = None
+
+    def __init__(self, data, tokenizer, held: "HeldOut"):
+        self.data, self.tokenizer, self.held = data, tokenizer, held
+        self.stream = TokenStream(data, tokenizer, held)
+        validation = {"documents": len(held.numbers), "tokens": len(held.ids), "bytes": held.num_bytes}
+        self.manifest = {
+            "tokenizer": {"name": data.tokenizer, "hash": tokenizer_hash(tokenizer)},
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "licence": licence_of(data),
+            "splits": {"validation": validation},  # of "train" nothing is known before it is read
+        }
+
+    def tokens(self, split: str) -> Tokens:
+        """Return the endless tokens of "train", or those of "validation", which are held in memory."""
+        return self.stream if split == "train" else TokenArray(self.held.ids)
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """What is fingerprinted of it in a run directory (see inputs.py); reads every local file once."""
+        return {
+            "the text": text_digest(fingerprint_sources(self.data)),
+            "the tokenizer": self.manifest["tokenizer"]["hash"],
+            "the validation tokens": digest(self.held.ids.tobytes()),
+        }
+
+    def summary(self) -> str:
+        """Return one line that says what is read, and what validates."""
+        held = self.manifest["splits"]["validation"]
+        rule = (
+            f"the first {held['tokens']:,} tokens ({held['documents']:,} documents) validate, the rest trains in order"
+        )
+        return (
+            f"streaming {named_sources(self.data)[0]}: {rule}; vocabulary {len(self.tokenizer):,}, nothing is prepared."
+        )
+
+
+# --- what validates ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The beginning of the text, which validates, and the place after it, where training begins.
+
+    numbers: of the documents in it, whole or in part; a mixture may draw them again, and then they are left out.
+    document, piece, character: where training begins, counted in a pass; a long document comes in several pieces.
+    """
+
+    ids: np.ndarray
+    num_bytes: int
+    numbers: frozenset[int]
+    document: int
+    piece: int
+    character: int
+
+    def training_part(self, document: int, piece: int, part: Document) -> str | None:
+        """Return the text of a piece, as far as it is trained on; None where it is held out."""
+        if piece <= self.piece:
+            return part.text[self.character :] if piece == self.piece else None
+        return None if part.number in self.numbers and document != self.document else part.text
+
+
+def hold_out(data, tokenizer) -> HeldOut:
+    """Read and encode the first `validation_characters`; the document that is cut there goes on in training."""
+    wanted = VALIDATION_CHARACTERS if data.validation_characters is None else data.validation_characters
+    if wanted < 2:
+        raise UserError(f"validation_characters={wanted}: must be at least 2, to predict one from the other")
+    heads, room, document = [], wanted, 0
+    for piece, part in enumerate(numbered_parts(data)):
+        if len(part.text) > room:
+            heads += [part._replace(text=part.text[:room], ends=False)] if room else []
+            ids, numbers = encode_parts(tokenizer, heads), frozenset(head.number for head in heads)
+            return HeldOut(ids, sum(len(head.text.encode()) for head in heads), numbers, document, piece, room)
+        heads.append(part)
+        room, document = room - len(part.text), document + part.ends
+    why = f"the text has no more than {wanted - room:,} characters, so nothing is left to train on"
+    raise UserError(f"validation_characters={wanted}: {why}; lower it, or leave --streaming out")
+
+
+def encode_parts(tokenizer, parts: list[Document]) -> np.ndarray:
+    """Return the token ids of parts of documents in a row, with the end-of-text token after each that ends."""
+    encoded = encode_documents(tokenizer, [part.text for part in parts], [part.name for part in parts])
+    end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
+    return np.concatenate(
+        [piece for ids, part in zip(encoded, parts, strict=True) for piece in (ids, end[: part.ends])]
+    )
+
+
+# --- the endless tokens -----------------------------------------------------------------------------------------------
+
+
+class Mark(NamedTuple):
+    """Where a batch of pieces begins: enough to go on reading from there.
+
+    token: tokens of training before it, in all passes. documents, pieces: those of its pass before it. inside: pieces
+    of its own document before it. place: of the last document before it, as in a `Bookmark`. digest: of its first
+    piece's text, to know it again.
+    """
+
+    token: int = 0
+    documents: int = 0
+    pieces: int = 0
+    inside: int = 0
+    place: list[int] | None = None
+    digest: str = ""
+
+    def after(self, part: Document) -> "Mark":
+        """Return the mark behind the next piece; its token and digest are not known yet."""
+        if part.ends:
+            return Mark(0, self.documents + 1, self.pieces + 1, 0, part.place)
+        return Mark(0, self.documents, self.pieces + 1, self.inside + 1, self.place)
+
+
+class TokenStream(Tokens):
+    """The endless tokens of a text, encoded ahead by a thread; reading on is cheap, and going back starts at a mark."""
+
+    def __init__(self, data, tokenizer, held: HeldOut):
+        self.data, self.held = data, held
+        self.tokenizer = copy.deepcopy(tokenizer)  # the thread's own: a fast tokenizer is not for two threads
+        self.marks = [Mark()]  # in order; the text's beginning is always known
+        self._base, self._buffer = 0, np.zeros(0, dtype=np.uint32)  # the tokens at hand, and the number of their first
+        self._ahead: deque = deque()
+        self._pool = self._batches = None
+
+    def __len__(self) -> int:
+        raise UserError("max_steps=-1: a stream does not know its length, so it cannot count epochs; give --max_steps")
+
+    def training_rows(self, context_length: int, seed: int, num_rows: int, sampling: str) -> "StreamRows":
+        """Return rows in the order of the text: seed and sampling are for texts that are known whole."""
+        return StreamRows(self, context_length, num_rows)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens[start : stop] as uint32; what lies before `start` is forgotten."""
+        if self._batches is None or start < self._base:
+            self._seek(start)
+        while self._base + len(self._buffer) < stop:
+            self._take(forget=start - self._base)
+        return self._buffer[start - self._base : stop - self._base]
+
+    def _fill(self, row: np.ndarray, start: int) -> None:
+        row[:] = self.read(start, start + len(row))
+
+    def mark_at(self, token: int) -> Mark:
+        """Return the last known mark at or before a token."""
+        return self.marks[bisect.bisect_right(self.marks, token, key=lambda mark: mark.token) - 1]
+
+    def know(self, mark: Mark) -> None:
+        """Keep this mark and later ones: what lies between it and the text's beginning will not be needed again."""
+        later = [kept for kept in self.marks if kept.token > mark.token]
+        self.marks = [Mark(), *([mark] if mark.token else []), *later]
+
+    def close(self) -> None:
+        """End the thread; reading again would start another."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = self._batches = None
+
+    def _seek(self, token: int) -> None:
+        """Have a thread encode from the last mark before `token` on."""
+        self.close()
+        mark = self.mark_at(token)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._batches = encoded_batches(self.data, self.tokenizer, self.held, mark)
+        self._base, self._buffer = mark.token, self._buffer[:0]
+        self._ahead = deque(self._pool.submit(next, self._batches) for _ in range(BATCHES_AHEAD))
+
+    def _take(self, forget: int) -> None:
+        """Append the next batch, which the thread has encoded, and drop the first `forget` tokens."""
+        mark, ids = self._ahead.popleft().result()
+        self._ahead.append(self._pool.submit(next, self._batches))
+        if mark.token > self.marks[-1].token:
+            self.marks.append(mark)
+        forget = min(max(forget, 0), len(self._buffer))
+        self._base, self._buffer = self._base + forget, np.concatenate([self._buffer[forget:], ids])
+
+
+def encoded_batches(data, tokenizer, held: HeldOut, mark: Mark) -> Iterator[tuple[Mark, np.ndarray]]:
+    """Yield (where it begins, its token ids) of each batch of pieces from a mark on, pass after pass, for ever."""
+    token = mark.token
+    while True:
+        before = token
+        for begin, parts in batches_of_pass(data, mark):
+            document, kept = begin.documents, []
+            for piece, part in enumerate(parts, start=begin.pieces):
+                text = held.training_part(document, piece, part)
+                kept += [] if text is None else [part._replace(text=text)]
+                document += part.ends
+            ids = encode_parts(tokenizer, kept) if kept else np.zeros(0, dtype=np.uint32)
+            yield begin._replace(token=token), ids
+            token += len(ids)
+        if token == before and mark.pieces == 0:
+            raise UserError("streaming: every document is held out, none trains; lower --validation_characters")
+        mark = Mark()
+
+
+def batches_of_pass(data, mark: Mark) -> Iterator[tuple[Mark, list[Document]]]:
+    """Yield (where it begins, pieces) from a mark to the text's end; refuse a text that is not what it was."""
+    parts = islice(numbered_parts(data, Bookmark(mark.documents, mark.place)), mark.inside, None)
+    begin, batch, size = mark, [], 0
+    next_begin = mark
+    for part in parts:
+        if not batch:
+            begin = next_begin._replace(digest=_digest(part.text))
+            if mark.digest not in ("", begin.digest) and begin.pieces == mark.pieces:
+                raise _changed(mark)
+        batch.append(part)
+        size, next_begin = size + len(part.text), next_begin.after(part)
+        if size >= BATCH_CHARACTERS:
+            yield begin, batch
+            batch, size = [], 0
+    if batch:
+        yield begin, batch
+    elif next_begin.pieces == mark.pieces and mark.digest:
+        raise _changed(mark)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _changed(mark: Mark) -> UserError:
+    why = f"document {mark.documents} of the text is not the one that it was, so the run cannot go on exactly"
+    return UserError(f"streaming: {why}; bring the text back as it was, or start another run")
+
+
+# --- rows and their position ------------------------------------------------------------------------------------------
+
+
+class StreamRows(Rows):
+    """`num_rows` rows side by side in a stream: row i reads tokens i * context_length to (i + 1) * context_length."""
+
+    def _inputs_and_labels(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = indices * self.context_length
+        first = int(starts.min())
+        block = self.tokens.read(first, int(starts.max()) + self.context_length + 1)
+        windows = block[(starts - first)[:, None] + np.arange(self.context_length + 1)].astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
+
+
+class StreamPosition(TrainerCallback, ExportableState):
+    """Keeps in each checkpoint where its next row begins in the text, and goes on from there: no batch is replayed."""
+
+    def __init__(self, trainer):
+        self.trainer, self.stream = trainer, trainer.corpus.stream
+        self.tokenizer = trainer.corpus.manifest["tokenizer"]
+
+    def state(self) -> dict:
+        """Return the mark from which the next row can be read, as a dict fit for JSON."""
+        mark = self.stream.mark_at(self.trainer.state.global_step * self.trainer.tokens_per_step)
+        self.stream.know(mark)
+        return {"args": {"mark": mark._asdict(), "tokenizer": self.tokenizer["hash"]}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get("StreamPosition", {}).get("args") if state.global_step else None
+        if saved is None:
+            return
+        if saved["tokenizer"] != self.tokenizer["hash"]:
+            raise UserError(
+                f"tokenizer={self.tokenizer['name']!r}: is not what it was when the run began; bring it back"
+            )
+        self.stream.know(Mark(**saved["mark"]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.stream.close()

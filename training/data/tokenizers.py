@@ -1,0 +1,362 @@
+"""Byte, character and BPE tokenizers, built with `tokenizers` and saved as Hugging Face tokenizers."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ..system.errors import UserError, one_line
+from ..system.hashes import digest
+from .fast_bpe import fast_bpe
+
+END_OF_TEXT = "<|endoftext|>"
+DEFAULT_BPE_VOCAB_SIZE = 4096
+Texts = Callable[[], Iterator[str]]
+
+
+def build_tokenizer(name: str, texts: Texts | None = None, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Build the tokenizer called `name`: "byte", "char", "bpe", or any Hugging Face id or path.
+
+    `texts` returns a fresh iterator over the training texts ("char" and "bpe" read it once); `vocab_size` counts
+    `<|endoftext|>` and is for "bpe" alone. Raises UserError when the tokenizer cannot be built or loaded.
+    """
+    if vocab_size is not None and name != "bpe":
+        why = f"only tokenizer=bpe takes it, not {name!r}"
+        raise UserError(f"tokenizer_vocab_size={vocab_size}: {why}; leave it out, or give --tokenizer_vocab_size none")
+    if name not in BUILDERS:
+        return load_tokenizer(name)
+    if texts is None and name != "byte":
+        raise UserError(f"tokenizer={name!r}: it is made from a text and there is none; name a source of text")
+    return BUILDERS[name](texts, vocab_size)
+
+
+def load_tokenizer(name: str, needs_end_of_text: bool = True) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a directory or the Hub; only text that is prepared needs an end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one cause: not there
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        mend = "name byte, char, bpe or a directory that holds a tokenizer"
+        raise UserError(f"tokenizer={name!r}: cannot be loaded ({why}); {mend}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"tokenizer={name!r}: is not a fast tokenizer (no tokenizer.json); choose one that is")
+    if needs_end_of_text and tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer={name!r}: has no eos_token to end documents with; set one and save it again")
+    return tokenizer
+
+
+def encode_documents(tokenizer, texts: list[str], names: list[str] | None = None) -> list[np.ndarray]:
+    """Encode whole documents as ordinary text: nothing is appended, cut off, or read as a special token.
+
+    Returns one uint32 array of token ids a text. Raises UserError naming the first character that the tokenizer
+    does not know, its offset in characters and, when `names` are given, its document.
+    """
+    names = names or [f"text {number}" for number in range(len(texts))]
+    return ENCODERS[tokenizer_kind(tokenizer)](tokenizer, texts, names)
+
+
+THE_PROMPT = "the prompt"
+
+
+class Rendered(str):
+    """Text that a chat template made: all its special tokens are spelled out, one that begins a text among them."""
+
+
+def encode_prompt(tokenizer, text: str, name: str = THE_PROMPT) -> list[int]:
+    """Ids of a text that is to be continued, the same that training makes of a document's beginning.
+
+    Unlike in a document, special tokens that the text spells out are read as such. Nothing is put at the end; what a
+    tokenizer puts at the beginning is put there, unless the text is Rendered. An empty one starts a document.
+    """
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    if isinstance(text, Rendered) or any(token.special and token.content in text for token in added):
+        ids = encode_spelled(tokenizer, text, name)["input_ids"]
+    else:
+        ids = encode_documents(tokenizer, [text], [name])[0].tolist()
+    begin = [] if isinstance(text, Rendered) else begin_ids(tokenizer)
+    ids = ids if ids[: len(begin)] == begin else begin + ids
+    return ids or [first_id(tokenizer)]
+
+
+def encode_spelled(tokenizer, text: str, name: str, **options) -> dict:
+    """What the tokenizer makes of a text whose special tokens are spelled out; it adds none of its own."""
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    except Exception as error:  # the only class that `tokenizers` raises
+        raise UserError(f"{name}: the tokenizer cannot encode it ({one_line(error)})") from error
+
+
+def decode_continuation(tokenizer, ids: list[int], start: int) -> str:
+    """The text of `ids[start:]` after that of `ids[:start]`.
+
+    Decoded as a whole and then cut: what is decoded alone loses its first space, or the half of a character.
+    """
+    before, whole = (_decode(tokenizer, part) for part in (ids[:start], ids))
+    same = 0
+    while same < min(len(before), len(whole)) and before[same] == whole[same]:
+        same += 1
+    return whole[same:]
+
+
+def _decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def first_id(tokenizer) -> int:
+    """What starts a document: the end-of-text token, else a line break (as in nanoGPT), else entry 0."""
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
+
+
+def begin_ids(tokenizer) -> list[int]:
+    """The special tokens that the tokenizer by itself puts before every text."""
+    mask, ids = _added_around(tokenizer)
+    return ids[: mask.index(0)] if 0 in mask else []
+
+
+def add_nothing(tokenizer):
+    """Let the tokenizer put nothing around a text, as pretraining puts nothing there; saved, it stays so."""
+    if 1 in _added_around(tokenizer)[0]:
+        tokenizer.backend_tokenizer.post_processor = None
+    return tokenizer
+
+
+def _added_around(tokenizer) -> tuple[list[int], list[int]]:
+    """(1 for each special token that the tokenizer adds and 0 for others, ids) of an arbitrary short text."""
+    special = set(tokenizer.all_special_tokens)
+    text = next((entry for entry in characters_of(tokenizer) if entry not in special), "")
+    if tokenizer.backend_tokenizer.post_processor is None or not text:
+        return [], []
+    encoded = tokenizer.backend_tokenizer.encode(text)
+    return encoded.special_tokens_mask, encoded.ids
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Return the sha256 (hex) of what the tokenizer does, whatever order its file happens to be written in."""
+    return digest(_state(tokenizer.backend_tokenizer))
+
+
+def read_alike(first, second) -> bool:
+    """Whether two tokenizers make the same ids of every document, whatever each puts around it."""
+    return _encoding_part(first.backend_tokenizer) == _encoding_part(second.backend_tokenizer)
+
+
+def encoding_hash(tokenizer) -> str:
+    """The same of what `encode_documents` depends on alone, which `add_nothing` does not change."""
+    return digest(_encoding_part(tokenizer.backend_tokenizer))
+
+
+def tokenizer_kind(tokenizer) -> str:
+    """Return "byte" or "char" when the tokenizer encodes as a freshly built one of that kind does, else "other"."""
+    backend = tokenizer.backend_tokenizer
+    rebuild = REBUILDERS.get((type(backend.model).__name__, len(tokenizer) - len(BYTE_VOCABULARY) in (0, 1)))
+    kind, rebuilt = rebuild(tokenizer) if rebuild else ("other", None)
+    return kind if rebuilt is not None and _encoding_part(rebuilt) == _encoding_part(backend) else "other"
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """Map each character of the byte-level alphabet to the byte that it stands for.
+
+    Printable bytes stand for themselves; the others are moved, in order, to code points from 256 on.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    themselves = {character: ord(character) for character in alphabet if ord(character) < 256}
+    moved_bytes = sorted(set(range(256)) - set(themselves.values()))
+    moved = dict(zip(alphabet[len(themselves) :], moved_bytes, strict=True))
+    return themselves | moved
+
+
+BYTE_VOCABULARY = _byte_vocabulary()
+
+
+def _byte_backend(has_end: bool = True) -> Tokenizer:
+    backend = Tokenizer(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT] if has_end else [])
+    return backend
+
+
+def _char_backend(characters: list[str], has_end: bool = True) -> Tokenizer:
+    backend = Tokenizer(models.WordLevel({character: index for index, character in enumerate(characters)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([END_OF_TEXT] if has_end else [])
+    return backend
+
+
+def build_byte(texts: Texts | None = None, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Build the tokenizer whose ids are the UTF-8 byte values 0..255, with `<|endoftext|>` = 256."""
+    return _wrap(_byte_backend())
+
+
+def build_char(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Build the tokenizer that numbers the text's distinct characters in sorted order, `<|endoftext|>` last."""
+    characters = set()
+    for text in texts():
+        characters.update(text)
+    if not characters:
+        raise UserError("tokenizer='char': the text is empty, so there are no characters; name a text that has some")
+    return _wrap(_char_backend(sorted(characters)))
+
+
+def build_bpe(texts: Texts, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (GPT-2's splitting rule) to exactly `vocab_size` tokens, `<|endoftext|>` last.
+
+    Without a size it has 4,096, or as many as the text has pairs for that it holds twice.
+    """
+    is_exact = vocab_size is not None
+    size = vocab_size if is_exact else DEFAULT_BPE_VOCAB_SIZE
+    least = len(BYTE_VOCABULARY) + 1
+    if size < least:
+        raise UserError(f"tokenizer_vocab_size={size}: must be at least {least} (256 bytes and {END_OF_TEXT})")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1,
+        min_frequency=0 if is_exact else 2,
+        initial_alphabet=sorted(BYTE_VOCABULARY),
+        show_progress=sys.stderr.isatty(),
+    )
+    backend.train_from_iterator(texts(), trainer)
+    backend.add_special_tokens([END_OF_TEXT])
+    if (reached := backend.get_vocab_size()) != size and is_exact:
+        raise UserError(f"tokenizer_vocab_size={size}: the text yields only {reached} tokens; lower the size")
+    return _wrap(backend)
+
+
+def build_entries(characters: list[str] | None, has_end: bool) -> PreTrainedTokenizerFast:
+    """Build the character tokenizer of just these entries in this order, or of the 256 bytes (None).
+
+    For models made elsewhere, whose vocabulary may have no end-of-text token.
+    """
+    backend = _byte_backend(has_end) if characters is None else _char_backend(characters, has_end)
+    return _wrap(backend, has_end)
+
+
+def _wrap(backend: Tokenizer, has_end: bool = True) -> PreTrainedTokenizerFast:
+    """Give the backend its Hugging Face face: one special token for begin, end and padding, and no unknown token."""
+    names = ("bos_token", "eos_token", "pad_token") if has_end else ()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **dict.fromkeys(names, END_OF_TEXT)
+    )
+
+
+BUILDERS = {"byte": build_byte, "char": build_char, "bpe": build_bpe}
+
+
+# --- telling byte and char tokenizers from others --------------------------------------------------------------------
+
+
+def _rebuild_byte(tokenizer) -> tuple[str, Tokenizer]:
+    return "byte", _byte_backend(len(tokenizer) > len(BYTE_VOCABULARY))
+
+
+def _rebuild_char(tokenizer) -> tuple[str, Tokenizer]:
+    characters = characters_of(tokenizer)
+    return "char", _char_backend(characters, len(tokenizer) > len(characters))
+
+
+def characters_of(tokenizer) -> list[str]:
+    """Return the entries of the model's own vocabulary in the order of their ids."""
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    return sorted(vocabulary, key=vocabulary.get)
+
+
+# (class of the backend's model, has 256 or 257 tokens) -> what to compare with: a cheap test before the exact one
+REBUILDERS = {
+    ("BPE", True): _rebuild_byte,
+    ("WordLevel", True): _rebuild_char,
+    ("WordLevel", False): _rebuild_char,
+}
+
+
+def _encoding_part(backend: Tokenizer) -> dict:
+    """Return what `encode_documents` depends on; the post-processor only adds special tokens, which it never does."""
+    return _state(backend) | {"post_processor": None}
+
+
+def _state(backend: Tokenizer) -> dict:
+    """Return the backend's JSON, less truncation and padding, which belong to a call and not to the tokenizer."""
+    return json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_bytes(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+
+def _encode_characters(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    """Look characters up in a table over code points; the last entry stands for all that lie beyond the table."""
+    characters = characters_of(tokenizer)
+    code_points = np.array([ord(character) for character in characters])
+    unknown = len(characters)
+    table = np.full(code_points.max() + 2, unknown, dtype=np.uint32)
+    table[code_points] = np.arange(unknown)
+    encoded = []
+    for text, name in zip(texts, names, strict=True):
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = table[np.minimum(points, len(table) - 1)]
+        if (ids == unknown).any():
+            offset = int((ids == unknown).argmax())
+            raise _unknown_character(text[offset], offset, name)
+        encoded.append(ids)
+    return encoded
+
+
+def _unknown_character(character: str, offset: int, name: str) -> UserError:
+    where = f"{character!r} (U+{ord(character):04X}) at offset {offset} of {name}"
+    mend = "give another --prompt" if name == THE_PROMPT else "build it on this text too"
+    return UserError(f"tokenizer='char': it does not know {where}; {mend}, or use tokenizer=byte")
+
+
+def _encode_others(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    """Encode by tiktoken what it is known to encode alike, and all else by `tokenizers`."""
+    fast = fast_bpe(tokenizer, BYTE_VOCABULARY, sum(map(len, texts)))
+    encoded = fast.encode(texts) if fast else [None] * len(texts)
+    left = [index for index, ids in enumerate(encoded) if ids is None]
+    by_itself = _encode_by_itself(tokenizer, [texts[index] for index in left], [names[index] for index in left])
+    for index, ids in zip(left, by_itself, strict=True):
+        encoded[index] = ids
+    return encoded
+
+
+def _encode_by_itself(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    with _ordinary_text(tokenizer.backend_tokenizer) as backend:
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the only class that `tokenizers` raises
+            raise UserError(f"tokenizer: cannot encode {names[0]} or one after it ({error}); try byte") from error
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+@contextmanager
+def _ordinary_text(backend: Tokenizer):
+    """Switch off special tokens in text, truncation and padding for a while, and restore them whatever happens."""
+    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        backend.encode_special_tokens = special
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+ENCODERS = {"byte": _encode_bytes, "char": _encode_characters, "other": _encode_others}

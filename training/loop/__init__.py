@@ -1,0 +1,1 @@
+"""The training loop: the one Trainer, what it calls back, and how it evaluates."""

@@ -1,0 +1,216 @@
+"""The way to the Hub: files as they are sent, one commit that holds them all, failures in words."""
+
+import fnmatch
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from transformers import TrainingArguments
+
+from ..config.fields import REFUSED
+from ..system.errors import UserError, one_line
+from ..system.files import read_json
+from .model_card import NOT_CHOSEN, PLACE, check_license, is_hub_id
+from .uploads import (
+    GOES_UP,
+    Upload,
+    paths_in_recipe,
+    portable_recipe,
+    replace_paths,
+    without_machine,
+    without_paths,
+)
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+NO_TOKEN = f"no Hugging Face token: create one at {TOKENS_PAGE} with write access, then `hf auth login` or set HF_TOKEN"
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # RuntimeError: what huggingface_hub wraps uploads in
+# status of an answer: what it means
+ANSWERS = {
+    401: f"the Hub rejected the token (401): create one with write access at {TOKENS_PAGE}, then `hf auth login`",
+    403: "{repo_id} belongs to someone else, or the token is read-only (403, {said}): push to one of your own, "
+    f"or create a token with write access at {TOKENS_PAGE}",
+    404: "{repo_id} was not found with this token (404): check the id and the branch, and whose the token is",
+    None: "the Hub answered {status}: {said}; nothing is lost, push again later",
+}
+
+
+class Pushed(NamedTuple):
+    """Where a push went: the repository's whole id and its address."""
+
+    repo_id: str
+    address: str
+
+
+# ---- what goes up
+
+
+def total_size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def finish_files(
+    directory: Path, going: list[Upload], card: str, license: str | None = None, base_model: str | None = None
+) -> list[Upload]:
+    """The files as they are sent: card with whole metadata, adapter with its base's id, nothing with local paths.
+
+    card: the text of README.md. license, base_model: what the card and the adapter shall say instead of what they do.
+    """
+    files = {upload.name: without_machine(upload) for upload in going}
+    paths = paths_in_recipe(directory)
+    adapter = next((upload for upload in going if upload.name == "adapter_config.json"), None)
+    if adapter:
+        settings = read_json(adapter.content)
+        known_as = str(settings.get("base_model_name_or_path"))
+        base_model = base_model or known_as
+        if not is_hub_id(base_model):
+            raise UserError(
+                f"base_model={base_model!r}: the adapter's base is a directory of this machine, which nobody else "
+                "has; push it too, and name its repository with --base_model"
+            )
+        text = json.dumps(without_paths(settings) | {"base_model_name_or_path": base_model}, indent=2)
+        files[adapter.name] = Upload(adapter.name, text.encode(), adapter.why)
+        if not is_hub_id(known_as):
+            card = card.replace(known_as, base_model)  # a path says nothing to others
+    text = finish_card(replace_paths(card, paths), license, base_model, is_adapter=adapter is not None)
+    files["README.md"] = Upload("README.md", text.encode(), GOES_UP["README.md"])
+    if "recipe.yaml" in files:
+        files["recipe.yaml"] = Upload("recipe.yaml", portable_recipe(directory), GOES_UP["recipe.yaml"])
+    return [files[name] for name in sorted(files)]
+
+
+def finish_card(text: str, license: str | None = None, base_model: str | None = None, is_adapter: bool = False) -> str:
+    """The card with metadata that the Hub will take.
+
+    Raises UserError for metadata that cannot be read, or a licence that the Hub does not know.
+    """
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"README.md: the metadata on top cannot be read: {one_line(error)}") from error
+    card.data.license = license or card.data.license or NOT_CHOSEN
+    if isinstance(card.data.license, str):
+        check_license(card.data.license)
+    card.data.pipeline_tag = card.data.pipeline_tag or "text-generation"
+    card.data.library_name = "peft" if is_adapter else card.data.library_name or "transformers"
+    if base_model and not is_hub_id(base_model):
+        raise UserError(f"base_model={base_model!r}: name a repository on the Hub, not a directory of this machine")
+    if base_model:
+        card.data.base_model = base_model
+    elif isinstance(card.data.base_model, str) and not is_hub_id(card.data.base_model):
+        card.data.base_model = None  # a path of this machine, which the Hub's validator refuses
+    if is_adapter:
+        card.data["base_model_relation"] = "adapter"
+    # PEFT tags an adapter with the place of its base, which may be a path; the Hub finds the base out by itself.
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")] or None
+    return card.content
+
+
+# ---- sending it
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what can be no repository's id."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"REPO_ID {repo_id!r}: {one_line(error)}") from error
+
+
+def send(
+    files: list[Upload],
+    repo_id: str,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> Pushed:
+    """Make the repository, and the branch, where they are not there yet, and commit all files at once.
+
+    Weights there that are not among the files are removed in the same commit, so that no loader finds them instead.
+    Raises one of HUB_ERRORS, for `in_words`, and UserError where `private` cannot be had.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # huggingface_hub draws some of them into files too
+    api = HfApi(token=get_token())
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise UserError(
+            f"private: {repo_id} exists and is public, and a push does not change that: do it first at "
+            f"{constants.ENDPOINT}/{repo_id}/settings"
+        )
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    operations: list = [CommitOperationAdd(file.name, _sent(file, repo_id)) for file in files]
+    names = {file.name for file in files}
+    there = [name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name]
+    stale = [name for name in there if name not in names and any(fnmatch.fnmatchcase(name, w) for w in WEIGHTS)]
+    operations += [CommitOperationDelete(name) for name in stale]
+    api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return Pushed(repo_id, f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
+
+
+def _sent(file: Upload, repo_id: str) -> str | bytes:
+    """What is sent of a file: the card names the repository where it says how to load the model."""
+    if isinstance(file.content, Path):
+        return str(file.content)
+    return file.content.replace(PLACE.encode(), repo_id.encode()) if file.name == "README.md" else file.content
+
+
+def in_words(error: BaseException, repo_id: str) -> str:
+    """One line on why a push failed, and what to do."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    response = next((e.response for e in chain if isinstance(e, HfHubHTTPError)), None)
+    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        return "HF_HUB_OFFLINE is set, so nothing reaches the Hub: unset it, and push again"
+    if response is None and any(isinstance(e, HTTPError) for e in chain):
+        cause = next(e for e in chain if isinstance(e, HTTPError))
+        return f"{constants.ENDPOINT} cannot be reached ({one_line(cause)}): nothing is lost, push again later"
+    if response is None or (isinstance(error, ValueError) and str(error).startswith("Invalid metadata")):
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    status = response.status_code
+    return ANSWERS.get(status, ANSWERS[None]).format(repo_id=repo_id, status=status, said=_said(response))
+
+
+def _said(response) -> str:
+    """The server's own words, where it gives any."""
+    words = response.headers.get("X-Error-Message")
+    if not words:
+        try:
+            words = response.json().get("error")
+        except (ValueError, AttributeError):
+            words = None
+    return " ".join(str(words or response.reason_phrase).split())[:200]
+
+
+# ---- push_to_hub in a recipe
+
+
+def check_hub_arguments(args: TrainingArguments) -> None:
+    """Refuse hub_* arguments that would do nothing, leak, or fail after hours of training."""
+    if args.hub_token is not None:
+        raise UserError(f"hub_token: {REFUSED['hub_token']}")  # and not the token itself
+    if not args.push_to_hub:
+        idle = {"hub_model_id": None, "hub_revision": None, "hub_always_push": False, "hub_strategy": "every_save"}
+        for name, default in idle.items():
+            if getattr(args, name) != default:
+                raise UserError(f"{name}={getattr(args, name)}: has no effect without push_to_hub: true")
+        if args.hub_private_repo is not None and "trackio" not in (args.report_to or ()):
+            raise UserError(f"hub_private_repo={args.hub_private_repo}: has no effect without push_to_hub: true")
+        return
+    check_repo_id(repo_of(args))
+    if get_token() is None:
+        raise UserError(f"push_to_hub: {NO_TOKEN}")
+
+
+def repo_of(args: TrainingArguments) -> str:
+    """The repository that a run pushes to: hub_model_id, or the name of its directory under the token's own name."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name

@@ -1,0 +1,200 @@
+"""What a run leaves behind beside the weights: loss.png, a sample, the model card, and what to type next."""
+
+import math
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..config.recipe import Recipe, load_run_recipe
+from ..data.sources import PYTHON_STDLIB
+from ..loop.callbacks import read_metrics
+from ..model.hardware import CONTEXT_NAMES
+from ..model.loading import OUR_TYPES
+from ..system.addresses import public_name
+from ..system.checkpoints import step_of
+from ..system.errors import UserError
+from ..system.files import read_json, replace_whole, write_whole
+from ..system.shell import shell
+from .model_card import CardFacts, write_card
+from .uploads import is_own_file, weight_files
+
+
+def write_report(run_dir: Path, recipe: Recipe, sample: str) -> None:
+    """loss.png, sample.txt and README.md (the model card) in `run_dir`, from what lies there."""
+    draw_losses(read_metrics(run_dir), run_dir / "loss.png", recipe.name)
+    write_whole(run_dir / "sample.txt", sample)
+    write_card(run_dir, facts_of_run(run_dir))
+
+
+def draw_losses(rows: list[dict], path: Path, title: str) -> None:
+    """Train and validation loss over steps, the learning rate below, as a PNG."""
+    from matplotlib.figure import Figure  # half a second that only the end of a run needs
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for key, label in (("train_loss", "train"), ("eval_loss", "validation")):
+        points = [(row["step"], row[key]) for row in rows if row[key] is not None]
+        losses.plot(*zip(*points, strict=True), marker=".", label=label) if points else None
+    best = min(rows, key=lambda row: row["eval_loss"], default=None)
+    if best:
+        losses.axhline(best["eval_loss"], color="grey", linewidth=0.5)
+        losses.set_title(f"{title}: best validation loss {best['eval_loss']:.4f} at step {best['step']:,}")
+    losses.set_ylabel("loss (nats a token)")
+    losses.legend()
+    rates = [(row["step"], row["learning_rate"]) for row in rows if row["learning_rate"] is not None]
+    rate.plot(*zip(*rates, strict=True), color="tab:green") if rates else None
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step")
+    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+# ---- the facts of a model card, read from the directory itself: at the end of a run, amid it, or long after it
+
+
+def facts_of(directory: Path) -> CardFacts:
+    """The facts of a run, of one of its checkpoints, or of a directory that only holds a model."""
+    places = (directory, directory.absolute().parent)
+    run_dir = next((path for path in places if (path / "recipe.yaml").is_file()), None)
+    if run_dir is None or (run_dir != directory and step_of(directory) < 0):
+        return facts_of_model(directory)
+    try:
+        return facts_of_run(run_dir, directory)
+    except UserError:  # a recipe of finetuning, which has other sections
+        return facts_of_model(directory)
+
+
+def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
+    """The facts of what `acorn pretrain` grew, or of its checkpoint `directory`, with the figures of that step."""
+    recipe, directory = load_run_recipe(run_dir), directory or run_dir
+    manifest, sources = read_manifest(recipe), sources_of(recipe)
+    rows = [row for row in read_metrics(run_dir) if directory == run_dir or row["step"] == step_of(directory)]
+    best = recipe.best(rows)
+    facts = facts_of_model(directory)
+    facts.name = recipe.name if directory == run_dir else f"{recipe.name}, {directory.name}"
+    facts.about = f"A GPT of {count_parameters(directory):,} parameters, grown from scratch by Acorn."
+    facts.license, facts.language = recipe.card_arguments().license, recipe.card_arguments().language
+    facts.datasets, facts.text = datasets_of(recipe), ", ".join(sources)
+    facts.prompt = recipe.sample_arguments().prompt or "\n"  # one that this vocabulary has
+    facts.data = data_section(sources, manifest)
+    facts.metrics = metrics_of(best) if best else {}
+    facts.evaluated_on = "the whole validation split, in non-overlapping windows"
+    facts.results = results_section(best, run_dir)
+    facts.command = recipe.command
+    facts.training = "All arguments are in `recipe.yaml`." if recipe.command else ""
+    facts.limits.append(f"It was trained on {', '.join(f'`{source}`' for source in sources)} and knows nothing else.")
+    if is_own_file(run_dir / "sample.txt", run_dir) and directory == run_dir:
+        facts.sample = (run_dir / "sample.txt").read_text(encoding="utf-8")
+    return facts
+
+
+def facts_of_model(directory: Path) -> CardFacts:
+    """What config.json and the weights say: enough for a card, with no figures and no claims."""
+    if (directory / "adapter_config.json").is_file():
+        return facts_of_adapter(directory)
+    config = read_json(directory / "config.json")
+    about = f"A causal language model (`{config.get('model_type')}`) of {count_parameters(directory):,} parameters."
+    facts = CardFacts(directory.absolute().name, about, needs_remote_code=bool(config.get("auto_map")))
+    context = context_of(config)
+    facts.limits += [f"Its context is {context:,} tokens."] if context else []
+    facts.max_new_tokens = fitting_length(context)
+    facts.tags = ["acorn", "gpt"] if config.get("model_type") in OUR_TYPES else ["acorn"]
+    return facts
+
+
+def facts_of_adapter(directory: Path) -> CardFacts:
+    """The same of an adapter: its kind and its base."""
+    config = read_json(directory / "adapter_config.json")
+    base, kind = str(config.get("base_model_name_or_path")), str(config.get("peft_type", "PEFT"))
+    base_config = read_json(Path(base, "config.json"))
+    return CardFacts(
+        directory.absolute().name,
+        f"An adapter ({kind}) of {count_parameters(directory):,} parameters for `{base}`.",
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        tags=["acorn", kind.lower()],
+        needs_remote_code=bool(base_config.get("auto_map")),
+        tokenizer="" if (directory / "tokenizer_config.json").is_file() else base,
+        max_new_tokens=fitting_length(context_of(base_config)),
+    )
+
+
+def context_of(config: dict) -> int | None:
+    """Tokens of context, where config.json says so."""
+    text = config.get("text_config") or config
+    return next((text[name] for name in CONTEXT_NAMES if text.get(name)), None)
+
+
+def fitting_length(context: int | None) -> int:
+    """How much a card's example may write: with learned positions more than the context is an error."""
+    return min(100, context // 2) if context else 100
+
+
+def count_parameters(directory: Path) -> int:
+    """Numbers in the directory's safetensors files, tied ones counted once; the headers alone are read."""
+    total = 0
+    names = weight_files(directory, "model") + weight_files(directory, "adapter_model")
+    for path in [directory / name for name in names if name.endswith(".safetensors") and (directory / name).is_file()]:
+        with safe_open(path, framework="numpy") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def read_manifest(recipe: Recipe) -> dict:
+    """What is known of the run's prepared tokens; nothing where they are on another machine."""
+    return read_json(Path(recipe.data.get("data_dir") or "", "manifest.json"))
+
+
+def sources_of(recipe: Recipe) -> list[str]:
+    """Where the text came from: names of files, or ids of data sets."""
+    parts = recipe.data.get("mixture") or [recipe.data]
+    named = [part.get("text_files") or part.get("data_files") or [part.get("dataset")] for part in parts]
+    lists = [entries if isinstance(entries, list) else [entries] for entries in named]
+    names = [public_name(str(name)) for entries in lists for name in entries if name]
+    return names or [Path(str(recipe.data.get("data_dir"))).name]
+
+
+def datasets_of(recipe: Recipe) -> list[str]:
+    """The data sets among the sources, which may be on the Hub."""
+    parts = recipe.data.get("mixture") or [recipe.data]
+    return [part["dataset"] for part in parts if part.get("dataset") not in (None, PYTHON_STDLIB)]
+
+
+def data_section(sources: list[str], manifest: dict) -> str:
+    """Source, licence and sizes of the text."""
+    licence = manifest.get("licence") or "not known to Acorn; ask the source before you pass the model on"
+    lines = [f"Source: {', '.join(f'`{source}`' for source in sources)}.", f"Licence of the text: {licence}."]
+    if manifest:
+        train, validation = (manifest["splits"][split]["tokens"] for split in ("train", "validation"))
+        lines.append(
+            f"Train {train:,} tokens, validation {validation:,} tokens; vocabulary {manifest['vocab_size']:,}."
+        )
+    return "\n".join(lines)
+
+
+def metrics_of(row: dict) -> dict[str, float]:
+    """A line of metrics.jsonl as the card's metrics."""
+    loss = row["eval_loss"]
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": row["bits_per_byte"]}
+    return metrics | ({"token_accuracy": row["token_accuracy"]} if row.get("token_accuracy") is not None else {})
+
+
+def results_section(best: dict | None, run_dir: Path) -> str:
+    """When the figures were measured, and the picture."""
+    if best is None:
+        return "The run has not been evaluated yet."
+    when = f"Measured at step {best['step']:,}, after {best['tokens']:,} tokens and {best['seconds']:,.0f} seconds."
+    return when + ("\n\n![loss](loss.png)" if (run_dir / "loss.png").is_file() else "")
+
+
+def next_steps(run_dir: Path, prompt: str) -> str:
+    """What a person can type now."""
+    return "\n".join(
+        [
+            f"The model is in {run_dir} (the best at the root). Next:",
+            f"  {shell('acorn', 'generate', run_dir, prompt=prompt)}",
+            f"  {shell('acorn', 'evaluate', run_dir)}",
+            f"  {shell('acorn', 'resume', run_dir)} --max_steps …",
+            f"  {shell('acorn', 'push', run_dir, 'YOU/NAME', '--dry_run')}",
+        ]
+    )

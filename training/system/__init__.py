@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, files, checkpoints, locks, and processes that work together."""
