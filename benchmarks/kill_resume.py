@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from training.data.tokenizers import build_tokenizer
-from training.loop.callbacks import read_metrics
+from training.share.metrics_file import read_metrics
 from training.system.checkpoints import damage, list_checkpoints
 from training.system.errors import run_main
 

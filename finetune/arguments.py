@@ -7,12 +7,12 @@ from pathlib import Path
 
 from training.config.arguments import DataArguments, GPTTrainingArguments, SampleArguments, _say
 from training.config.choices import check_attention
-from training.config.ranges import check_numbers
 from training.config.recipe import SECTIONS, Recipe, load_recipe_file, parse_flags, shipped_recipes
 from training.data.tokenizers import BUILDERS
 from training.model.loading import DTYPES
 from training.system.addresses import public_name
 from training.system.errors import UserError, unknown
+from training.system.ranges import check_numbers
 from training.system.shell import shell
 
 from .adapters import ADAPTERS

@@ -13,7 +13,7 @@ from training.data.sources import unit_hash
 from training.data.splitting import check_split_options
 from training.data.tokenizers import Rendered
 from training.system.errors import UserError
-from training.system.hashes import digest
+from training.system.files import digest
 
 from .chat_files import Conversation, Pair, find_format, read_conversations, read_pairs
 from .conversations import Example, encode_conversation, encode_pair, render, with_template

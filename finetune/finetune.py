@@ -2,7 +2,7 @@
 
 import sys
 
-from training.system.agreement import first_decides
+from training.system.distributed import first_decides
 from training.system.errors import UserError, quiet_libraries, run_main
 from training.system.files import refuse_used
 

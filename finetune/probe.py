@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from training.model.hardware import text_config
+from training.system.distributed import shares_weights_out
 from training.system.errors import UserError
-from training.system.processes import shares_weights_out
 
 TOKENS = 8  # in each of two documents
 

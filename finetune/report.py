@@ -4,8 +4,8 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from training.loop.callbacks import read_metrics
 from training.model.loading import load_config
+from training.share.metrics_file import read_metrics
 from training.share.model_card import CardFacts, write_card
 from training.share.report import data_section, draw_losses, metrics_of, sources_of
 from training.system.files import write_whole

@@ -12,7 +12,6 @@ from transformers import set_seed
 from training.config.choices import check_attention
 from training.data.inputs import refuse_other_inputs
 from training.fits import refuse_large_batch
-from training.loop.callbacks import read_metrics
 from training.model.hardware import context_of, peak_memory
 from training.model.loading import (
     fingerprint,
@@ -26,12 +25,12 @@ from training.model.loading import (
 from training.model.precision import trained_in
 from training.model.sampling import prompt_tensor, sample_text
 from training.run import begin, by_the_first, train
-from training.system.agreement import first_decides
+from training.share.metrics_file import read_metrics
 from training.system.checkpoints import refuse_finished
+from training.system.distributed import first_decides, leave
 from training.system.errors import UserError
 from training.system.files import read_json, write_whole
 from training.system.lock import claimed
-from training.system.processes import leave
 
 from .adapters import attach, count_parameters, quantization, virtual_tokens
 from .arguments import FinetuneRecipe

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from training.config.ranges import check_numbers
 from training.model.hardware import best_device
 from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
 from training.model.sampling import (
@@ -19,6 +18,7 @@ from training.model.sampling import (
     sampling_arguments,
 )
 from training.system.errors import FlagParser, UserError, quiet_libraries, run_main
+from training.system.ranges import check_numbers
 
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("

@@ -6,16 +6,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError
 
-from training.share.hub import (
-    HUB_ERRORS,
-    NO_TOKEN,
-    check_repo_id,
-    finish_files,
-    in_words,
-    send,
-    total_size,
-)
-from training.share.model_card import NOT_CHOSEN, check_license, model_card
+from training.config.publishing import NO_TOKEN, NOT_CHOSEN, check_license, check_repo_id
+from training.share.hub import HUB_ERRORS, finish_files, in_words, send, total_size
+from training.share.model_card import model_card
 from training.share.report import facts_of
 from training.share.uploads import Upload, is_own_file, refuse_no_model, sort_files
 from training.system.errors import FlagParser, UserError, one_line, quiet_libraries, run_main

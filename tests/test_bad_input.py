@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from inference import evaluate, generate
 from training import pretrain, resume
-from training.loop.callbacks import read_metrics
+from training.share.metrics_file import read_metrics
 from training.system.checkpoints import damage
 from training.system.errors import run_main
 

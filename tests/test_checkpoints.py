@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as safetensors_bytes
 
 from training import resume
-from training.loop.callbacks import ROW, append_metrics, mend_metrics, read_metrics
+from training.share.metrics_file import ROW, append_metrics, mend_metrics, read_metrics
 from training.system.checkpoints import (
     MANIFEST,
     STATE,

@@ -12,11 +12,11 @@ from training import pretrain
 from training.config.arguments import GPTTrainingArguments
 from training.config.choices import CHOICES, NEEDS, RISING
 from training.config.fields import REFUSED, TAKES_EFFECT, TRANSFORMERS
-from training.config.ranges import RANGES
 from training.config.recipe import load_recipe, load_run_recipe
 from training.loop.metrics import METRICS
 from training.model.optimizers import build_optimizer
 from training.system.errors import UserError
+from training.system.ranges import RANGES
 
 from .tiny_runs import checkpoints, grow, metrics, refused, same_weights, tiny_argv, write_text
 

@@ -17,8 +17,8 @@ from finetune.arguments import FinetuneRecipe
 from training import resume as pretraining_resume
 from training.config.recipe import load_recipe_file
 from training.data.tokenizers import build_tokenizer
-from training.loop.callbacks import read_metrics
 from training.model.loading import load_model_and_tokenizer
+from training.share.metrics_file import read_metrics
 from training.system.errors import UserError
 
 from .tiny_bases import TINY, save, stock_model

@@ -16,6 +16,8 @@ MAY_IMPORT = {  # a room: the other rooms it may import
     "benchmarks": {"modeling", "training", "finetune", "inference"},
     "acorn": {"training"},
 }
+# The rooms of training/, from the lowest up: each may import those before it, and the modules on top import them all.
+TRAINING = ("system", "data", "model", "config", "share", "loop")
 # What a model from the Hub may count on: huggingface_hub comes with every transformers, and holds its `strict`.
 TRAVELS_WITH = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 MAX_FILE, MAX_FUNCTION = 400, 50
@@ -50,9 +52,19 @@ def forbidden_imports(path: Path, tree: ast.Module, mains: set[str]) -> list[str
             wrong.append(f"{room} may not import {top}: {name}")
         if name in mains:
             wrong.append(f"nobody imports a module with a main(): {name}")
+        if package.startswith("training.") and name.startswith("training.") and is_upward(package, name):
+            wrong.append(f"{package} may not import {name}")
         if room == "modeling" and dots == 0 and top not in TRAVELS_WITH | MAY_IMPORT.keys():
             wrong.append(f"modeling imports torch and transformers only: {name}")
     return wrong + (untravelled(tree) if room == "modeling" else [])
+
+
+def is_upward(package: str, name: str) -> bool:
+    """Whether a module of a room of training/ imports a later room, or a module on top of them."""
+    here, there = package.split(".")[1], name.split(".")[1]
+    if here not in TRAINING:  # launch/ is on top
+        return False
+    return there not in TRAINING or TRAINING.index(there) > TRAINING.index(here)
 
 
 def untravelled(tree: ast.Module) -> list[str]:
@@ -121,6 +133,9 @@ def test_modeling_is_flat() -> None:
         ("inference/a.py", "from finetune.adapters import ADAPTERS"),
         ("inference/caches/a.py", "from ...training.pretrain import main"),
         ("finetune/a.py", "import inference"),
+        ("training/data/a.py", "from ..config.recipe import Recipe"),
+        ("training/share/a.py", "from training.loop.trainer import GPTTrainer"),
+        ("training/loop/a.py", "from ..run import run"),
     ],
 )
 def test_the_rule_catches(path: str, line: str) -> None:
@@ -137,6 +152,8 @@ def test_the_rule_catches(path: str, line: str) -> None:
         ),
         ("training/a.py", "import evaluate, tokenizers"),
         ("inference/a.py", "from training.loop.metrics import perplexity\nfrom modeling import GPTForCausalLM"),
+        ("training/loop/a.py", "from ..data.corpus import Corpus\nfrom ..share.report import write_report"),
+        ("training/run.py", "from .loop.trainer import GPTTrainer"),
         ("finetune/a.py", "import peft\nfrom training.loop.trainer import GPTTrainer"),
     ],
 )

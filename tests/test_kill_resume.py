@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler
 
 from benchmarks import kill_resume
 from training.data.dataset import StepSampler
-from training.loop.callbacks import read_metrics
+from training.share.metrics_file import read_metrics
 from training.system.checkpoints import damage
 
 from .test_resume import back_to, rows

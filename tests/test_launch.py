@@ -16,8 +16,8 @@ from training.config.arguments import DataArguments, GPTTrainingArguments, fitti
 from training.data.corpus import corpus_at, prepare, whereabouts
 from training.loop.trainer import GPTTrainer
 from training.run import empty_model
+from training.system.distributed import check_launch, check_partitions, check_writer
 from training.system.errors import UserError
-from training.system.processes import check_launch, check_partitions, check_writer
 
 from .tiny_runs import grow, metrics, tiny_argv, write_text
 from .two_processes import ROOT, as_launched, launch

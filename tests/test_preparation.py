@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from training.data import preparation, splitting, workers
+from training.data.building import building_folder
 from training.data.corpus import describe, prepare
 from training.data.preparation import progress_line
 from training.data.reading import say
 from training.data.sources import size_of_sources
 from training.data.tokenizers import build_tokenizer
 from training.system import building
-from training.system.building import building_folder
 from training.system.errors import UserError
 from training.system.lock import locked
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from training.system.distributed import is_lost_process, one_process_first
 from training.system.errors import LostProcess, UserError
-from training.system.processes import is_lost_process, one_process_first
 
 from .tiny_runs import tiny_argv, write_text
 from .two_processes import ROOT, in_two

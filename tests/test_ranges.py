@@ -8,9 +8,9 @@ import yaml
 
 from finetune.arguments import FinetuneRecipe, load_finetune_recipe
 from inference import generate
-from training.config.ranges import RANGES, Range, check_number
 from training.config.recipe import Recipe, known_keys, load_recipe
 from training.system.errors import UserError
+from training.system.ranges import RANGES, Range, check_number
 
 from .tiny_runs import latest, refused
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from training import pretrain, resume
-from training.loop.callbacks import read_metrics
+from training.share.metrics_file import read_metrics
 
 from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, rows, same_weights, tiny_argv, write_text
 

@@ -9,7 +9,7 @@ import pytest
 from inference import evaluate, generate, push
 from training import resume
 from training.model.loading import load_causal_lm
-from training.share.report import read_metrics
+from training.share.metrics_file import read_metrics
 from training.system.checkpoints import MANIFEST, damage
 from training.system.root import move_in, read_manifest
 

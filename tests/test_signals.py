@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from training.loop.callbacks import StopOnSignal, read_metrics
+from training.loop.callbacks import StopOnSignal
+from training.share.metrics_file import read_metrics
 
 from .tiny_runs import checkpoints, go_on, grow, rows, same_weights, tiny_argv
 

@@ -13,9 +13,9 @@ from training.config.arguments import DataArguments, GPTTrainingArguments
 from training.data.corpus import prepare
 from training.data.dataset import StepSampler, TrainingRows
 from training.loop import trainer as trainer_module
-from training.loop.callbacks import read_metrics
 from training.loop.fast_dropout import FastDropout, fast_dropout
 from training.loop.trainer import GPTTrainer
+from training.share.metrics_file import read_metrics
 from training.system.errors import UserError
 
 from .tiny_bases import TINY, save, stock_model

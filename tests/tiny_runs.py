@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from modeling import GPTConfig
 from training import pretrain, resume
-from training.loop.callbacks import read_metrics
+from training.share.metrics_file import read_metrics
 from training.system.errors import UserError
 
 WORDS = [*words("the quick brown fox jumps over a lazy dog, and how vexingly quick daft zebras"), "jump\n"]

@@ -10,11 +10,10 @@ from typing import NamedTuple
 from .config.recipe import Recipe, load_run_recipe, parse_flags
 from .config.values import coerce
 from .system.addresses import public_name
-from .system.agreement import first_decides
 from .system.checkpoints import find_checkpoint, missing_state
+from .system.distributed import check_writer, first_decides
 from .system.errors import UserError
 from .system.lock import claimed
-from .system.processes import check_writer
 from .system.shell import shell
 
 FIXED_TRAINING = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these

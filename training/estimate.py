@@ -3,12 +3,12 @@
 import sys
 
 from .config.help import wants_help
-from .config.ranges import check_numbers
 from .config.recipe import Recipe, load_recipe
 from .costs import SHARDED, Estimate, estimate_recipe
 from .model.hardware import GPUS
 from .model.precision import fit_precision
 from .system.errors import FlagParser, run_main, unknown
+from .system.ranges import check_numbers
 
 
 def main(argv: list[str] | None = None) -> None:

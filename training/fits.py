@@ -8,8 +8,8 @@ from modeling import GPTForCausalLM
 from .config.choices import check_attention
 from .config.recipe import Recipe
 from .costs import config_of, memory
+from .system.distributed import shares_weights_out
 from .system.errors import UserError, one_line
-from .system.processes import shares_weights_out
 
 CGROUP = "/sys/fs/cgroup/memory.max"  # of a container: bytes, or "max"
 SPARE = 1.2  # the estimate is within a few per cent; only what is far beyond is refused

@@ -12,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 from .config.arguments import DataArguments
-from .config.ranges import check_numbers
 from .data.dataset import EvaluationRows, TokenArray
 from .data.sources import documents, named_sources
 from .data.tokenizers import encode_documents
@@ -22,6 +21,7 @@ from .model.loading import load_model_and_tokenizer
 from .model.precision import refuse_emulated
 from .model.sampling import context_left
 from .system.errors import FlagParser, UserError, quiet_libraries
+from .system.ranges import check_numbers
 
 EPILOG = """examples:
   acorn evaluate runs/quickstart                          the validation split it was trained beside

@@ -5,7 +5,7 @@ from .config.recipe import load_recipe
 from .data.corpus import summary
 from .fits import refuse_too_large
 from .run import build_model, by_the_first, open_corpus, run
-from .system.agreement import first_decides
+from .system.distributed import first_decides
 from .system.errors import quiet_libraries, run_main
 from .system.files import refuse_used
 

@@ -19,17 +19,16 @@ from .data.inputs import inputs_named_by, record_inputs, refuse_other_inputs
 from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing
-from .loop.callbacks import mend_metrics
 from .loop.trainer import GPTTrainer
 from .model.precision import record as record_precision
 from .model.precision import trained_in
 from .model.sampling import prompt_tensor, sample_text
+from .share.metrics_file import mend_metrics
 from .share.report import next_steps, write_report
-from .system.agreement import first_decides
 from .system.checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, step_of, stopped_early
+from .system.distributed import first_decides, is_lost_process, leave, lost, one_process_first
 from .system.errors import UserError
 from .system.lock import claimed
-from .system.processes import is_lost_process, leave, lost, one_process_first
 from .system.root import follow_course
 from .system.shell import shell
 

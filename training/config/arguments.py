@@ -11,12 +11,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..model.compiling import plan_compilation
 from ..model.optimizers import OPTIMIZERS
 from ..model.precision import ACCELERATE, choose
-from ..share.hub import check_hub_arguments
-from ..share.model_card import check_language, check_license
 from ..system.errors import UserError
+from ..system.ranges import check_numbers
 from .choices import RISING, check_choices, check_names, check_needs, check_schedule, settle_metric
 from .fields import refuse_other_values
-from .ranges import check_numbers
+from .publishing import check_hub_arguments, check_language, check_license
 
 
 def _none() -> list[str]:

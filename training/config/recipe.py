@@ -16,13 +16,13 @@ from ..data.corpus import DECIDED
 from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from ..model.precision import KEYS as PRECISION_KEYS
 from ..system.addresses import each_text, public_name, public_text
+from ..system.distributed import check_launch, check_partitions
 from ..system.errors import UserError, one_line, refuse_broken_text, unknown
 from ..system.files import check_hash, write_with_hash
-from ..system.processes import check_launch, check_partitions
+from ..system.ranges import check_number
 from ..system.shell import shell
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .choices import NEEDS, RISING
-from .ranges import check_number
 from .strict_yaml import dump, load
 from .values import coerce, from_words, refuse_ambiguous
 

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config.choices import check_names
-from ..config.ranges import check_numbers
-from ..system.building import CORPUS, STATE, building_folder, built_aside, put_in_place
 from ..system.errors import UserError
-from ..system.files import sync_below, write_whole
-from ..system.hashes import digest, hash_file
+from ..system.files import digest, hash_file, sync_below, write_whole
+from .building import CORPUS, STATE, building_folder, built_aside, put_in_place
 from .dataset import TokenShards
 from .inputs import text_digest
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
@@ -188,8 +185,6 @@ def summary(corpus: Corpus) -> str:
 
 def check_options(data) -> None:
     """Refuse options that cannot be met, before any text is read."""
-    check_numbers(data)
-    check_names(data)
     check_split_options(data)
 
 

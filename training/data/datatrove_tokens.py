@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..system.errors import UserError
-from ..system.hashes import digest
+from ..system.files import digest
 from .corpus import MANIFEST
 from .dataset import Tokens, TokenShards, TokenSpans, unit_points
 from .splitting import SPLITS, check_split_options

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from ..system.errors import UserError
-from ..system.files import read_json, write_whole
-from ..system.hashes import digest
+from ..system.files import digest, read_json, write_whole
 from .sources import fingerprint_sources
 from .tokenizers import BUILDERS, load_tokenizer, tokenizer_hash
 

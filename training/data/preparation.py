@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..system.building import CORPUS, STATE, disk_full
 from ..system.errors import UserError
 from ..system.files import write_whole
 from . import splitting, text_files
+from .building import CORPUS, STATE, disk_full
 from .dataset import ShardWriter
 from .reading import say, told
 from .sources import Bookmark, named_sources, numbered_parts, size_of_sources

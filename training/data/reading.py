@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..system.addresses import is_address, public_name
 from ..system.errors import UserError, one_line
-from ..system.hashes import hash_file
+from ..system.files import hash_file
 
 Files = list[tuple[str, Path]]  # the name that is shown and stored, and where the file lies on this machine
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..system.errors import UserError
-from ..system.hashes import digest
+from ..system.files import digest
 from .dataset import Rows, TokenArray, Tokens
 from .inputs import text_digest
 from .sources import Bookmark, Document, fingerprint_sources, licence_of, named_sources, numbered_parts

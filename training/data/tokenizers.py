@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..system.errors import UserError, one_line
-from ..system.hashes import digest
+from ..system.files import digest
 from .fast_bpe import fast_bpe
 
 END_OF_TEXT = "<|endoftext|>"

@@ -9,7 +9,8 @@ from threading import Thread
 from tqdm.auto import tqdm
 from transformers.trainer_utils import HubStrategy
 
-from ..share.hub import Pushed, finish_files, in_words, repo_of, send
+from ..config.publishing import repo_of
+from ..share.hub import Pushed, finish_files, in_words, send
 from ..share.model_card import model_card
 from ..share.report import facts_of
 from ..share.uploads import Upload, is_own_file, refuse_no_model, resume_state, sort_files

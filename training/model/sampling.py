@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from transformers.generation import BaseStreamer
 
-from ..config.ranges import check_number
 from ..data.tokenizers import decode_continuation, encode_prompt
 from ..system.errors import UserError
+from ..system.ranges import check_number
 from .hardware import context_of
 
 

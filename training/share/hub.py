@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
-from transformers import TrainingArguments
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars
 
-from ..config.fields import REFUSED
+from ..config.publishing import NOT_CHOSEN, TOKENS_PAGE, check_license, is_hub_id
 from ..system.errors import UserError, one_line
 from ..system.files import read_json
-from .model_card import NOT_CHOSEN, PLACE, check_license, is_hub_id
+from .model_card import PLACE
 from .uploads import (
     GOES_UP,
     Upload,
@@ -27,8 +26,6 @@ from .uploads import (
 )
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
-TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-NO_TOKEN = f"no Hugging Face token: create one at {TOKENS_PAGE} with write access, then `hf auth login` or set HF_TOKEN"
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # RuntimeError: what huggingface_hub wraps uploads in
 # status of an answer: what it means
 ANSWERS = {
@@ -116,14 +113,6 @@ def finish_card(text: str, license: str | None = None, base_model: str | None = 
 # ---- sending it
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Refuse what can be no repository's id."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"REPO_ID {repo_id!r}: {one_line(error)}") from error
-
-
 def send(
     files: list[Upload],
     repo_id: str,
@@ -192,25 +181,3 @@ def _said(response) -> str:
 
 
 # ---- push_to_hub in a recipe
-
-
-def check_hub_arguments(args: TrainingArguments) -> None:
-    """Refuse hub_* arguments that would do nothing, leak, or fail after hours of training."""
-    if args.hub_token is not None:
-        raise UserError(f"hub_token: {REFUSED['hub_token']}")  # and not the token itself
-    if not args.push_to_hub:
-        idle = {"hub_model_id": None, "hub_revision": None, "hub_always_push": False, "hub_strategy": "every_save"}
-        for name, default in idle.items():
-            if getattr(args, name) != default:
-                raise UserError(f"{name}={getattr(args, name)}: has no effect without push_to_hub: true")
-        if args.hub_private_repo is not None and "trackio" not in (args.report_to or ()):
-            raise UserError(f"hub_private_repo={args.hub_private_repo}: has no effect without push_to_hub: true")
-        return
-    check_repo_id(repo_of(args))
-    if get_token() is None:
-        raise UserError(f"push_to_hub: {NO_TOKEN}")
-
-
-def repo_of(args: TrainingArguments) -> str:
-    """The repository that a run pushes to: hub_model_id, or the name of its directory under the token's own name."""
-    return args.hub_model_id or Path(args.output_dir).absolute().name

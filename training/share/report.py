@@ -7,7 +7,6 @@ from safetensors import safe_open
 
 from ..config.recipe import Recipe, load_run_recipe
 from ..data.sources import PYTHON_STDLIB
-from ..loop.callbacks import read_metrics
 from ..model.hardware import CONTEXT_NAMES
 from ..model.loading import OUR_TYPES
 from ..system.addresses import public_name
@@ -15,6 +14,7 @@ from ..system.checkpoints import step_of
 from ..system.errors import UserError
 from ..system.files import read_json, replace_whole, write_whole
 from ..system.shell import shell
+from .metrics_file import read_metrics
 from .model_card import CardFacts, write_card
 from .uploads import is_own_file, weight_files
 

@@ -14,8 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..config.strict_yaml import dump, load
 from ..system.errors import UserError, one_line
-from ..system.files import read_json
-from ..system.hashes import digest
+from ..system.files import digest, read_json
 
 # Exact names, of files that Acorn, transformers and PEFT write; weights and code are found by what names them.
 GOES_UP = {

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .agreement import together
+from .distributed import together
 from .errors import UserError, unknown
-from .files import sync, write_whole
-from .hashes import hash_files
+from .files import hash_files, sync, write_whole
 from .pickles import UNREADABLE, in_words, refuse_unreadable
 from .shell import shell
 

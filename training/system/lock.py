@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .agreement import first_decides
 from .checkpoints import sweep
+from .distributed import first_decides
 from .errors import UserError, one_line
 
 LOCK, HOLDER = ".lock", ".holder.lock"

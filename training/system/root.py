@@ -8,8 +8,7 @@ from pathlib import Path
 
 from .checkpoints import MANIFEST, STATE, damage, facts_of_files, files_of, read_state, step_of
 from .errors import UserError
-from .files import read_json, sync, write_whole
-from .hashes import hash_files
+from .files import hash_files, read_json, sync, write_whole
 
 NO_MODEL = ("*.pt", "*.pth", "*.bin", STATE, MANIFEST)  # of a checkpoint: its state, and pickles
 

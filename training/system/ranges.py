@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ..system.errors import UserError
+from .errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..data.reading import say
-from .errors import UserError, is_disk_full
-from .files import sync
-from .lock import InUse, locked
+from ..system.errors import UserError, is_disk_full
+from ..system.files import sync
+from ..system.lock import InUse, locked
+from .reading import say
 
 CORPUS = "corpus"  # what takes the place of the directory in the end; state and lock lie beside it
 STATE = "state.json"
