@@ -2,7 +2,7 @@
 
 import sys
 
-from training.system.distributed import first_decides
+from training.system.distributed import from_main_process
 from training.system.errors import UserError, quiet_libraries, run_main
 from training.system.files import refuse_used
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     if "--preview" in argv:
         show(recipe, args)
         return
-    first_decides(args, lambda: refuse_used(recipe.output_dir))
+    from_main_process(args, lambda: refuse_used(recipe.output_dir))
     run(recipe, args, prepare_data(recipe, args))
 
 

@@ -27,7 +27,7 @@ from training.model.sampling import prompt_tensor, sample_text
 from training.run import begin, by_the_first, train
 from training.share.metrics_file import read_metrics
 from training.system.checkpoints import refuse_finished
-from training.system.distributed import first_decides, leave
+from training.system.distributed import close_process_group, from_main_process
 from training.system.errors import UserError
 from training.system.files import read_json, write_whole
 from training.system.lock import claimed
@@ -134,11 +134,12 @@ def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None
     args.eval_on_start = args.eval_on_start and checkpoint is None
     trainer = build_trainer(recipe, args, prepared, checkpoint)
     with claimed(run_dir, args):
-        first_decides(args, lambda: refuse_other_inputs(run_dir, trainer.inputs))  # who is sent its shards has no base
+        # On the main process alone: one that is sent its shards has no base to take a fingerprint of.
+        from_main_process(args, lambda: refuse_other_inputs(run_dir, trainer.inputs))
         kept = read_json(run_dir / FACTS, "remove it: it is made again, without the sample from before")
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
-        trainer.best_is_gone = first_decides(args, lambda: begin(recipe, trainer, checkpoint))
+        trainer.best_is_gone = from_main_process(args, lambda: begin(recipe, trainer, checkpoint))
         if trainer.is_world_process_zero():
             print(introduce(recipe, trainer), flush=True)
             if checkpoint is None:
@@ -147,7 +148,7 @@ def run(recipe: FinetuneRecipe, args, prepared: Prepared, checkpoint: str | None
         train(trainer, checkpoint)
         if trainer.is_world_process_zero():
             finish(recipe, trainer, prepared, str(kept.get("sample_before", "")))
-    leave()
+    close_process_group()
 
 
 def introduce(recipe: FinetuneRecipe, trainer: FinetuneTrainer) -> str:

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError
 
 from training.config.publishing import NO_TOKEN, NOT_CHOSEN, check_license, check_repo_id
-from training.share.hub import HUB_ERRORS, finish_files, in_words, send, total_size
+from training.share.hub import HUB_ERRORS, finish_files, send, total_size, why_push_failed
 from training.share.model_card import model_card
 from training.share.report import facts_of
 from training.share.uploads import Upload, is_own_file, refuse_no_model, sort_files
@@ -22,7 +22,7 @@ EPILOG = """examples:
   acorn push runs/my-adapter me/my-adapter --base_model openai-community/gpt2
 
 The token: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another Hub."""
-FORM = "[More Information Needed]"  # what PEFT leaves to be filled in, in a card that nobody has written yet
+UNWRITTEN = "[More Information Needed]"  # what PEFT leaves to be filled in, in a card that nobody has written yet
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,8 +64,8 @@ def card_of(directory: Path) -> str:
     """The directory's card, or one made from what the directory holds where nobody has written any yet."""
     path = directory / "README.md"
     try:
-        written = path.read_text(encoding="utf-8") if is_own_file(path, directory) else FORM
-        return model_card(facts_of(directory)) if FORM in written else written
+        written = path.read_text(encoding="utf-8") if is_own_file(path, directory) else UNWRITTEN
+        return model_card(facts_of(directory)) if UNWRITTEN in written else written
     except (SafetensorError, UnicodeDecodeError) as error:
         raise UserError(f"{directory} is damaged: {one_line(error)}; copy it again") from error
 
@@ -78,7 +78,7 @@ def push(flags: argparse.Namespace, files: list[Upload]) -> None:
     try:
         pushed = send(files, flags.repo_id, message, flags.private or None, flags.revision)
     except HUB_ERRORS as error:
-        raise UserError(f"push to {flags.repo_id}: {in_words(error, flags.repo_id)}") from error
+        raise UserError(f"push to {flags.repo_id}: {why_push_failed(error, flags.repo_id)}") from error
     print(pushed.address)
     if not flags.revision:
         trust = ["--trust_remote_code"] * any(file.name.endswith(".py") for file in files)

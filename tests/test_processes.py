@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.system.distributed import is_lost_process, one_process_first
+from training.system.distributed import is_lost_process_error, main_process_first
 from training.system.errors import LostProcess, UserError
 
 from .tiny_runs import tiny_argv, write_text
@@ -30,7 +30,7 @@ def check_order(rank: int, folder) -> None:
             made.write_text("by the first", encoding="utf-8")
         return made.read_text(encoding="utf-8")
 
-    assert one_process_first(arguments_of(rank), work, "prepare") == "by the first"
+    assert main_process_first(arguments_of(rank), work, "prepare") == "by the first"
 
 
 def check_error(rank: int) -> None:
@@ -41,7 +41,7 @@ def check_error(rank: int) -> None:
         raise UserError("text_files='x': there is no such file")
 
     with pytest.raises(UserError, match="there is no such file"):
-        one_process_first(arguments_of(rank), work, "prepare")
+        main_process_first(arguments_of(rank), work, "prepare")
 
 
 def check_word(rank: int, folder) -> None:
@@ -53,7 +53,7 @@ def check_word(rank: int, folder) -> None:
         return f"by {rank}"
 
     def first(take) -> str:
-        return one_process_first(arguments_of(rank), work, "prepare", word=lambda made: f"made {made}", take=take)
+        return main_process_first(arguments_of(rank), work, "prepare", word=lambda made: f"made {made}", take=take)
 
     assert first(lambda word: f"taken: {word}") == ("by 0" if rank == 0 else "taken: made by 0")
     assert worked.exists() == (rank == 0)
@@ -63,7 +63,7 @@ def check_word(rank: int, folder) -> None:
 def check_long_work(rank: int) -> None:
     """Who is at work, and alive, is waited for longer than ddp_timeout."""
     work = (lambda: time.sleep(3)) if rank == 0 else (lambda: None)
-    assert one_process_first(arguments_of(rank, ddp_timeout=1), work, "prepare") is None
+    assert main_process_first(arguments_of(rank, ddp_timeout=1), work, "prepare") is None
 
 
 def check_patience(rank: int, folder) -> None:
@@ -76,7 +76,7 @@ def check_patience(rank: int, folder) -> None:
 
     with pytest.raises((LostProcess, RuntimeError)) as caught:
         try:
-            one_process_first(arguments_of(rank, ddp_timeout=2), work, "prepare")
+            main_process_first(arguments_of(rank, ddp_timeout=2), work, "prepare")
         finally:
             if rank == 1:
                 os.kill(int((folder / "pid").read_text(encoding="utf-8")), signal.SIGCONT)
@@ -107,7 +107,7 @@ def test_waiting_for_a_silent_process_has_a_limit(tmp_path) -> None:
 
 
 def test_alone_there_is_nobody_to_wait_for() -> None:
-    assert one_process_first(SimpleNamespace(world_size=1), lambda: "done", "prepare") == "done"
+    assert main_process_first(SimpleNamespace(world_size=1), lambda: "done", "prepare") == "done"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_alone_there_is_nobody_to_wait_for() -> None:
     ],
 )
 def test_a_lost_process_is_told_from_a_bug(error, is_lost) -> None:
-    assert is_lost_process(error) is is_lost
+    assert is_lost_process_error(error) is is_lost
 
 
 def start_two(folder, *flags: str) -> list[subprocess.Popen]:

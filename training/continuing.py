@@ -11,7 +11,7 @@ from .config.recipe import Recipe, load_run_recipe, parse_flags
 from .config.values import coerce
 from .system.addresses import public_name
 from .system.checkpoints import find_checkpoint, missing_state
-from .system.distributed import check_writer, first_decides
+from .system.distributed import check_writer, from_main_process
 from .system.errors import UserError
 from .system.lock import claimed
 from .system.shell import shell
@@ -81,7 +81,7 @@ def choose(run_dir: Path, wanted: Wanted, args) -> Path | None:
 def taken_up(run_dir: Path, wanted: Wanted, args) -> Iterator[Path | None]:
     """Have the run directory for oneself, and yield the checkpoint to go on from; None where it has none yet."""
     with claimed(run_dir, args):
-        checkpoint = first_decides(args, lambda: choose(run_dir, wanted, args))
+        checkpoint = from_main_process(args, lambda: choose(run_dir, wanted, args))
         if args.process_index == 0:
             where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
             print(f"resuming {run_dir} {where}", flush=True)

@@ -5,7 +5,7 @@ from .config.recipe import load_recipe
 from .data.corpus import summary
 from .fits import refuse_too_large
 from .run import build_model, by_the_first, open_corpus, run
-from .system.distributed import first_decides
+from .system.distributed import from_main_process
 from .system.errors import quiet_libraries, run_main
 from .system.files import refuse_used
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe.model_config()  # a wrong architecture is refused before any text is read
     args = recipe.training_arguments()
     refuse_too_large(recipe, args)
-    first_decides(args, lambda: refuse_used(recipe.output_dir))
+    from_main_process(args, lambda: refuse_used(recipe.output_dir))
     corpus = by_the_first(args, lambda: open_corpus(recipe))
     print(corpus.summary() if corpus.directory is None else summary(corpus)) if args.process_index == 0 else None
     run(recipe, build_model(recipe, corpus, args), corpus, args)

@@ -26,7 +26,13 @@ from .model.sampling import prompt_tensor, sample_text
 from .share.metrics_file import mend_metrics
 from .share.report import next_steps, write_report
 from .system.checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, step_of, stopped_early
-from .system.distributed import first_decides, is_lost_process, leave, lost, one_process_first
+from .system.distributed import (
+    close_process_group,
+    from_main_process,
+    is_lost_process_error,
+    lost_process_error,
+    main_process_first,
+)
 from .system.errors import UserError
 from .system.lock import claimed
 from .system.root import follow_course
@@ -92,7 +98,7 @@ def by_the_first(args, work: Callable[[], T]) -> T:
 
     Otherwise each would hash all of the text again. Chats and pairs, which are stored nowhere, each process reads.
     """
-    return one_process_first(args, work, "prepare", word=whereabouts, take=corpus_at)
+    return main_process_first(args, work, "prepare", word=whereabouts, take=corpus_at)
 
 
 def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint: str | None = None) -> None:
@@ -118,13 +124,13 @@ def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint:
     with claimed(Path(args.output_dir), args):
         if checkpoint is not None:
             refuse_finished(Path(checkpoint), args)
-        trainer.best_is_gone = first_decides(args, lambda: begin(recipe, trainer, checkpoint))
+        trainer.best_is_gone = from_main_process(args, lambda: begin(recipe, trainer, checkpoint))
         if trainer.is_world_process_zero():
             print(describe(recipe, trainer), flush=True)
         train(trainer, checkpoint)
         if trainer.is_world_process_zero():
             finish(recipe, trainer)
-    leave()
+    close_process_group()
 
 
 def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> bool:
@@ -161,8 +167,8 @@ def train(trainer: GPTTrainer, checkpoint: str | None) -> None:
             leave_resumable(trainer)
         trainer.evaluate_unless_done()
     except RuntimeError as error:
-        if trainer.args.world_size > 1 and is_lost_process(error):
-            raise lost(trainer.args, "training") from error
+        if trainer.args.world_size > 1 and is_lost_process_error(error):
+            raise lost_process_error(trainer.args, "training") from error
         raise
 
 

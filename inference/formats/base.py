@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from modeling import GPTConfig, GPTForCausalLM
 from training.data.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
 from training.system.errors import UserError, one_line
-from training.system.pickles import UNREADABLE, in_words, read_pickle
+from training.system.pickles import UNREADABLE, read_pickle, why_unreadable
 from training.system.root import verify
 
 CHECKPOINT = "ckpt.pt"
@@ -141,7 +141,7 @@ def load_strictly(model_class, name: str, no_weights: tuple[str, ...] = ()):
     try:
         model, info = model_class.from_pretrained(name, **options)
     except UNREADABLE as error:
-        raise UserError(f"{name}: cannot be loaded: {in_words(error)}") from error
+        raise UserError(f"{name}: cannot be loaded: {why_unreadable(error)}") from error
     misshapen = ((key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"])
     extra = (key for key in info["unexpected_keys"] if not key.endswith(no_weights))
     refuse_tensors(name, info["missing_keys"], extra, misshapen)

@@ -13,8 +13,8 @@ from transformers.trainer_callback import ExportableState
 from ..model.hardware import ACCELERATE_NAMES, device_peak_flops
 from ..model.sampling import sample_text
 from ..share.metrics_file import append_metrics
-from ..system.distributed import highest
-from ..system.errors import leave_terminal
+from ..system.distributed import max_over_processes
+from ..system.errors import detach_closed_terminal
 
 COLUMNS = {
     "step": ("step", "{:>8,}"),
@@ -58,7 +58,7 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number, frame):
         if number == HANGUP:
-            leave_terminal()
+            detach_closed_terminal()
         if self.received is None and self._speaks:
             print(f"\n{signal.Signals(number).name}: finishing this step and saving …", file=sys.stderr)
         self.received = self.received or number
@@ -70,7 +70,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         number = self.received or 0
         if self._group is not None:
-            number = highest(number, self._group)
+            number = max_over_processes(number, self._group)
         if number:
             self.agreed = number
             control.should_save = control.should_training_stop = True

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import HubStrategy
 
 from ..config.publishing import repo_of
-from ..share.hub import Pushed, finish_files, in_words, send
+from ..share.hub import Pushed, finish_files, send, why_push_failed
 from ..share.model_card import model_card
 from ..share.report import facts_of
 from ..share.uploads import Upload, is_own_file, refuse_no_model, resume_state, sort_files
@@ -147,7 +147,7 @@ class BackgroundPushes:
         except UserError as error:
             why = str(error)
         except Exception as error:  # of whatever kind: it is no reason to lose a run
-            why = in_words(error, self.repo_id)
+            why = why_push_failed(error, self.repo_id)
         tqdm.write(f"push_to_hub ({message}): {why}", file=sys.stderr)
         return None
 

@@ -19,7 +19,7 @@ from modeling.configuration_gpt import OLD_MODEL_TYPE
 from ..data.tokenizers import add_nothing, load_tokenizer
 from ..system.errors import UserError, one_line, unknown
 from ..system.files import read_json
-from ..system.pickles import UNREADABLE, in_words
+from ..system.pickles import UNREADABLE, why_unreadable
 from ..system.root import verify
 from .hardware import best_device, text_config
 from .precision import is_native, refuse_emulated
@@ -45,7 +45,7 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
     try:
         model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True, **options)
     except (*UNREADABLE, ImportError) as error:
-        why = in_words(error)
+        why = why_unreadable(error)
         if "Unrecognized configuration class" in why:
             why = "it is not a causal language model (none of transformers' AutoModelForCausalLM)"
         raise UserError(f"model {name!r} cannot be loaded: {why}") from error
@@ -176,7 +176,8 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
             make_room_for_tokens(base, Path(directory))
             return with_cache_names(PeftModel.from_pretrained(base, directory))
     except (*UNREADABLE, UserWarning) as error:
-        raise UserError(f"adapter {directory}: is damaged, or does not fit {base_name}: {in_words(error)}") from error
+        why = why_unreadable(error)
+        raise UserError(f"adapter {directory}: is damaged, or does not fit {base_name}: {why}") from error
 
 
 def make_room_for_tokens(base, directory: Path) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from ..config.publishing import NOT_CHOSEN, TOKENS_PAGE, check_license, is_hub_id
 from ..system.errors import UserError, one_line
 from ..system.files import read_json
-from .model_card import PLACE
+from .model_card import NAME_PLACEHOLDER
 from .uploads import (
     GOES_UP,
     Upload,
@@ -123,7 +123,7 @@ def send(
     """Make the repository, and the branch, where they are not there yet, and commit all files at once.
 
     Weights there that are not among the files are removed in the same commit, so that no loader finds them instead.
-    Raises one of HUB_ERRORS, for `in_words`, and UserError where `private` cannot be had.
+    Raises one of HUB_ERRORS, for `why_push_failed`, and UserError where `private` cannot be had.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()  # huggingface_hub draws some of them into files too
@@ -149,10 +149,11 @@ def _sent(file: Upload, repo_id: str) -> str | bytes:
     """What is sent of a file: the card names the repository where it says how to load the model."""
     if isinstance(file.content, Path):
         return str(file.content)
-    return file.content.replace(PLACE.encode(), repo_id.encode()) if file.name == "README.md" else file.content
+    content = file.content
+    return content.replace(NAME_PLACEHOLDER.encode(), repo_id.encode()) if file.name == "README.md" else content
 
 
-def in_words(error: BaseException, repo_id: str) -> str:
+def why_push_failed(error: BaseException, repo_id: str) -> str:
     """One line on why a push failed, and what to do."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:

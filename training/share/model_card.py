@@ -17,7 +17,7 @@ from ..config.publishing import NOT_CHOSEN, check_language, check_license, is_hu
 from ..system.files import write_whole
 
 # Stands in a card for the name that the model is loaded by; `acorn push` puts the repository's id in its place.
-PLACE = "PATH-OR-ID-OF-THIS-DIRECTORY"
+NAME_PLACEHOLDER = "PATH-OR-ID-OF-THIS-DIRECTORY"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft")
 # our name: (the Hub's metric type, in words, how it is shown)
 METRICS = {
@@ -162,14 +162,14 @@ def loading(facts: CardFacts) -> str:
     return f"""```python
 {imports}
 
-name = "{PLACE}"
+name = "{NAME_PLACEHOLDER}"
 tokenizer = AutoTokenizer.from_pretrained({tokenizer}{trust})
 model = {kind}.from_pretrained(name{trust})
 inputs = tokenizer({json.dumps(facts.prompt or "Once")}, return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={facts.max_new_tokens}, do_sample=True, top_k=50)[0]))
 ```
 
-With Acorn: `acorn generate {PLACE}{flag}`.{why}"""
+With Acorn: `acorn generate {NAME_PLACEHOLDER}{flag}`.{why}"""
 
 
 def training(facts: CardFacts) -> str:

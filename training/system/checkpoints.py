@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .distributed import together
+from .distributed import on_all_processes
 from .errors import UserError, unknown
 from .files import hash_files, sync, write_whole
-from .pickles import UNREADABLE, in_words, refuse_unreadable
+from .pickles import UNREADABLE, refuse_unreadable, why_unreadable
 from .shell import shell
 
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
@@ -67,8 +67,8 @@ def write_beside(aside: Path, write: Callable[[], object], finish: Callable[[], 
         write()
 
     try:
-        together(args, write_in_all)
-        together(args, finish if args.should_save else lambda: None)
+        on_all_processes(args, write_in_all)
+        on_all_processes(args, finish if args.should_save else lambda: None)
     except BaseException:
         if args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
@@ -194,8 +194,8 @@ def reading(checkpoint: str | None, what: str) -> Iterator[None]:
         yield
     except (*UNREADABLE, TypeError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{checkpoint}: its {what} cannot be loaded ({in_words(error)}): it is damaged, or belongs to another run; "
-            "choose another with --checkpoint"
+            f"{checkpoint}: its {what} cannot be loaded ({why_unreadable(error)}): it is damaged, or belongs to "
+            "another run; choose another with --checkpoint"
         ) from error
 
 

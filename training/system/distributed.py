@@ -16,7 +16,7 @@ from .errors import LostProcess, UserError, one_line
 T = TypeVar("T")
 
 
-def first_decides(args, decide: Callable[[], T]) -> T:
+def from_main_process(args, decide: Callable[[], T]) -> T:
     """What `decide()` returns in the first process, in every process; its UserError is raised in all of them."""
     if args.world_size == 1:
         return decide()
@@ -32,7 +32,7 @@ def first_decides(args, decide: Callable[[], T]) -> T:
     return answer[0]
 
 
-def together(args, act: Callable[[], object]) -> None:
+def on_all_processes(args, act: Callable[[], object]) -> None:
     """Let every process `act()`; where one fails all of them raise, each its own error or else another's words."""
     failure = None
     try:
@@ -52,7 +52,7 @@ def together(args, act: Callable[[], object]) -> None:
             raise RuntimeError(f"process {rank}: {words}")
 
 
-def highest(number: int, group) -> int:
+def max_over_processes(number: int, group) -> int:
     """The highest of the numbers that the processes of a (gloo) group bring."""
     shared = torch.tensor(number)
     dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
@@ -123,7 +123,7 @@ def _hides_all_gpus(visible: str | None) -> bool:
     return visible is not None and all(entry.strip() in ("", "-1") for entry in visible.split(","))
 
 
-def one_process_first(
+def main_process_first(
     args,
     work: Callable[[], T],
     what: str,
@@ -164,7 +164,7 @@ def _in_step(args, what: str, work: Callable[[], T] | None, group) -> tuple[T | 
 
     def compare() -> None:
         pause = 0.01
-        while highest(0 if done.is_set() else 1, group):
+        while max_over_processes(0 if done.is_set() else 1, group):
             done.wait(pause)
             pause = min(2 * pause, LIFE_SIGN, args.ddp_timeout / 4)
 
@@ -198,7 +198,7 @@ def _agree(args, what: str, failure: BaseException | None, word: object, group) 
     return said[0][1]
 
 
-def leave() -> None:
+def close_process_group() -> None:
     """End this process's part in the group: its threads, left to the interpreter's exit, now and then abort there."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -208,12 +208,12 @@ def _wait(args, what: str, wait: Callable[[], object]) -> None:
     try:
         wait()
     except RuntimeError as error:  # gloo's only kind, for a silent process as for a dead one
-        raise lost(
+        raise lost_process_error(
             args, f"{what}: waited for the other processes, without a sign of life for ddp_timeout={args.ddp_timeout} s"
         ) from error
 
 
-def lost(args, what: str) -> LostProcess:
+def lost_process_error(args, what: str) -> LostProcess:
     """The one line of a process that is left alone."""
     return LostProcess(
         f"process {args.process_index} of {args.world_size}: {what}, and one of them is gone or silent; look above for "
@@ -221,7 +221,7 @@ def lost(args, what: str) -> LostProcess:
     )
 
 
-def is_lost_process(error: BaseException) -> bool:
+def is_lost_process_error(error: BaseException) -> bool:
     """Whether a collective operation failed because another process is gone or silent (gloo's and NCCL's words)."""
     words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Connection refused")
     known = any(word in str(error) for word in words)

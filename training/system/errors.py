@@ -94,7 +94,7 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
     through with its traceback.
     """
     try:
-        mend_streams()
+        repair_streams()
         main(argv)
         sys.stdout.flush()  # a reader that went away is noticed here, not at the interpreter's exit
     except UserError as error:
@@ -115,7 +115,7 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
         _leave(2, f"error: {refusal(error)}")
 
 
-def mend_streams() -> None:
+def repair_streams() -> None:
     """Streams that are closed (`>&-`) lead nowhere, and what a stream's alphabet lacks is written as `?`."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -129,7 +129,7 @@ def mend_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def leave_terminal() -> None:
+def detach_closed_terminal() -> None:
     """Point at nothing those streams that led to a terminal which is closed: writing there would fail."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):

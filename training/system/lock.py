@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .checkpoints import sweep
-from .distributed import first_decides
+from .distributed import from_main_process
 from .errors import UserError, one_line
 
 LOCK, HOLDER = ".lock", ".holder.lock"
@@ -31,7 +31,7 @@ class InUse(UserError):
 def claimed(run_dir: Path, args) -> Iterator[None]:
     """Have a run directory for oneself: made, locked and swept by the first process, for all of them."""
     with ExitStack() as held:
-        first_decides(args, lambda: _claim(run_dir, held))
+        from_main_process(args, lambda: _claim(run_dir, held))
         yield
 
 

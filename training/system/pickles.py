@@ -33,11 +33,11 @@ def read_pickle(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # there is no end to what damaged bytes make torch raise
         raise UserError(
-            f"{path}: is damaged or unsafe: {in_words(error)}; copy it again from a source you trust"
+            f"{path}: is damaged or unsafe: {why_unreadable(error)}; copy it again from a source you trust"
         ) from error
 
 
-def in_words(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """What a reader of weights raised, in a line; of a refused pickle what it holds, for torch advises to trust it."""
     words = one_line(error)
     if not isinstance(error, pickle.UnpicklingError) and "Weights only load failed" not in words:
@@ -55,4 +55,4 @@ def refuse_unreadable(path: Path) -> None:
         with safe_open(path, framework="numpy"):
             pass
     except Exception as error:
-        raise UserError(f"{path}: is damaged: {in_words(error)}; copy it again") from error
+        raise UserError(f"{path}: is damaged: {why_unreadable(error)}; copy it again") from error
