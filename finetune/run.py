@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import set_seed
 
 from training.config.choices import check_attention
+from training.costs import refuse_large_batch
 from training.data.inputs import refuse_other_inputs
-from training.fits import refuse_large_batch
 from training.model.hardware import context_of, peak_memory
 from training.model.loading import (
     fingerprint,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training import fits, pretrain
+from training import costs, pretrain
 from training.config.recipe import load_recipe
 
 from .tiny_runs import refused, tiny_argv, write_text
@@ -36,14 +36,14 @@ def test_what_no_machine_holds(flags: str, named: str) -> None:
 def test_what_fits_is_let_through(monkeypatch) -> None:
     recipe = load_recipe("pretrain", tiny_argv())
     args = recipe.training_arguments()
-    fits.refuse_too_large(recipe, args)
-    monkeypatch.setattr(fits, "memory_of", lambda device: 10_000)
-    assert "0.0 GB" in refused(lambda argv: fits.refuse_too_large(recipe, args), "")
+    costs.refuse_too_large(recipe, args)
+    monkeypatch.setattr(costs, "memory_of", lambda device: 10_000)
+    assert "0.0 GB" in refused(lambda argv: costs.refuse_too_large(recipe, args), "")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "flash_attention_2", "flex_attention", "paged|eager"])
 def test_attention_that_is_not_here(name: str) -> None:
-    if name.startswith("fl") and fits.torch.cuda.is_available():
+    if name.startswith("fl") and costs.torch.cuda.is_available():
         pytest.skip("it may be installed")
     message = refused(pretrain.main, *tiny_argv("--attn_implementation", name))
     assert "attn_implementation" in message and name in message

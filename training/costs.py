@@ -1,23 +1,29 @@
-"""What a recipe costs, before it runs: parameters, FLOPs, steps, and the memory of each device."""
+"""What a recipe costs, before it runs: parameters, FLOPs, steps and memory; what no memory holds is refused."""
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from modeling import GPTConfig, GPTForCausalLM
 from modeling.loss import CHUNK_ELEMENTS
 
+from .config.choices import check_attention
 from .config.recipe import Recipe
 from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from .loop.chunked_logits import chunk_elements
 from .model.hardware import flops_per_token, matrix_parameters
-from .system.errors import UserError
+from .system.distributed import shares_weights_out
+from .system.errors import UserError, one_line
 
 # What each way of sharding spreads over the devices.
 SHARDED = {"none": (), "zero2": ("gradients", "optimizer"), "full": ("weights", "gradients", "optimizer")}
 # Those of characters, and of a small text's BPE, are known only after the text is read.
 VOCABULARIES = {"byte": 257, "char": 66, "bpe": DEFAULT_BPE_VOCAB_SIZE}
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container: bytes, or "max"
+SPARE = 1.2  # the estimate is within a few per cent; only what is far beyond is refused
 
 
 @dataclass
@@ -141,3 +147,63 @@ def loss_bytes(logits: int, itemsize: int) -> float:
     if logits <= CHUNK_ELEMENTS:
         return logits * (itemsize + 12)
     return max(3 * itemsize * logits, 2 * itemsize * logits + 12 * CHUNK_ELEMENTS)
+
+
+# ---- what cannot fit is refused before anything is read or written, with what it would take
+
+
+def refuse_too_large(recipe: Recipe, args) -> None:
+    """Refuse a model, a context or a micro-batch that this machine's memory cannot hold, and attention it has not.
+
+    The model is built on the meta device, which takes no memory. Of several processes that share the model out each
+    holds its part.
+    """
+    config, attention = config_of(recipe), recipe.model.get("attn_implementation")
+    check_attention(attention, args.device.type)
+    what = (
+        f"per_device_train_batch_size={args.per_device_train_batch_size}, block_size={config.max_position_embeddings}, "
+        f"n_layer={config.num_hidden_layers}, n_embd={config.hidden_size}, vocab_size={config.vocab_size}"
+    )
+    try:
+        with torch.device("meta"):
+            model = GPTForCausalLM(config)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attn_implementation={attention!r}: {one_line(error)}") from error
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{what}: too large for any memory ({one_line(error)})") from error
+    figures = memory(model, args, least_rows(args) * config.max_position_embeddings)
+    needed = sum(figures.values()) / (args.world_size if shares_weights_out(args) else 1)
+    parts = ", ".join(f"{name} {in_gigabytes(size)}" for name, size in figures.items())
+    refuse_beyond(args.device, needed / SPARE, f"{what}: needs {in_gigabytes(needed)} (acorn estimate: {parts})")
+
+
+def refuse_large_batch(args, context_length: int, vocab_size: int) -> None:
+    """Refuse a micro-batch whose logits alone are larger than this machine's memory, whatever the model."""
+    needed = 2 * least_rows(args) * context_length * vocab_size
+    what = f"per_device_train_batch_size={least_rows(args)}, block_size={context_length}"
+    refuse_beyond(args.device, needed, f"{what}: the logits alone need {in_gigabytes(needed)}")
+
+
+def refuse_beyond(device: torch.device, needed: float, what: str) -> None:
+    if needed > (has := memory_of(device)):
+        raise UserError(f"{what} and {in_gigabytes(has)} is available; lower one of them")
+
+
+def least_rows(args) -> int:
+    """Sequences in the smallest micro-batch that the run may come down to."""
+    return 1 if args.auto_find_batch_size else args.per_device_train_batch_size
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the device has: a GPU's own, or this machine's, or this container's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(CGROUP.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no container, or no limit
+        return total
+
+
+def in_gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"

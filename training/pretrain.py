@@ -2,8 +2,8 @@
 
 from .config.help import wants_help
 from .config.recipe import load_recipe
+from .costs import refuse_too_large
 from .data.corpus import summary
-from .fits import refuse_too_large
 from .run import build_model, by_the_first, open_corpus, run
 from .system.distributed import from_main_process
 from .system.errors import quiet_libraries, run_main

@@ -8,7 +8,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from .config.help import wants_help
 from .config.recipe import Recipe
 from .continuing import read_run, refuse_fixed, taken_up
-from .fits import refuse_too_large
+from .costs import refuse_too_large
 from .run import build_model, by_the_first, corpus_of_run, run
 from .system.checkpoints import reading
 from .system.errors import UserError, quiet_libraries, run_main
