@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from training.data.reading import say_once
-from training.data.tokenizers import begin_ids, encode_documents, encode_prompt, encode_spelled
+from training.data.tokenizers import begin_ids, encode_documents
+from training.model.sampling import encode_prompt, encode_spelled
 from training.system.errors import UserError, one_line
 
 from .chat_files import Conversation, Pair

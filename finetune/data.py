@@ -11,7 +11,7 @@ from training.data.inputs import Inputs
 from training.data.reading import say, told
 from training.data.sources import unit_hash
 from training.data.splitting import check_split_options
-from training.data.tokenizers import Rendered
+from training.model.sampling import Rendered
 from training.system.errors import UserError
 from training.system.files import digest
 

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import evaluate, generate
 from training.data.dataset import EvaluationRows, TokenArray
-from training.data.tokenizers import encode_prompt
 from training.loop.evaluation import evaluate_rows
 from training.loop.metrics import METRICS, language_metrics
 from training.model.loading import load_causal_lm
-from training.model.sampling import continue_ids
+from training.model.sampling import continue_ids, encode_prompt
 
 from .tiny_runs import BATCH, CONTEXT, grow, metrics, refused, write_text
 

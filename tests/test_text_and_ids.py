@@ -10,16 +10,9 @@ from finetune.chat_files import Conversation, Pair
 from finetune.conversations import encode_conversation, encode_pair, with_template
 from finetune.data import as_prompt
 from inference import evaluate, generate
-from training.data.tokenizers import (
-    Rendered,
-    add_nothing,
-    begin_ids,
-    decode_continuation,
-    encode_documents,
-    encode_prompt,
-)
+from training.data.tokenizers import add_nothing, begin_ids, encode_documents
 from training.model.hardware import context_of
-from training.model.sampling import TextPrinter, continuations
+from training.model.sampling import Rendered, TextPrinter, continuations, decode_continuation, encode_prompt
 from training.share.report import context_of as stated_context
 
 from .tiny_runs import grow, metrics

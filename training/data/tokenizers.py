@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..system.errors import UserError, one_line
+from ..system.errors import UserError
 from ..system.files import digest
 from .fast_bpe import fast_bpe
 
@@ -60,58 +60,6 @@ def encode_documents(tokenizer, texts: list[str], names: list[str] | None = None
 
 
 THE_PROMPT = "the prompt"
-
-
-class Rendered(str):
-    """Text that a chat template made: all its special tokens are spelled out, one that begins a text among them."""
-
-
-def encode_prompt(tokenizer, text: str, name: str = THE_PROMPT) -> list[int]:
-    """Ids of a text that is to be continued, the same that training makes of a document's beginning.
-
-    Unlike in a document, special tokens that the text spells out are read as such. Nothing is put at the end; what a
-    tokenizer puts at the beginning is put there, unless the text is Rendered. An empty one starts a document.
-    """
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-    if isinstance(text, Rendered) or any(token.special and token.content in text for token in added):
-        ids = encode_spelled(tokenizer, text, name)["input_ids"]
-    else:
-        ids = encode_documents(tokenizer, [text], [name])[0].tolist()
-    begin = [] if isinstance(text, Rendered) else begin_ids(tokenizer)
-    ids = ids if ids[: len(begin)] == begin else begin + ids
-    return ids or [first_id(tokenizer)]
-
-
-def encode_spelled(tokenizer, text: str, name: str, **options) -> dict:
-    """What the tokenizer makes of a text whose special tokens are spelled out; it adds none of its own."""
-    try:
-        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
-    except Exception as error:  # the only class that `tokenizers` raises
-        raise UserError(f"{name}: the tokenizer cannot encode it ({one_line(error)})") from error
-
-
-def decode_continuation(tokenizer, ids: list[int], start: int) -> str:
-    """The text of `ids[start:]` after that of `ids[:start]`.
-
-    Decoded as a whole and then cut: what is decoded alone loses its first space, or the half of a character.
-    """
-    before, whole = (_decode(tokenizer, part) for part in (ids[:start], ids))
-    same = 0
-    while same < min(len(before), len(whole)) and before[same] == whole[same]:
-        same += 1
-    return whole[same:]
-
-
-def _decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def first_id(tokenizer) -> int:
-    """What starts a document: the end-of-text token, else a line break (as in nanoGPT), else entry 0."""
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    vocabulary = tokenizer.get_vocab()
-    return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
 
 
 def begin_ids(tokenizer) -> list[int]:

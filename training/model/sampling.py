@@ -1,14 +1,66 @@
-"""The one sampler: text from a model by generate(), past the context too."""
+"""The one sampler: a prompt to ids, and text from a model by generate(), past the context too."""
 
+import os
 from collections.abc import Callable
 
 import torch
 from transformers.generation import BaseStreamer
 
-from ..data.tokenizers import decode_continuation, encode_prompt
-from ..system.errors import UserError
+from ..data.tokenizers import THE_PROMPT, begin_ids, encode_documents
+from ..system.errors import UserError, one_line
 from ..system.ranges import check_number
 from .hardware import context_of
+
+# ---- from text to ids and back
+
+
+class Rendered(str):
+    """Text that a chat template made: all its special tokens are spelled out, one that begins a text among them."""
+
+
+def encode_prompt(tokenizer, text: str, name: str = THE_PROMPT) -> list[int]:
+    """Ids of a text that is to be continued, the same that training makes of a document's beginning.
+
+    Unlike in a document, special tokens that the text spells out are read as such. Nothing is put at the end; what a
+    tokenizer puts at the beginning is put there, unless the text is Rendered. An empty one starts a document.
+    """
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    if isinstance(text, Rendered) or any(token.special and token.content in text for token in added):
+        ids = encode_spelled(tokenizer, text, name)["input_ids"]
+    else:
+        ids = encode_documents(tokenizer, [text], [name])[0].tolist()
+    begin = [] if isinstance(text, Rendered) else begin_ids(tokenizer)
+    ids = ids if ids[: len(begin)] == begin else begin + ids
+    return ids or [first_id(tokenizer)]
+
+
+def encode_spelled(tokenizer, text: str, name: str, **options) -> dict:
+    """What the tokenizer makes of a text whose special tokens are spelled out; it adds none of its own."""
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    except Exception as error:  # the only class that `tokenizers` raises
+        raise UserError(f"{name}: the tokenizer cannot encode it ({one_line(error)})") from error
+
+
+def decode_continuation(tokenizer, ids: list[int], start: int) -> str:
+    """The text of `ids[start:]` after that of `ids[:start]`.
+
+    Decoded as a whole and then cut: what is decoded alone loses its first space, or the half of a character.
+    """
+    plainly = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = (tokenizer.decode(part, **plainly) for part in (ids[:start], ids))
+    return whole[len(os.path.commonprefix((before, whole))) :]  # noqa: RUF071 (by characters, as it is meant)
+
+
+def first_id(tokenizer) -> int:
+    """What starts a document: the end-of-text token, else a line break (as in nanoGPT), else entry 0."""
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
+
+
+# ---- sampling
 
 
 class TextPrinter(BaseStreamer):
