@@ -44,13 +44,24 @@ def arguments(tmp_path, **changes) -> GPTTrainingArguments:
 # what a device can do
 
 
-def test_a_cpu_has_bf16_where_torch_says_so_and_it_is_faster(monkeypatch) -> None:
+def test_an_x86_cpu_has_bf16_where_its_instructions_do_however_busy_it_is(monkeypatch) -> None:
     ask = precision.is_native.__wrapped__
+    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(precision, "measured", lambda device, dtype: pytest.fail("measured"))
+    for says, amx, avx512, expected in ((1, 1, 1, True), (1, 0, 1, True), (1, 0, 0, False), (0, 1, 1, False)):
+        monkeypatch.setattr(precision, "_torch_says_so", lambda dtype, says=says: bool(says))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: bool(avx512))
+        assert ask("cpu", BF16) is expected
+    assert ask("cpu", FP32)
+
+
+def test_another_cpu_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr(precision.platform, "machine", lambda: "arm64")
     for says, speed, expected in ((True, 400.0, True), (False, 400.0, False), (True, 12.0, False)):
         monkeypatch.setattr(precision, "_torch_says_so", lambda dtype, says=says: says)
         monkeypatch.setattr(precision, "measured", lambda device, dtype, speed=speed: 60.0 if dtype == FP32 else speed)
-        assert ask("cpu", BF16) is expected
-    assert ask("cpu", FP32)
+        assert precision.is_native.__wrapped__("cpu", BF16) is expected
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import time
 from types import SimpleNamespace
 
@@ -16,6 +17,12 @@ KEYS = ("precision", "bf16", "fp16")  # of a recipe, all about one thing: a flag
 ACCELERATE = {ours: theirs for theirs, ours in ACCELERATE_NAMES.items()}  # our names to its
 # NVIDIA's compute capabilities whose tensor cores multiply the type: Volta and Ampere.
 CUDA_FROM = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
+# torch.cpu's names for the instructions that multiply the type. oneDNN alone is no judge: it says yes for bf16 on every
+# AVX-512 processor, and without these instructions reaches a fifth of fp32.
+X86 = {
+    torch.bfloat16: ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
 
 
 # ---- what a device can do
@@ -25,7 +32,7 @@ CUDA_FROM = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
 def is_native(device_type: str, dtype: torch.dtype) -> bool:
     """Whether all devices of this type multiply matrices of `dtype` by hardware of its own, faster than fp32.
 
-    Some CPUs say yes and are slow nevertheless (AVX-512 without its bf16 part: a fifth of fp32): those are measured.
+    An x86 CPU is known by its instructions, so that a busy machine answers as an idle one; other devices are measured.
     """
     if dtype not in CUDA_FROM:
         return True
@@ -33,6 +40,10 @@ def is_native(device_type: str, dtype: torch.dtype) -> bool:
         return all(torch.cuda.get_device_capability(n) >= CUDA_FROM[dtype] for n in range(torch.cuda.device_count()))
     if device_type == "cpu" and not _torch_says_so(dtype):
         return False
+    if device_type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        known = [getattr(torch.cpu, name)() for name in X86[dtype] if hasattr(torch.cpu, name)]
+        if known:
+            return any(known)
     return measured(device_type, dtype) > 1.2 * measured(device_type, torch.float32)
 
 
