@@ -21,9 +21,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from training.data.fast_bpe import fast_bpe
+from training.data.encoding import encode_documents, fast_bpe
 from training.data.sources import SOURCE_DEFAULTS, documents
-from training.data.tokenizers import BYTE_VOCABULARY, encode_documents, load_tokenizer
+from training.data.tokenizers import load_tokenizer
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
 
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 
 def contenders(tokenizer, threads: int) -> dict[str, Encoder]:
     """Name to what encodes documents."""
-    backend, fast, pool = tokenizer.backend_tokenizer, fast_bpe(tokenizer, BYTE_VOCABULARY), ThreadPoolExecutor(threads)
+    backend, fast, pool = tokenizer.backend_tokenizer, fast_bpe(tokenizer), ThreadPoolExecutor(threads)
     backend.encode_special_tokens = True  # text that spells a special token is text, as for the others
 
     def by(encode: Callable) -> Encoder:

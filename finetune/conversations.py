@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training.data.encoding import encode_documents
 from training.data.reading import say_once
-from training.data.tokenizers import begin_ids, encode_documents
+from training.data.tokenizers import begin_ids
 from training.model.sampling import encode_prompt, encode_spelled
 from training.system.errors import UserError, one_line
 

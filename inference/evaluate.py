@@ -5,7 +5,7 @@ from pathlib import Path
 from training.config.recipe import load_run_recipe
 from training.data.corpus import Corpus
 from training.data.dataset import EvaluationRows
-from training.data.tokenizers import read_alike
+from training.data.tokenizers import encoding_hash
 from training.measuring import measure, window_of
 from training.run import corpus_of_run
 from training.system.errors import UserError, run_main
@@ -31,7 +31,7 @@ def validation_tokens(directory: Path, tokenizer):
             f"{directory} is not a run directory, so it has no validation split; give --text_files or --dataset"
         )
     corpus: Corpus = corpus_of_run(load_run_recipe(run_dir), run_dir)
-    if not read_alike(tokenizer, corpus.tokenizer):
+    if encoding_hash(tokenizer) != encoding_hash(corpus.tokenizer):
         raise UserError(
             f"{directory}: its tokenizer is not the one that {corpus.directory} was made with; "
             "evaluate on text instead (--text_files)"

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inference import convert, evaluate, generate
 from inference.formats import FORMATS
 from modeling import GPTForCausalLM
-from training.data.tokenizers import build_tokenizer, encode_documents
+from training.data.encoding import encode_documents
+from training.data.tokenizers import build_tokenizer
 
 from .foreign import CHARACTERS, TEXT, RotaryReference, Trap, nanogpt_of, stock_gpt2, write_checkpoint, write_meta
 from .tiny_runs import contents, refused

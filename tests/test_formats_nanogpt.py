@@ -12,7 +12,8 @@ from inference.formats import FORMATS
 from inference.formats.base import open_source
 from inference.formats.gpt2 import turned
 from inference.formats.vocabulary import read_meta
-from training.data.tokenizers import build_tokenizer, encode_documents, tokenizer_kind
+from training.data.encoding import encode_documents
+from training.data.tokenizers import build_tokenizer, tokenizer_kind
 from training.system.errors import UserError
 
 from .foreign import CHARACTERS, SHAPE, TEXT, RotaryReference, nanogpt_of, stock_gpt2, write_checkpoint, write_meta

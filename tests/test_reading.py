@@ -10,9 +10,10 @@ import pytest
 
 from training.data import preparation, splitting, text_files
 from training.data.corpus import prepare
+from training.data.encoding import encode_documents
 from training.data.sources import Bookmark, documents, numbered_parts, unit_hash
 from training.data.splitting import after_words, anywhere, cutting_rule, encodable
-from training.data.tokenizers import build_tokenizer, encode_documents, load_tokenizer
+from training.data.tokenizers import build_tokenizer, load_tokenizer
 from training.system.errors import UserError
 
 from .small_corpora import (

@@ -10,7 +10,8 @@ from finetune.chat_files import Conversation, Pair
 from finetune.conversations import encode_conversation, encode_pair, with_template
 from finetune.data import as_prompt
 from inference import evaluate, generate
-from training.data.tokenizers import add_nothing, begin_ids, encode_documents
+from training.data.encoding import encode_documents
+from training.data.tokenizers import add_nothing, begin_ids
 from training.model.hardware import context_of
 from training.model.sampling import Rendered, TextPrinter, continuations, decode_continuation, encode_prompt
 from training.share.report import context_of as stated_context

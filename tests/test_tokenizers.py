@@ -10,13 +10,12 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training import train_tokenizer
-from training.data import tokenizers
-from training.data.fast_bpe import fast_bpe, kinds_agree, ranks_of
+from training.data import encoding
+from training.data.encoding import encode_documents, fast_bpe, kinds_agree, ranks_of
 from training.data.tokenizers import (
     BYTE_VOCABULARY,
     END_OF_TEXT,
     build_tokenizer,
-    encode_documents,
     load_tokenizer,
     tokenizer_hash,
     tokenizer_kind,
@@ -56,7 +55,7 @@ def test_round_trip_and_equal_after_saving(name, tmp_path):
 @pytest.mark.parametrize("name", ["byte", "char"])
 def test_fast_path_equals_the_backend(name):
     tokenizer, texts = build(name), fuzz(1)
-    slow = tokenizers._encode_others(tokenizer, texts, texts)
+    slow = encoding._encode_others(tokenizer, texts, texts)
     for one, other in zip(encode_documents(tokenizer, texts), slow, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -242,31 +241,31 @@ def test_the_fast_encoder_gives_the_ids_of_tokenizers(which: str):
     if which == "gpt2" and not GPT2.exists():
         pytest.skip("../shared is absent")
     tokenizer, texts = load_tokenizer(str(GPT2)) if which == "gpt2" else trained(), unicode_texts(3)
-    fast = fast_bpe(tokenizer, BYTE_VOCABULARY)
+    fast = fast_bpe(tokenizer)
     for text, ids, slow in zip(
-        texts, fast.encode(texts), tokenizers._encode_by_itself(tokenizer, texts, texts), strict=True
+        texts, fast.encode(texts), encoding._encode_by_itself(tokenizer, texts, texts), strict=True
     ):
         assert ids.dtype == slow.dtype == np.uint32
         np.testing.assert_array_equal(ids, slow, err_msg=repr(text))
     for text, ids in zip(texts, encode_documents(tokenizer, texts), strict=True):
-        np.testing.assert_array_equal(ids, tokenizers._encode_by_itself(tokenizer, [text], [""])[0])
+        np.testing.assert_array_equal(ids, encoding._encode_by_itself(tokenizer, [text], [""])[0])
 
 
 def test_it_is_built_when_there_is_enough_to_encode(monkeypatch):
     pytest.importorskip("tiktoken")
-    monkeypatch.setattr("training.data.fast_bpe.WORTH_IT", 1000)
+    monkeypatch.setattr("training.data.encoding.WORTH_IT", 1000)
     tokenizer = trained()
-    assert fast_bpe(tokenizer, BYTE_VOCABULARY, 600) is None
-    fast = fast_bpe(tokenizer, BYTE_VOCABULARY, 400)
-    assert fast is not None and fast_bpe(tokenizer, BYTE_VOCABULARY, 1) is fast
+    assert fast_bpe(tokenizer, 600) is None
+    fast = fast_bpe(tokenizer, 400)
+    assert fast is not None and fast_bpe(tokenizer, 1) is fast
     tokenizer.add_tokens(["<new>"])  # not a special one: text that spells it is that token
-    assert fast_bpe(tokenizer, BYTE_VOCABULARY, 1000) is None
+    assert fast_bpe(tokenizer, 1000) is None
 
 
 def test_without_tiktoken_the_ids_are_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     tokenizer = trained()
-    assert fast_bpe(tokenizer, BYTE_VOCABULARY) is None
+    assert fast_bpe(tokenizer) is None
     ids = encode_documents(tokenizer, [WORDS])[0]
     assert tokenizer.decode(ids.tolist()) == WORDS
 
@@ -275,8 +274,8 @@ def test_characters_of_another_kind_are_left_to_tokenizers(monkeypatch):
     """As where one library knows a newer Unicode than the other."""
     pytest.importorskip("tiktoken")
     tokenizer = trained()
-    monkeypatch.setattr("training.data.fast_bpe.kinds_agree", lambda points: points.start == 0)
-    fast = fast_bpe(tokenizer, BYTE_VOCABULARY)
+    monkeypatch.setattr("training.data.encoding.kinds_agree", lambda points: points.start == 0)
+    fast = fast_bpe(tokenizer)
     assert [ids is None for ids in fast.encode(["plain é", "日本", "half \ud800 a pair"])] == [False, True, True]
     assert encode_documents(tokenizer, ["日本 x"])[0].tolist() == tokenizer.backend_tokenizer.encode("日本 x").ids
 
@@ -289,7 +288,7 @@ def altered(**changes) -> dict:
 
 
 def test_the_state_as_it_is_has_a_table():
-    assert len(ranks_of(altered(), BYTE_VOCABULARY)) == 319
+    assert len(ranks_of(altered())) == 319
 
 
 @pytest.mark.parametrize(
@@ -308,7 +307,7 @@ def test_the_state_as_it_is_has_a_table():
     ids=str,
 )
 def test_what_could_differ_has_no_table(changes: dict):
-    assert ranks_of(altered(**changes), BYTE_VOCABULARY) is None
+    assert ranks_of(altered(**changes)) is None
 
 
 def merging(merges: list[list[str]]) -> dict:
@@ -321,15 +320,15 @@ def merging(merges: list[list[str]]) -> dict:
 
 def test_a_token_that_is_not_itself_has_no_table():
     """`tokenizers` never reaches "abc" here, for "ab" is merged first; tiktoken would join "ab" and "c" to it."""
-    assert ranks_of(merging([["a", "b"], ["ab", "c"]]), BYTE_VOCABULARY) is not None
-    assert ranks_of(merging([["a", "b"], ["b", "c"], ["a", "bc"]]), BYTE_VOCABULARY) is None
+    assert ranks_of(merging([["a", "b"], ["ab", "c"]])) is not None
+    assert ranks_of(merging([["a", "b"], ["b", "c"], ["a", "bc"]])) is None
 
 
 def test_merges_out_of_order_have_no_table():
     state = merging([["a", "b"], ["c", "d"]])
     state["model"]["merges"] = state["model"]["merges"][::-1]
-    assert ranks_of(state, BYTE_VOCABULARY) is None
-    assert ranks_of(merging([["ab", "c"], ["a", "b"]]), BYTE_VOCABULARY) is None
+    assert ranks_of(state) is None
+    assert ranks_of(merging([["ab", "c"], ["a", "b"]])) is None
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from .config.arguments import DataArguments
 from .data.dataset import EvaluationRows, TokenArray
+from .data.encoding import encode_documents
 from .data.sources import documents, named_sources
-from .data.tokenizers import encode_documents
 from .loop.evaluation import evaluate_rows
 from .model.hardware import best_device
 from .model.loading import load_model_and_tokenizer

@@ -16,8 +16,9 @@ from ..system.errors import UserError
 from ..system.files import digest
 from .corpus import MANIFEST
 from .dataset import Tokens, TokenShards, TokenSpans, unit_points
+from .encoding import encode_documents
 from .splitting import SPLITS, check_split_options
-from .tokenizers import build_tokenizer, encode_documents, encoding_hash, tokenizer_hash, tokenizer_kind
+from .tokenizers import build_tokenizer, encoding_hash, tokenizer_hash, tokenizer_kind
 
 DTYPES = {2: "<u2", 4: "<u4"}
 CHECKED_DOCUMENTS, CHECKED_TOKENS = 20, 2000  # of the first documents, that many tokens are encoded again

@@ -23,9 +23,10 @@ from transformers.trainer_callback import ExportableState
 from ..system.errors import UserError
 from ..system.files import digest
 from .dataset import Rows, TokenArray, Tokens
+from .encoding import encode_documents
 from .inputs import text_digest
 from .sources import Bookmark, Document, fingerprint_sources, licence_of, named_sources, numbered_parts
-from .tokenizers import build_tokenizer, encode_documents, tokenizer_hash
+from .tokenizers import build_tokenizer, tokenizer_hash
 
 BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once: what a resumed run encodes again, at most
 BATCHES_AHEAD = 2  # encoded by a thread of their own while the model trains

@@ -3,15 +3,12 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..system.errors import UserError
 from ..system.files import digest
-from .fast_bpe import fast_bpe
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_BPE_VOCAB_SIZE = 4096
@@ -49,19 +46,6 @@ def load_tokenizer(name: str, needs_end_of_text: bool = True) -> PreTrainedToken
     return tokenizer
 
 
-def encode_documents(tokenizer, texts: list[str], names: list[str] | None = None) -> list[np.ndarray]:
-    """Encode whole documents as ordinary text: nothing is appended, cut off, or read as a special token.
-
-    Returns one uint32 array of token ids a text. Raises UserError naming the first character that the tokenizer
-    does not know, its offset in characters and, when `names` are given, its document.
-    """
-    names = names or [f"text {number}" for number in range(len(texts))]
-    return ENCODERS[tokenizer_kind(tokenizer)](tokenizer, texts, names)
-
-
-THE_PROMPT = "the prompt"
-
-
 def begin_ids(tokenizer) -> list[int]:
     """The special tokens that the tokenizer by itself puts before every text."""
     mask, ids = _added_around(tokenizer)
@@ -83,29 +67,6 @@ def _added_around(tokenizer) -> tuple[list[int], list[int]]:
         return [], []
     encoded = tokenizer.backend_tokenizer.encode(text)
     return encoded.special_tokens_mask, encoded.ids
-
-
-def tokenizer_hash(tokenizer) -> str:
-    """Return the sha256 (hex) of what the tokenizer does, whatever order its file happens to be written in."""
-    return digest(_state(tokenizer.backend_tokenizer))
-
-
-def read_alike(first, second) -> bool:
-    """Whether two tokenizers make the same ids of every document, whatever each puts around it."""
-    return _encoding_part(first.backend_tokenizer) == _encoding_part(second.backend_tokenizer)
-
-
-def encoding_hash(tokenizer) -> str:
-    """The same of what `encode_documents` depends on alone, which `add_nothing` does not change."""
-    return digest(_encoding_part(tokenizer.backend_tokenizer))
-
-
-def tokenizer_kind(tokenizer) -> str:
-    """Return "byte" or "char" when the tokenizer encodes as a freshly built one of that kind does, else "other"."""
-    backend = tokenizer.backend_tokenizer
-    rebuild = REBUILDERS.get((type(backend.model).__name__, len(tokenizer) - len(BYTE_VOCABULARY) in (0, 1)))
-    kind, rebuilt = rebuild(tokenizer) if rebuild else ("other", None)
-    return kind if rebuilt is not None and _encoding_part(rebuilt) == _encoding_part(backend) else "other"
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -203,16 +164,26 @@ def _wrap(backend: Tokenizer, has_end: bool = True) -> PreTrainedTokenizerFast:
 BUILDERS = {"byte": build_byte, "char": build_char, "bpe": build_bpe}
 
 
-# --- telling byte and char tokenizers from others --------------------------------------------------------------------
+# --- what a tokenizer does --------------------------------------------------------------------------------------------
 
 
-def _rebuild_byte(tokenizer) -> tuple[str, Tokenizer]:
-    return "byte", _byte_backend(len(tokenizer) > len(BYTE_VOCABULARY))
+def tokenizer_hash(tokenizer) -> str:
+    """Return the sha256 (hex) of what the tokenizer does, whatever order its file happens to be written in."""
+    return digest(backend_state(tokenizer.backend_tokenizer))
 
 
-def _rebuild_char(tokenizer) -> tuple[str, Tokenizer]:
-    characters = characters_of(tokenizer)
-    return "char", _char_backend(characters, len(tokenizer) > len(characters))
+def encoding_hash(tokenizer) -> str:
+    """The same of what `encode_documents` depends on alone, which `add_nothing` does not change."""
+    return digest(_encoding_state(tokenizer.backend_tokenizer))
+
+
+def backend_state(backend: Tokenizer) -> dict:
+    """Return the backend's JSON, less truncation and padding, which belong to a call and not to the tokenizer."""
+    return json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+
+
+def _encoding_state(backend: Tokenizer) -> dict:
+    return backend_state(backend) | {"post_processor": None}  # it only adds special tokens
 
 
 def characters_of(tokenizer) -> list[str]:
@@ -221,90 +192,20 @@ def characters_of(tokenizer) -> list[str]:
     return sorted(vocabulary, key=vocabulary.get)
 
 
-# (class of the backend's model, has 256 or 257 tokens) -> what to compare with: a cheap test before the exact one
-REBUILDERS = {
-    ("BPE", True): _rebuild_byte,
-    ("WordLevel", True): _rebuild_char,
-    ("WordLevel", False): _rebuild_char,
-}
+def tokenizer_kind(tokenizer) -> str:
+    """Return "byte" or "char" when the tokenizer encodes as a freshly built one of that kind does, else "other"."""
+    backend, size, rebuilt = tokenizer.backend_tokenizer, len(tokenizer), None
+    model = type(backend.model).__name__
+    if model == "BPE" and size - len(BYTE_VOCABULARY) in (0, 1):
+        kind, rebuilt = "byte", _byte_backend(size > len(BYTE_VOCABULARY))
+    elif model == "WordLevel":
+        kind, rebuilt = "char", _char_backend(characters_of(tokenizer), size > len(characters_of(tokenizer)))
+    return kind if rebuilt is not None and _encoding_state(rebuilt) == _encoding_state(backend) else "other"
 
 
-def _encoding_part(backend: Tokenizer) -> dict:
-    """Return what `encode_documents` depends on; the post-processor only adds special tokens, which it never does."""
-    return _state(backend) | {"post_processor": None}
-
-
-def _state(backend: Tokenizer) -> dict:
-    """Return the backend's JSON, less truncation and padding, which belong to a call and not to the tokenizer."""
-    return json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-
-
-# --- encoding ---------------------------------------------------------------------------------------------------------
-
-
-def _encode_bytes(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
-    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
-
-
-def _encode_characters(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
-    """Look characters up in a table over code points; the last entry stands for all that lie beyond the table."""
-    characters = characters_of(tokenizer)
-    code_points = np.array([ord(character) for character in characters])
-    unknown = len(characters)
-    table = np.full(code_points.max() + 2, unknown, dtype=np.uint32)
-    table[code_points] = np.arange(unknown)
-    encoded = []
-    for text, name in zip(texts, names, strict=True):
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        ids = table[np.minimum(points, len(table) - 1)]
-        if (ids == unknown).any():
-            offset = int((ids == unknown).argmax())
-            raise _unknown_character(text[offset], offset, name)
-        encoded.append(ids)
-    return encoded
-
-
-def _unknown_character(character: str, offset: int, name: str) -> UserError:
-    where = f"{character!r} (U+{ord(character):04X}) at offset {offset} of {name}"
-    mend = "give another --prompt" if name == THE_PROMPT else "build it on this text too"
-    return UserError(f"tokenizer='char': it does not know {where}; {mend}, or use tokenizer=byte")
-
-
-def _encode_others(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
-    """Encode by tiktoken what it is known to encode alike, and all else by `tokenizers`."""
-    fast = fast_bpe(tokenizer, BYTE_VOCABULARY, sum(map(len, texts)))
-    encoded = fast.encode(texts) if fast else [None] * len(texts)
-    left = [index for index, ids in enumerate(encoded) if ids is None]
-    by_itself = _encode_by_itself(tokenizer, [texts[index] for index in left], [names[index] for index in left])
-    for index, ids in zip(left, by_itself, strict=True):
-        encoded[index] = ids
-    return encoded
-
-
-def _encode_by_itself(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
-    with _ordinary_text(tokenizer.backend_tokenizer) as backend:
-        try:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the only class that `tokenizers` raises
-            raise UserError(f"tokenizer: cannot encode {names[0]} or one after it ({error}); try byte") from error
-    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-
-
-@contextmanager
-def _ordinary_text(backend: Tokenizer):
-    """Switch off special tokens in text, truncation and padding for a while, and restore them whatever happens."""
-    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        yield backend
-    finally:
-        backend.encode_special_tokens = special
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-
-
-ENCODERS = {"byte": _encode_bytes, "char": _encode_characters, "other": _encode_others}
+def splits_as_gpt2(state: dict) -> bool:
+    """Say whether a backend's JSON takes ordinary text apart by GPT-2's rule and nothing else."""
+    splitter = state["pre_tokenizer"] or {}
+    rule = (splitter.get("type"), splitter.get("add_prefix_space"), splitter.get("use_regex", True))
+    has_only_special = all(token["special"] for token in state["added_tokens"])  # others may hold white space
+    return rule == ("ByteLevel", False, True) and state["normalizer"] is None and has_only_special

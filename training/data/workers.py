@@ -18,9 +18,8 @@ from itertools import chain, islice
 import numpy as np
 
 from ..system.errors import UserError
-from .fast_bpe import fast_bpe
+from .encoding import encode_documents, fast_bpe
 from .splitting import Piece
-from .tokenizers import BYTE_VOCABULARY, encode_documents
 
 BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once, by each of up to eight processes; by more, less each
 PROCESSES_AT_FULL_SIZE = 8
@@ -133,7 +132,7 @@ def _finished(batch: Batch, future) -> tuple[Batch, Encoded]:
 def _start_pool(tokenizer, dtype, num_proc: int) -> ProcessPoolExecutor:
     """Start the processes; where they can be forked they share the tokenizer's and the libraries' memory."""
     context = multiprocessing.get_context("fork" if IS_FORKED else "spawn")
-    fast_bpe(tokenizer, BYTE_VOCABULARY)  # built once, here
+    fast_bpe(tokenizer)  # built once, here
     gc.collect()
     gc.freeze()  # so that collecting garbage in a fork does not copy what it shares
     arguments = (tokenizer, dtype, os.getpid())

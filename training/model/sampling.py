@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from transformers.generation import BaseStreamer
 
-from ..data.tokenizers import THE_PROMPT, begin_ids, encode_documents
+from ..data.encoding import THE_PROMPT, encode_documents
+from ..data.tokenizers import begin_ids
 from ..system.errors import UserError, one_line
 from ..system.ranges import check_number
 from .hardware import context_of

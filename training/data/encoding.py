@@ -1,0 +1,223 @@
+"""Documents to token ids: by a table, by `tokenizers`, or by tiktoken, in this process or shared out among several."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ..system.errors import UserError
+from .tokenizers import BYTE_VOCABULARY, backend_state, characters_of, splits_as_gpt2, tokenizer_kind
+
+THE_PROMPT = "the prompt"
+
+
+def _encode_bytes(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+
+def _encode_characters(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    """Look characters up in a table over code points; the last entry stands for all that lie beyond the table."""
+    characters = characters_of(tokenizer)
+    code_points = np.array([ord(character) for character in characters])
+    unknown = len(characters)
+    table = np.full(code_points.max() + 2, unknown, dtype=np.uint32)
+    table[code_points] = np.arange(unknown)
+    encoded = []
+    for text, name in zip(texts, names, strict=True):
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = table[np.minimum(points, len(table) - 1)]
+        if (ids == unknown).any():
+            offset = int((ids == unknown).argmax())
+            raise _unknown_character(text[offset], offset, name)
+        encoded.append(ids)
+    return encoded
+
+
+def _unknown_character(character: str, offset: int, name: str) -> UserError:
+    where = f"{character!r} (U+{ord(character):04X}) at offset {offset} of {name}"
+    mend = "give another --prompt" if name == THE_PROMPT else "build it on this text too"
+    return UserError(f"tokenizer='char': it does not know {where}; {mend}, or use tokenizer=byte")
+
+
+def _encode_others(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    """Encode by tiktoken what it is known to encode alike, and all else by `tokenizers`."""
+    fast = fast_bpe(tokenizer, sum(map(len, texts)))
+    encoded = fast.encode(texts) if fast else [None] * len(texts)
+    left = [index for index, ids in enumerate(encoded) if ids is None]
+    by_itself = _encode_by_itself(tokenizer, [texts[index] for index in left], [names[index] for index in left])
+    for index, ids in zip(left, by_itself, strict=True):
+        encoded[index] = ids
+    return encoded
+
+
+def _encode_by_itself(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
+    """Encode by `tokenizers`, with special tokens in text, truncation and padding switched off for a while."""
+    backend = tokenizer.backend_tokenizer
+    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the only class that `tokenizers` raises
+        raise UserError(f"tokenizer: cannot encode {names[0]} or one after it ({error}); try byte") from error
+    finally:
+        backend.encode_special_tokens = special
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+ENCODERS = {"byte": _encode_bytes, "char": _encode_characters, "other": _encode_others}
+
+
+def encode_documents(tokenizer, texts: list[str], names: list[str] | None = None) -> list[np.ndarray]:
+    """Encode whole documents as ordinary text: nothing is appended, cut off, or read as a special token.
+
+    Returns one uint32 array of token ids a text. Raises UserError naming the first character that the tokenizer
+    does not know, its offset in characters and, when `names` are given, its document.
+    """
+    names = names or [f"text {number}" for number in range(len(texts))]
+    return ENCODERS[tokenizer_kind(tokenizer)](tokenizer, texts, names)
+
+
+# --- byte-level BPE as GPT-2's, by tiktoken: several times faster, and only where its ids are provably the same ------
+#
+# Two things could differ, and both are checked before a token is trusted. How text is split: the pattern depends on a
+# character only by its being a letter, a number, whitespace or none of them, so each 256 code points that a text uses
+# are asked for in both libraries. How a piece is merged: tiktoken joins neighbours that together spell a token,
+# `tokenizers` only those that a merge names. Where merges are numbered in order and every token, encoded alone, is
+# itself, both are the same: a span between two boundaries that survive is merged as if it were alone, so when its turn
+# comes it is the two parts that the merge names, or it never becomes that token.
+
+# GPT-2's rule, written so that it never goes back: after a possessive run nothing follows that could fail.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PLAIN_MODEL = {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False, "ignore_merges": False}
+WORTH_IT = 500_000  # characters: fewer are encoded sooner than the fast encoder is built
+BLOCK_BITS = 8  # code points whose kind is checked together
+SURROGATES = range(0xD800, 0xE000)
+
+
+class FastBPE:
+    """A tiktoken encoding and the blocks of code points in which it is known to split as `tokenizers` does."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        self.encoding, self.agrees = _encoding(ranks), {}
+
+    def encode(self, texts: list[str]) -> list[np.ndarray | None]:
+        """Return the uint32 ids of each text, or None for a text that `tokenizers` itself must encode."""
+        threads = min(_threads(), len(texts))
+        if threads < 2:
+            return [self._encode(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self._encode, texts))
+
+    def _encode(self, text: str) -> np.ndarray | None:
+        return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32) if self._is_sure(text) else None
+
+    def _is_sure(self, text: str) -> bool:
+        """Say whether every character of the text is of one kind in both libraries, each block of them asked once."""
+        used = [0]
+        if not text.isascii():
+            try:
+                points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+            except UnicodeEncodeError:  # half a surrogate pair: `tokenizers` says what is wrong
+                return False
+            used = np.flatnonzero(np.bincount(points >> BLOCK_BITS)).tolist()
+        for block in used:
+            if block not in self.agrees:
+                self.agrees[block] = kinds_agree(range(block << BLOCK_BITS, (block + 1) << BLOCK_BITS))
+        return all(self.agrees[block] for block in used)
+
+
+@dataclass
+class Known:
+    """What is known of a tokenizer of so many tokens: the characters it has met, and then its fast encoder or None."""
+
+    size: int
+    characters: int = 0
+    is_built: bool = False
+    fast: FastBPE | None = None
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerFast, Known] = WeakKeyDictionary()
+
+
+def fast_bpe(tokenizer, characters: int = WORTH_IT) -> FastBPE | None:
+    """Return the fast encoder of a tokenizer, or None where tiktoken is not installed or could give other ids.
+
+    characters: how many are to be encoded now; to build the encoder takes about a second, so it is None until there
+    have been enough.
+    """
+    known = _KNOWN.get(tokenizer)
+    if known is None or known.size != len(tokenizer):
+        known = _KNOWN[tokenizer] = Known(len(tokenizer))
+    known.characters += characters
+    if not known.is_built and known.characters >= WORTH_IT:
+        is_installed = find_spec("tiktoken") is not None
+        ranks = ranks_of(backend_state(tokenizer.backend_tokenizer)) if is_installed else None
+        known.fast, known.is_built = None if ranks is None else FastBPE(ranks), True
+    return known.fast
+
+
+def ranks_of(state: dict) -> dict[bytes, int] | None:
+    """Return tiktoken's table, bytes of a token to its id, of a backend's JSON; None where its ids could differ."""
+    model = state["model"]
+    is_plain = all(model.get(key) == value for key, value in PLAIN_MODEL.items()) and splits_as_gpt2(state)
+    is_plain = is_plain and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+    if not is_plain or not BYTE_VOCABULARY.keys() <= model["vocab"].keys():
+        return None
+    tokens = dict.fromkeys(BYTE_VOCABULARY)  # in the order of their merges
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left not in tokens or right not in tokens or left + right in tokens:
+            return None  # parts are merged before the whole, and a token has one merge
+        tokens[left + right] = None
+    ids = [model["vocab"][token] for token in tokens]
+    merged = ids[len(BYTE_VOCABULARY) :]
+    if sorted(merged) != merged or not _spell_themselves(state, list(tokens), ids):
+        return None
+    spelled = (bytes(BYTE_VOCABULARY[character] for character in token) for token in tokens)
+    return dict(zip(spelled, ids, strict=True))
+
+
+def _spell_themselves(state: dict, tokens: list[str], ids: list[int]) -> bool:
+    """Say whether each token, merged alone, becomes itself."""
+    bare = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "added_tokens": []}
+    encoded = Tokenizer.from_str(json.dumps(state | bare)).encode_batch_fast(tokens, add_special_tokens=False)
+    return all(one.ids == [id] for one, id in zip(encoded, ids, strict=True))
+
+
+def kinds_agree(points: range) -> bool:
+    """Say whether both libraries take each code point for the same: a letter, a number, whitespace or none of them.
+
+    A character is of the kind of the one before it if the two are one piece; what is none of three kinds is whitespace.
+    """
+    characters = [chr(point) for point in points if point not in SURROGATES and point < 0x110000]
+    pairs = [before + character for before in "a1!" for character in characters]
+    whole = {pair.encode(): 256 + number for number, pair in enumerate(dict.fromkeys(pairs))}
+    probe = _encoding({bytes([byte]): byte for byte in range(256)} | whole)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True).pre_tokenize_str
+    return all((len(split(pair)) == 1) == (len(probe.encode_ordinary(pair)) == 1) for pair in pairs)
+
+
+def _encoding(ranks: dict[bytes, int]):
+    import tiktoken
+
+    return tiktoken.Encoding("acorn", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def _threads() -> int:
+    """As many as `tokenizers` would use: its own two variables count for both."""
+    if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "off", "no", "f", "n", "0"):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(os.environ.get("RAYON_NUM_THREADS", 0)) or cores or 1
