@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from training.data.encoding import encode_documents, fast_bpe
-from training.data.sources import SOURCE_DEFAULTS, documents
+from training.data.sources import SOURCE_DEFAULTS, read_documents
 from training.data.tokenizers import load_tokenizer
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
@@ -60,7 +60,7 @@ def measure(flags: argparse.Namespace, threads: int) -> dict:
     """MB/s of each contender in this process."""
     tokenizer = load_tokenizer(flags.tokenizer)
     named = {"text_files": flags.text_files} if flags.text_files else {"dataset": "python-stdlib"}
-    texts = [text for _, text in documents(SimpleNamespace(**SOURCE_DEFAULTS | named))]
+    texts = [document.text for document in read_documents(SimpleNamespace(**SOURCE_DEFAULTS | named))]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     encoders = contenders(tokenizer, threads)
     first, same = encoders["encode_batch"](texts), True

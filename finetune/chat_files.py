@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from training.data.compression import DAMAGED, damaged, open_bytes
-from training.data.reading import leave_out, leave_row_out
+from training.data.reading import skip_file, skip_row
 from training.data.rows import Row
 from training.data.tables import rows_of_data_files, rows_of_dataset
 from training.data.text_files import find_text_files, read_parts
@@ -102,7 +102,7 @@ def starts_as_chat(data, name: str, path) -> bool:
             match = SPEAKER.match(first)
             return bool(match and match[1] != "Assistant" and any(line.startswith("Assistant:") for line in file))
     except DAMAGED as error:
-        leave_out(data, {}, name, damaged("text_files", name, error))
+        skip_file(data, {}, name, damaged("text_files", name, error))
         return True
 
 
@@ -118,7 +118,7 @@ def rows_as(make, data, left_out: dict) -> Iterator:
         try:
             yield make(row.values, f"{name}, {row.place}")
         except BadRow as error:
-            leave_row_out(data, left_out, field, name, row, str(error))
+            skip_row(data, left_out, field, name, row, str(error))
 
 
 # ---- pairs
@@ -177,14 +177,14 @@ def conversations_of_file(path, name: str, data, left_out: dict) -> Iterator[Con
     try:
         text = "".join(text for text, _ in read_parts(path, name))
     except UserError as error:
-        leave_out(data, left_out, name, error)
+        skip_file(data, left_out, name, error)
         return
     for number, conversation in enumerate(conversations_of_text(text, name)):
         try:
             yield check_turns(conversation)
         except BadRow as error:
             place = conversation.where.removeprefix(f"{name}, ")
-            leave_row_out(data, left_out, "text_files", name, Row(number, place, {}), str(error))
+            skip_row(data, left_out, "text_files", name, Row(number, place, {}), str(error))
 
 
 def conversations_of_text(text: str, name: str) -> Iterator[Conversation]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from training.data.encoding import encode_documents
-from training.data.reading import say_once
+from training.data.reading import log_once
 from training.data.tokenizers import begin_ids
 from training.model.sampling import encode_prompt, encode_spelled
 from training.system.errors import UserError, one_line
@@ -80,7 +80,7 @@ def knows_tools(tokenizer) -> bool:
         shown = ""
     if "TOOL-TURN" in shown:
         return True
-    say_once("the tokenizer's chat template has no turns of tools: they are given as the user's")
+    log_once("the tokenizer's chat template has no turns of tools: they are given as the user's")
     return False
 
 

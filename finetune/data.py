@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from training.data.corpus import Corpus, load_corpus, prepare
 from training.data.inputs import Inputs
-from training.data.reading import say, told
+from training.data.reading import log, skipped_in_words
 from training.data.sources import unit_hash
 from training.data.splitting import check_split_options
 from training.model.sampling import Rendered
@@ -74,8 +74,8 @@ def read_examples(data, kind: str, tokenizer, limit: int) -> Examples:
     tokenizer = with_template(tokenizer) if kind == "chat" else tokenizer
     left_out: dict = {}
     documents = list(read_conversations(data, left_out) if kind == "chat" else read_pairs(data, left_out))
-    for name, why in told(left_out).items():
-        say(f"left out: {name}: {why}")
+    for name, why in skipped_in_words(left_out).items():
+        log(f"skipped: {name}: {why}")
     if len(documents) < 2:
         raise UserError(f"{kind}: the data has {len(documents)} document(s) and 2 are needed, one of them to validate")
     held_out = validation_numbers(len(documents), data)

@@ -35,7 +35,7 @@ def pytest_configure(config) -> None:
 def seed() -> None:
     """Make every test draw the same numbers, and say the same, whatever ran before it."""
     torch.manual_seed(1337)
-    reading.say_once.cache_clear()
+    reading.log_once.cache_clear()
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from training.data import preparation, splitting, workers
+from training.data import building, preparation, splitting, workers
 from training.data.building import building_folder
 from training.data.corpus import describe, prepare
 from training.data.preparation import progress_line
-from training.data.reading import say
+from training.data.reading import log
 from training.data.sources import size_of_sources
 from training.data.tokenizers import build_tokenizer
-from training.system import building
 from training.system.errors import UserError
 from training.system.lock import locked
 
@@ -260,9 +259,9 @@ def test_a_line_a_minute_where_there_is_no_terminal(monkeypatch, capsys):
 
 
 def test_other_ranks_are_silent(monkeypatch, capsys):
-    say("one")
+    log("one")
     monkeypatch.setenv("RANK", "1")
-    say("two")
+    log("two")
     prepared("x", text_files=["long.txt"], **BY_DOCUMENTS)
     prepared("x", text_files=["long.txt"], **BY_DOCUMENTS)
     assert capsys.readouterr() == ("", "one\n")

@@ -10,8 +10,9 @@ import pytest
 
 from training.data import preparation, splitting, text_files
 from training.data.corpus import prepare
+from training.data.documents import Position
 from training.data.encoding import encode_documents
-from training.data.sources import Bookmark, documents, numbered_parts, unit_hash
+from training.data.sources import read_documents, read_stretches, unit_hash
 from training.data.splitting import after_words, anywhere, cutting_rule, encodable
 from training.data.tokenizers import build_tokenizer, load_tokenizer
 from training.system.errors import UserError
@@ -42,7 +43,7 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part_bytes", [1, 2, 3, 50, 10**6])
 def test_parts_are_the_file(monkeypatch, part_bytes):
     monkeypatch.setattr(text_files, "PART_BYTES", part_bytes)
-    parts = list(numbered_parts(arguments(text_files=["long.txt"])))
+    parts = list(read_stretches(arguments(text_files=["long.txt"])))
     assert "".join(part.text for part in parts) == Path("long.txt").read_text(encoding="utf-8")
     assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
     assert {part.number for part in parts} == {0}
@@ -93,7 +94,7 @@ def test_sizes_of_parts_and_pieces_change_no_token(monkeypatch):
             monkeypatch.setattr(text_files, "PART_BYTES", part_bytes)
             monkeypatch.setattr(splitting, "PIECE_CHARACTERS", piece_characters)
             assert prepared(f"{part_bytes}-{name}", **source) == whole
-        whole_texts = [text for _, text in documents(arguments(**source))]
+        whole_texts = [document.text for document in read_documents(arguments(**source))]
         assert every_text(f"whole-{name}").count("<|endoftext|>") == len(whole_texts)
 
 
@@ -117,7 +118,7 @@ def test_a_folder_of_parquet_shards_is_read_like_the_same_files():
 
 
 def places(data) -> list[tuple]:
-    return [(part.number, part.text, tuple(part.place)) for part in numbered_parts(data) if part.ends]
+    return [(part.number, part.text, tuple(part.place)) for part in read_stretches(data) if part.ends]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_reading_goes_on_after_any_bookmark(source):
     if "dataset" in source and source["dataset"] == "python-stdlib":
         whole = whole[:40]
     for count in {1, len(whole) // 3, len(whole) // 2, len(whole) - 1} - {0}:
-        bookmark = Bookmark(count, list(whole[count - 1][2]))
-        rest = [(part.number, part.text, tuple(part.place)) for part in numbered_parts(data, bookmark) if part.ends]
+        bookmark = Position(count, list(whole[count - 1][2]))
+        rest = [(part.number, part.text, tuple(part.place)) for part in read_stretches(data, bookmark) if part.ends]
         assert rest[: len(whole) - count] == whole[count:]
 
 
@@ -156,7 +157,7 @@ def test_row_groups_before_the_bookmark_are_not_read(monkeypatch):
         return iter_batches(self, *args, row_groups=row_groups, **kwargs)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", noted)
-    list(numbered_parts(arguments(data_files=["rows.parquet"]), Bookmark(20, [0, 19])))  # of 7 rows each
+    list(read_stretches(arguments(data_files=["rows.parquet"]), Position(20, [0, 19])))  # of 7 rows each
     assert read == [2, 3, 4]
 
 
@@ -199,7 +200,7 @@ def test_a_corrupt_parquet_file_is_named_and_the_rest_kept_or_the_run_stopped(so
     assert [text.count(f"file {index} row") for index in range(3)] == [20, kept, 20]
     ((name, why),) = corpus.manifest["left_out"].items()
     assert name.endswith("p1.parquet") and f"from row {kept} on" in why
-    assert capsys.readouterr().err.count("left out: ") == 1
+    assert capsys.readouterr().err.count("skipped: ") == 1
 
 
 def test_a_bad_file_that_stopped_the_run_may_be_left_out_as_it_goes_on(monkeypatch, capsys):
@@ -270,5 +271,5 @@ def test_a_hub_set_that_needs_a_script(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     with pytest.raises(UserError, match=r"it needs a script, which `datasets` no longer .* revision: no such"):
-        list(documents(arguments(dataset="someone/x")))
+        list(read_documents(arguments(dataset="someone/x")))
     assert calls == [None, "refs/convert/parquet"]

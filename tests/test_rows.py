@@ -17,8 +17,9 @@ from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import find_format, read_conversations, read_pairs
 from training.data import workers
 from training.data.corpus import prepare
+from training.data.documents import Position
 from training.data.rows import format_of
-from training.data.sources import Bookmark, documents, numbered_parts
+from training.data.sources import read_documents, read_stretches
 from training.system.errors import UserError
 
 from .small_corpora import arguments, killed_after, prepared
@@ -84,7 +85,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def texts(**source) -> list[str]:
-    return [text for _, text in documents(arguments(**source))]
+    return [document.text for document in read_documents(arguments(**source))]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -93,8 +94,8 @@ def test_a_table_is_read_whatever_it_is_compressed_by(kind):
         name = f"table.{kind}{ending}"
         Path(name).write_bytes(compress(FORMATS[kind]))
         assert texts(data_files=[name]) == TEXTS, name
-        parts = list(numbered_parts(arguments(data_files=[name])))
-        rest = numbered_parts(arguments(data_files=[name]), Bookmark(3, parts[2].place))
+        parts = list(read_stretches(arguments(data_files=[name])))
+        rest = read_stretches(arguments(data_files=[name]), Position(3, parts[2].place))
         assert [part.text for part in rest] == TEXTS[3:], name
 
 
@@ -155,7 +156,7 @@ def test_a_bad_row_is_named_or_left_out_and_the_others_are_kept(name, capsys):
     corpus = prepare(arguments(data_files=[name], data_dir="x", **options))
     assert sum(split["documents"] for split in corpus.manifest["splits"].values()) == 2
     assert corpus.manifest["left_out"][f"rows of {name}"].startswith(f"1, the first: {words}")
-    assert capsys.readouterr().err.count("left out: ") == 1
+    assert capsys.readouterr().err.count("skipped: ") == 1
 
 
 def test_rows_without_text_are_none_and_leave_no_split_empty():
@@ -180,7 +181,7 @@ def test_a_text_of_parquet_that_is_not_utf8_is_one_bad_row(capsys):
     with pytest.raises(UserError, match=r"latin.parquet': row 2: cannot be read \(.*0xe9"):
         texts(data_files=["latin.parquet"])
     assert texts(data_files=["latin.parquet"], on_bad_file="skip") == ["a", "b"]
-    assert capsys.readouterr().err.count("left out") == 1
+    assert capsys.readouterr().err.count("skipped") == 1
 
 
 def test_half_a_compressed_chat_is_one_line():

@@ -10,10 +10,9 @@ import pytest
 
 from training.data.sources import (
     SOURCE_DEFAULTS,
-    documents,
     fingerprint_sources,
     licence_of,
-    numbered_documents,
+    read_documents,
     unit_hash,
 )
 from training.system.errors import UserError
@@ -25,7 +24,7 @@ def arguments(**changes) -> SimpleNamespace:
 
 
 def texts(**changes) -> list[str]:
-    return [text for _, text in documents(arguments(**changes))]
+    return [document.text for document in read_documents(arguments(**changes))]
 
 
 def write_rows(path, rows) -> str:
@@ -55,9 +54,9 @@ def folder(tmp_path):
 
 
 def test_stdlib_is_text_with_a_licence():
-    named = list(documents(arguments(dataset="python-stdlib")))
-    names = [name for name, _ in named]
-    assert names == sorted(names) and {"abc.py", "os.py"} <= set(names) and all(text for _, text in named)
+    named = list(read_documents(arguments(dataset="python-stdlib")))
+    names = [document.name for document in named]
+    assert names == sorted(names) and {"abc.py", "os.py"} <= set(names) and all(document.text for document in named)
     assert licence_of(arguments(dataset="python-stdlib")) == "PSF-2.0"
     assert licence_of(arguments(text_files=["x"])) is None
     fingerprint = fingerprint_sources(arguments(dataset="python-stdlib"))
@@ -127,7 +126,8 @@ def address(folder, monkeypatch):
 
 
 def test_url(address):
-    assert list(documents(arguments(text_files=[f"{address}/b.txt"]))) == [(f"{address}/b.txt", "one\r\ntwo\rthree\n")]
+    (document,) = read_documents(arguments(text_files=[f"{address}/b.txt"]))
+    assert (document.name, document.text) == (f"{address}/b.txt", "one\r\ntwo\rthree\n")
     with pytest.raises(UserError, match=r"text_files='http.*nothing': cannot be downloaded \(.*\); .* a local file"):
         texts(text_files=[f"{address}/nothing"])
 
@@ -139,13 +139,13 @@ def test_secrets_of_an_address_are_used_and_shown_nowhere(folder, address, field
     name = f"{address}/closed/{'b.txt' if field == 'text_files' else 'rows.jsonl'}"
     given = f"{name}?token=SECRET" if secret == "token" else name.replace("//", "//me:SECRET@")
     data = arguments(**{field: [given]})
-    assert [text[:3] for _, text in documents(data)] == ["one"]
+    assert [document.text[:3] for document in read_documents(data)] == ["one"]
     assert fingerprint_sources(data)["files"][0]["path"] == name
     with pytest.raises(UserError) as refusal:
         texts(**{field: [given.replace("closed/", "closed/no")]})
     cached = [path.read_bytes() for path in tmp_path_factory.getbasetemp().glob("cache*/**/*.json")]
     shown = capsys.readouterr()
-    assert "SECRET" not in f"{refusal.value} {list(documents(data))} {shown.out} {shown.err} {cached}"
+    assert "SECRET" not in f"{refusal.value} {list(read_documents(data))} {shown.out} {shown.err} {cached}"
     assert f"{field}: the user and query of {name} are not stored" in shown.err
 
 
@@ -158,7 +158,7 @@ def test_tables(tmp_path):
     Dataset.from_list([{"text": "parquet"}]).to_parquet(tmp_path / "z.parquet")
     files = [f"{tmp_path}/*.json*", f"{tmp_path}/z.parquet"]
     assert texts(data_files=files) == ["a\r\nb", "é", "list", "parquet"]  # a row without text is no document
-    assert [name for name, _ in documents(arguments(data_files=files))][1] == f"{tmp_path}/x.jsonl:2"
+    assert [document.name for document in read_documents(arguments(data_files=files))][1] == f"{tmp_path}/x.jsonl:2"
     assert len(fingerprint_sources(arguments(data_files=files))["files"]) == 3
 
 
@@ -212,9 +212,9 @@ def test_mixture_shares_and_repeats(tmp_path):
     small = write_rows(tmp_path / "small.jsonl", [{"text": f"s{n}"} for n in range(5)])
     large = write_rows(tmp_path / "large.jsonl", [{"text": f"l{n}"} for n in range(300)])
     mixture = [{"data_files": [small], "weight": 1}, {"data_files": [large], "weight": 3.0}]
-    drawn = list(numbered_documents(arguments(mixture=mixture)))
-    assert drawn == list(numbered_documents(arguments(mixture=mixture)))
-    assert drawn != list(numbered_documents(arguments(mixture=mixture, validation_seed=1)))
+    drawn = list(read_documents(arguments(mixture=mixture)))
+    assert drawn == list(read_documents(arguments(mixture=mixture)))
+    assert drawn != list(read_documents(arguments(mixture=mixture, validation_seed=1)))
     counts = Counter(document.text for document in drawn)
     assert {text for text in counts if text[0] == "l"} == {f"l{n}" for n in range(300)}  # nothing is left out
     assert drawn[-1].text == "l299"  # and it stops at once

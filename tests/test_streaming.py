@@ -15,7 +15,7 @@ from training import pretrain, resume
 from training.config.arguments import DataArguments
 from training.data import streaming
 from training.data.dataset import EvaluationRows
-from training.data.sources import numbered_documents
+from training.data.sources import read_documents
 from training.data.streaming import Mark, is_streamed, stream_corpus
 from training.system.errors import UserError
 
@@ -136,7 +136,7 @@ def test_a_mixture_does_not_train_on_what_validates(folder) -> None:
         Path(f"small/{number}.txt").write_text(f"<small document {number}>")
     mixture = [{"text_files": ["docs"], "weight": 1}, {"text_files": ["small"], "weight": 1}]
     data = DataArguments(mixture=mixture, streaming=True, validation_characters=130, validation_by="documents")
-    drawn = [document.text for document in numbered_documents(data)]
+    drawn = [document.text for document in read_documents(data)]
     corpus = stream_corpus(data)
     held = [text for text in drawn[: corpus.held.document] if text.startswith("<small")]
     assert held and not drawn[corpus.held.document].startswith("<small"), "another seed or size is needed"

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .config.arguments import DataArguments
 from .data.dataset import EvaluationRows, TokenArray
 from .data.encoding import encode_documents
-from .data.sources import documents, named_sources
+from .data.sources import named_sources, read_documents
 from .loop.evaluation import evaluate_rows
 from .model.hardware import best_device
 from .model.loading import load_model_and_tokenizer
@@ -108,9 +108,9 @@ def tokens_of_text(flags, tokenizer) -> tuple[TokenArray, int]:
     has_end = tokenizer.eos_token_id is not None  # a character model of nanoGPT has no such token
     end = np.array([tokenizer.eos_token_id] if has_end else [], dtype=np.uint32)
     pieces, num_bytes = [], 0
-    for name, text in documents(data):
-        pieces += [encode_documents(tokenizer, [text], [name])[0].astype(np.uint32), end]
-        num_bytes += len(text.encode())
+    for document in read_documents(data):
+        pieces += [encode_documents(tokenizer, [document.text], [document.name])[0].astype(np.uint32), end]
+        num_bytes += len(document.text.encode())
     if not num_bytes:
         raise UserError(f"{named_sources(data)[0]}: the source holds no text at all; name one that does")
     return TokenArray(np.concatenate(pieces)), num_bytes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .config.help import wants_help
 from .config.recipe import Recipe, load_recipe, parse_flags
-from .data.sources import documents, named_sources
+from .data.sources import named_sources, read_documents
 from .data.tokenizers import build_tokenizer
 from .system.errors import quiet_libraries, run_main
 from .system.files import new_directory
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     data = recipe.data_arguments()
     directory = Path(recipe.training.get("output_dir") or f"tokenizers/{recipe.name}")
     with new_directory(directory) as folder:  # whole or not at all: half a tokenizer would bar the way of the next
-        texts = (text for _, text in documents(data))  # read once
+        texts = (document.text for document in read_documents(data))  # read once
         tokenizer = build_tokenizer(data.tokenizer, lambda: texts, data.tokenizer_vocab_size)
         if named_sources(data):
             next(texts, None)  # one that is made without a text reads none: what is named must still be there

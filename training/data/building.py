@@ -11,7 +11,7 @@ from pathlib import Path
 from ..system.errors import UserError, is_disk_full
 from ..system.files import sync
 from ..system.lock import InUse, locked
-from .reading import say
+from .reading import log
 
 CORPUS = "corpus"  # what takes the place of the directory in the end; state and lock lie beside it
 STATE = "state.json"
@@ -62,7 +62,7 @@ def _claimed(folder: Path) -> Iterator[None]:
                 break
             except InUse as error:
                 if not waits:
-                    say(f"{error.holder} prepares the same text, in {folder}: waiting until it ends")
+                    log(f"{error.holder} prepares the same text, in {folder}: waiting until it ends")
                 waits = True
                 time.sleep(LOCK_SECONDS)
             except FileNotFoundError:  # the other one has just finished, and removed the folder
@@ -72,7 +72,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def _keep_or_remove(folder: Path) -> None:
     if (folder / STATE).exists():
-        say(f"what is done is kept: the same command goes on from there (if you will not, remove {folder})")
+        log(f"what is done is kept: the same command goes on from there (if you will not, remove {folder})")
     else:
         shutil.rmtree(folder, ignore_errors=True)
 

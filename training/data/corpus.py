@@ -17,7 +17,7 @@ from .building import CORPUS, STATE, building_folder, built_aside, put_in_place
 from .dataset import TokenShards
 from .inputs import text_digest
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
-from .sources import documents, fingerprint_sources, licence_of, named_sources
+from .sources import fingerprint_sources, licence_of, named_sources, read_documents
 from .splitting import SPLITS, check_split_options
 from .tokenizers import BUILDERS, build_tokenizer, load_tokenizer, tokenizer_hash
 
@@ -206,7 +206,7 @@ def _digest(description: dict) -> str:
 
 
 def _texts(data) -> Iterator[str]:
-    return (text for _, text in documents(data))
+    return (document.text for document in read_documents(data))
 
 
 def _is_prepared(directory: Path, fingerprint: str) -> bool:

@@ -18,8 +18,9 @@ from ..system.files import write_whole
 from . import splitting, text_files
 from .building import CORPUS, STATE, disk_full
 from .dataset import ShardWriter
-from .reading import say, told
-from .sources import Bookmark, named_sources, numbered_parts, size_of_sources
+from .documents import Position
+from .reading import log, skipped_in_words
+from .sources import named_sources, read_stretches, size_of_sources
 from .splitting import SPLITS, Piece, cutting_rule, encodable, find_rule, split
 from .tokenizers import load_tokenizer
 from .workers import encode_in_order
@@ -109,7 +110,7 @@ def read_state(folder: Path, fingerprint: str, shard_size: int) -> State:
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if saved["settings"] == settings:
             return State(**saved)
-        say(f"{folder}: was begun with another shard_size, or by another version; starting over")
+        log(f"{folder}: was begun with another shard_size, or by another version; starting over")
     (folder / STATE).unlink(missing_ok=True)
     shutil.rmtree(folder / CORPUS, ignore_errors=True)
     (folder / CORPUS).mkdir()
@@ -134,18 +135,18 @@ def write_tokens(folder: Path, state: State, data, tokenizer, begun: float) -> d
     if not state.rule:
         size = size_of_sources(data)
         if data.validation_by == "position" and (size.bytes or 0) > LONG_BYTES:
-            say(f"counting characters, to cut by position: one pass over about {size.bytes / 1e6:,.0f} MB")
+            log(f"counting characters, to cut by position: one pass over about {size.bytes / 1e6:,.0f} MB")
         state.rule = find_rule(data, state.left_out)
         state.total_bytes = state.rule.get("bytes", size.bytes)
     elif state.documents or state.pieces:
-        say(f"going on where a preparation was stopped: {state.documents:,} documents are done")
+        log(f"going on where a preparation was stopped: {state.documents:,} documents are done")
     try:
         _write_pieces(folder, state, data, tokenizer, writers, begun)
     finally:
         for writer in writers.values():
             writer.shards.close()
     _refuse_empty_splits(data, writers)
-    left_out = {"left_out": told(state.left_out)} if state.left_out else {}
+    left_out = {"left_out": skipped_in_words(state.left_out)} if state.left_out else {}
     return {"splits": {split: writer.manifest() for split, writer in writers.items()}} | left_out
 
 
@@ -161,7 +162,7 @@ def _open_writers(folder: Path, state: State, data, tokenizer) -> dict[str, Spli
 
 def _pieces_from(state: State, data, tokenizer) -> Iterator[Piece]:
     """Yield the pieces that are not done; those of a document that is done in part are made again and passed over."""
-    parts = numbered_parts(data, Bookmark(state.documents, state.place), state.left_out)
+    parts = read_stretches(data, Position(state.documents, state.place), state.left_out)
     pieces = split(parts, data, state.rule, state.characters)
     pieces = encodable(pieces, cutting_rule(tokenizer), splitting.PIECE_CHARACTERS)
     return islice(pieces, state.pieces, None)
@@ -241,7 +242,7 @@ class Progress:
             self.bar.update(size - self.bar.n)
         elif time.monotonic() - self.reported >= REPORT_SECONDS:
             self.reported = time.monotonic()
-            say(progress_line(documents, size, self.total, rate, (size - self.bytes) / seconds))
+            log(progress_line(documents, size, self.total, rate, (size - self.bytes) / seconds))
 
 
 def progress_line(documents: int, size: int, total: int | None, rate: str, speed: float) -> str:

@@ -19,18 +19,6 @@ from ..system.files import hash_file
 Files = list[tuple[str, Path]]  # the name that is shown and stored, and where the file lies on this machine
 
 
-class Part(NamedTuple):
-    """A document's text, or a stretch of it: `ends` says that nothing of the document follows.
-
-    `place` tells its source where the document lies, so that reading can go on after it: [file], or [file, row].
-    """
-
-    place: list[int]
-    name: str
-    text: str
-    ends: bool = True
-
-
 class Size(NamedTuple):
     """How much text a source holds, where that is known without reading it; bytes are an estimate."""
 
@@ -38,45 +26,45 @@ class Size(NamedTuple):
     bytes: int | None = None
 
 
-def leave_out(data, left_out: dict, name: str, error: UserError) -> None:
-    """Raise the error about a file, or, with on_bad_file=skip, say it once and remember it in `left_out`."""
+def skip_file(data, skipped: dict, name: str, error: UserError) -> None:
+    """Raise the error about a file, or, with on_bad_file=skip, say it once and remember it in `skipped`."""
     if data.on_bad_file == "stop":
         raise error
-    if name not in left_out:
-        left_out[name] = str(error)
-        say_once(f"left out: {error}")
+    if name not in skipped:
+        skipped[name] = str(error)
+        log_once(f"skipped: {error}")
 
 
-def leave_row_out(data, left_out: dict, field: str, name: str, row, why: str) -> None:
+def skip_row(data, skipped: dict, field: str, name: str, row, why: str) -> None:
     """Raise what is wrong with one row, or, with on_bad_file=skip, remember its number; the first of a file is said.
 
-    The rows of a file are one entry in `left_out`, however often they are read: why the first is, and their numbers.
+    The rows of a file are one entry in `skipped`, however often they are read: why the first is, and their numbers.
     """
     error = UserError(f"{field}={name!r}: {row.place}: {why}; fix it, or skip what is bad with --on_bad_file skip")
     if data.on_bad_file == "stop":
         raise error
-    entry = left_out.setdefault(f"rows of {name}", {"why": f"{row.place}: {why}", "rows": []})
+    entry = skipped.setdefault(f"rows of {name}", {"why": f"{row.place}: {why}", "rows": []})
     rows, place = entry["rows"], bisect.bisect_left(entry["rows"], row.number)
     if not rows:
-        say_once(f"left out: {error}")
+        log_once(f"skipped: {error}")
     if rows[place : place + 1] != [row.number]:
         rows.insert(place, row.number)
 
 
-def told(left_out: dict) -> dict[str, str]:
+def skipped_in_words(skipped: dict) -> dict[str, str]:
     """Return what was left out, and why, in words."""
-    counted = {name: entry for name, entry in left_out.items() if isinstance(entry, dict)}
-    return left_out | {name: f"{len(entry['rows']):,}, the first: {entry['why']}" for name, entry in counted.items()}
+    counted = {name: entry for name, entry in skipped.items() if isinstance(entry, dict)}
+    return skipped | {name: f"{len(entry['rows']):,}, the first: {entry['why']}" for name, entry in counted.items()}
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line on stderr in the first process alone (torchrun sets RANK), above a progress bar if one is shown."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
 
-say_once = functools.cache(say)  # what is read several times, or pass after pass, is said about once
+log_once = functools.cache(log)  # what is read several times, or pass after pass, is said about once
 
 
 def as_list(field: str, entries: list[str] | str) -> list[str]:
@@ -138,7 +126,7 @@ def download(field: str, address: str) -> Path:
 
     public = public_name(address)
     if public != address:
-        say_once(f"{field}: the user and query of {public} are not stored; what reads it again, such as a resume "
+        log_once(f"{field}: the user and query of {public} are not stored; what reads it again, such as a resume "
                  f"without the prepared tokens, needs --{field} again")  # fmt: skip
     try:
         path = Path(DownloadManager().download(address))

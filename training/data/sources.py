@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from ..system.addresses import is_address, public_name
 from ..system.errors import UserError, unknown
-from .reading import Part, Size
+from .documents import START, Document, Position
+from .reading import Size
 from .tables import (
     fingerprint_data_files,
     fingerprint_dataset,
@@ -45,35 +46,10 @@ READ_BY = {
 }
 
 
-class Document(NamedTuple):
-    """One text, or a stretch of it, and its number; a document that a mixture draws twice has one number both times.
-
-    `place` is where it lies in its source (see `Bookmark`); `ends` says that nothing of the document follows, and `at`
-    how many of its characters lie before.
-    """
-
-    number: int
-    name: str
-    text: str
-    place: list[int]
-    ends: bool = True
-    at: int = 0
-
-
-class Bookmark(NamedTuple):
-    """Where reading goes on: so many documents lie before it, the last of them at `place` in its source."""
-
-    documents: int = 0
-    place: list[int] | None = None
-
-
-START = Bookmark()
-
-
 class Source(NamedTuple):
     """A kind of source: how to read it from a place on, what identifies it (a dict fit for JSON), and its size."""
 
-    read: Callable[[Any, list[int] | None, dict], Iterator[Part]]
+    read: Callable[[Any, list[int] | None, dict], Iterator[Document]]
     fingerprint: Callable[[Any], dict]
     size: Callable[[Any], Size]
 
@@ -86,43 +62,35 @@ SOURCES = {
 }
 
 
-def documents(data) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of every document that the data arguments name, in an order that never changes."""
-    for document in numbered_documents(data):
-        yield document.name, document.text
+def read_documents(data, skipped: dict | None = None) -> Iterator[Document]:
+    """Yield the whole documents that the data arguments name, in an order that never changes."""
+    texts = []
+    for stretch in read_stretches(data, skipped=skipped):
+        texts.append(stretch.text)
+        if stretch.ends:
+            yield stretch._replace(text="".join(texts), at=0, starts=True)
+            texts = []
 
 
-def numbered_documents(data, bookmark: Bookmark = START) -> Iterator[Document]:
-    """Yield the whole documents with their numbers; errors in the sources are raised as UserErrors."""
-    return _whole(numbered_parts(data, bookmark))
+def read_stretches(data, position: Position = START, skipped: dict | None = None) -> Iterator[Document]:
+    """Yield the documents behind a position, long text files in stretches; raise UserError for what is wrong with them.
 
-
-def numbered_parts(data, bookmark: Bookmark = START, left_out: dict | None = None) -> Iterator[Document]:
-    """Yield the documents after the bookmark, long text files in stretches.
-
-    What on_bad_file=skip leaves out is added to `left_out`, a dict of name and reason. To go on in tables of parquet,
-    in text files and in Hub data sets takes no time; JSON and mixtures are read again up to the bookmark.
+    What on_bad_file=skip leaves out is added to `skipped`, a dict of name and reason. To go on in tables of parquet,
+    in text files and in Hub data sets takes no time; JSON and mixtures are read again up to the position.
     """
-    left_out = {} if left_out is None else left_out
-    kind, number = source_kind(data), bookmark.documents
+    return islice(_stretches(data, position, {} if skipped is None else skipped), position.stretches, None)
+
+
+def _stretches(data, position: Position, skipped: dict) -> Iterator[Document]:
+    kind, number = source_kind(data), position.documents
     if kind == "mixture":
-        yield from islice(_mixed_documents(data, left_out), number, None)
+        yield from islice(_mixed_documents(data, skipped), number, None)
         return
-    at = 0
-    for part in SOURCES[kind].read(data, bookmark.place, left_out):
-        yield Document(number, part.name, part.text, part.place, part.ends, at)
-        number += part.ends
-        at = 0 if part.ends else at + len(part.text)
-
-
-def _whole(parts: Iterator[Document]) -> Iterator[Document]:
-    """Join the stretches of each document."""
-    stretches = []
-    for part in parts:
-        stretches.append(part.text)
-        if part.ends:
-            yield part if len(stretches) == 1 else part._replace(text="".join(stretches), at=0)
-            stretches = []
+    at, starts = 0, True
+    for stretch in SOURCES[kind].read(data, position.place, skipped):
+        yield stretch._replace(number=number, at=at, starts=starts)
+        number, starts = number + stretch.ends, stretch.ends
+        at = 0 if stretch.ends else at + len(stretch.text)
 
 
 def source_kind(data) -> str:
@@ -176,7 +144,7 @@ def licence_of(data) -> str | None:
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
 
-def _mixed_documents(data, left_out: dict) -> Iterator[Document]:
+def _mixed_documents(data, skipped: dict) -> Iterator[Document]:
     """Draw documents from several sources until every one of them has been read to its end at least once.
 
     With [0, 1) shared out by weight, draw k takes the next document of the source that holds
@@ -185,7 +153,7 @@ def _mixed_documents(data, left_out: dict) -> Iterator[Document]:
     """
     weights, entries = zip(*_mixture_entries(data), strict=True)
     bounds = [sum(weights[: index + 1]) / sum(weights) for index in range(len(weights))]
-    readers = [_endless(entry, index, len(entries), left_out) for index, entry in enumerate(entries)]
+    readers = [_endless(entry, index, len(entries), skipped) for index, entry in enumerate(entries)]
     unfinished, draw = set(range(len(entries))), 0
     while unfinished:
         point = unit_hash("mixture", _mixture_seed(data), draw)
@@ -196,11 +164,11 @@ def _mixed_documents(data, left_out: dict) -> Iterator[Document]:
         draw += 1
 
 
-def _endless(entry, index: int, count: int, left_out: dict) -> Iterator[tuple[Document, bool]]:
+def _endless(entry, index: int, count: int, skipped: dict) -> Iterator[tuple[Document, bool]]:
     """Yield (document, is it the source's last) for ever; numbers are made distinct between the `count` sources."""
     while True:
         ahead = None
-        for document in _whole(numbered_parts(entry, left_out=left_out)):
+        for document in read_documents(entry, skipped):
             if ahead is not None:
                 yield ahead, False
             ahead = document._replace(number=document.number * count + index)

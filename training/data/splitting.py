@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..system.errors import UserError
-from .reading import say
-from .sources import Document, named_sources, numbered_parts, unit_hash
+from .documents import Document
+from .reading import log
+from .sources import named_sources, read_stretches, unit_hash
 from .tokenizers import tokenizer_kind
 
 SPLITS = ("train", "validation")
@@ -18,7 +19,7 @@ PIECE_CHARACTERS = 1_000_000  # a longer text is encoded in pieces where that ma
 class Piece(NamedTuple):
     """A document, or a stretch of it within one split: `starts` and `ends` say whether it is the first and the last.
 
-    Only the last piece of a document is followed by the end-of-text token. `place` is the document's (see Bookmark),
+    Only the last piece of a document is followed by the end-of-text token. `place` is the document's (see Position),
     and `at` counts its characters before the piece.
     """
 
@@ -65,7 +66,7 @@ def split(parts: Iterator[Document], data, rule: dict, characters: int = 0) -> I
 def find_cut(data, left_out: dict) -> dict:
     """Cut the concatenated text at int(characters * (1 - fraction)), as nanoGPT does: one pass counts them."""
     characters = size = 0
-    for part in numbered_parts(data, left_out=left_out):
+    for part in read_stretches(data, skipped=left_out):
         characters, size = characters + len(part.text), size + len(part.text.encode())
     return {"by": "position", "cut": int(characters * (1 - data.validation_fraction)), "bytes": size}
 
@@ -95,7 +96,7 @@ def find_limit(data, left_out: dict) -> dict:
     """
     seed, limit, sides = data.validation_seed, data.validation_fraction, set()
     lowest, count = 1.0, 0
-    for part in numbered_parts(data, left_out=left_out):
+    for part in read_stretches(data, skipped=left_out):
         if not part.ends:
             continue
         count += 1
@@ -105,7 +106,7 @@ def find_limit(data, left_out: dict) -> dict:
         if len(sides) == 2:  # most texts show both sides early, and then are not read twice
             return {"by": "documents", "limit": limit}
     if count == 1:
-        say("one document cannot be split by documents: its end validates (validation_by=position)")
+        log("one document cannot be split by documents: its end validates (validation_by=position)")
         return find_cut(data, left_out)
     return {"by": "documents", "limit": float(np.nextafter(lowest, 1))}
 

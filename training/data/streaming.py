@@ -23,9 +23,10 @@ from transformers.trainer_callback import ExportableState
 from ..system.errors import UserError
 from ..system.files import digest
 from .dataset import Rows, TokenArray, Tokens
+from .documents import Document, Position
 from .encoding import encode_documents
 from .inputs import text_digest
-from .sources import Bookmark, Document, fingerprint_sources, licence_of, named_sources, numbered_parts
+from .sources import fingerprint_sources, licence_of, named_sources, read_stretches
 from .tokenizers import build_tokenizer, tokenizer_hash
 
 BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once: what a resumed run encodes again, at most
@@ -132,7 +133,7 @@ def hold_out(data, tokenizer) -> HeldOut:
     if wanted < 2:
         raise UserError(f"validation_characters={wanted}: must be at least 2, to predict one from the other")
     heads, room, document = [], wanted, 0
-    for piece, part in enumerate(numbered_parts(data)):
+    for piece, part in enumerate(read_stretches(data)):
         if len(part.text) > room:
             heads += [part._replace(text=part.text[:room], ends=False)] if room else []
             ids, numbers = encode_parts(tokenizer, heads), frozenset(head.number for head in heads)
@@ -159,7 +160,7 @@ class Mark(NamedTuple):
     """Where a batch of pieces begins: enough to go on reading from there.
 
     token: tokens of training before it, in all passes. documents, pieces: those of its pass before it. inside: pieces
-    of its own document before it. place: of the last document before it, as in a `Bookmark`. digest: of its first
+    of its own document before it. place: of the last document before it, as in a `Position`. digest: of its first
     piece's text, to know it again.
     """
 
@@ -261,7 +262,7 @@ def encoded_batches(data, tokenizer, held: HeldOut, mark: Mark) -> Iterator[tupl
 
 def batches_of_pass(data, mark: Mark) -> Iterator[tuple[Mark, list[Document]]]:
     """Yield (where it begins, pieces) from a mark to the text's end; refuse a text that is not what it was."""
-    parts = islice(numbered_parts(data, Bookmark(mark.documents, mark.place)), mark.inside, None)
+    parts = islice(read_stretches(data, Position(mark.documents, mark.place)), mark.inside, None)
     begin, batch, size = mark, [], 0
     next_begin = mark
     for part in parts:

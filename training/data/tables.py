@@ -9,17 +9,17 @@ from pathlib import Path
 
 from ..system.errors import UserError, one_line, unknown
 from .compression import is_compressed
+from .documents import Document
 from .reading import (
     Files,
-    Part,
     Size,
     as_list,
     files_below,
     fingerprint_files,
-    leave_out,
-    leave_row_out,
+    log_once,
     match_files,
-    say_once,
+    skip_file,
+    skip_row,
 )
 from .rows import (
     ENDINGS,
@@ -40,9 +40,9 @@ MEND = "fix the file, or skip what is bad with --on_bad_file skip"
 # --- files of rows ----------------------------------------------------------------------------------------------------
 
 
-def read_data_files(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
+def read_data_files(data, after: list[int] | None, skipped: dict) -> Iterator[Document]:
     """Yield a document a row of the files that `data_files` names, from the place after `after` ([file, row]) on."""
-    return _texts("data_files", *_names_and_paths(find_data_files(data.data_files)), data, after, left_out)
+    return _texts("data_files", *_names_and_paths(find_data_files(data.data_files)), data, after, skipped)
 
 
 def fingerprint_data_files(data) -> dict:
@@ -77,7 +77,7 @@ def _tables_below(folder: Path) -> Files:
     if not files:
         raise UserError(f"data_files={str(folder)!r}: the folder holds no table ({', '.join(ENDINGS)}); name one")
     size = sum(path.stat().st_size for path in files)
-    say_once(f"data_files={str(folder)!r}: {len(files):,} table{'s' * (len(files) > 1)}, {size:,} bytes")
+    log_once(f"data_files={str(folder)!r}: {len(files):,} table{'s' * (len(files) > 1)}, {size:,} bytes")
     return [(str(path), path) for path in files]
 
 
@@ -86,10 +86,10 @@ def _names_and_paths(files: Files) -> tuple[list[str], Callable[[str], Path]]:
     return [name for name, _ in files], dict(files).__getitem__
 
 
-def rows_of_data_files(data, left_out: dict) -> Iterator[tuple[str, Row]]:
+def rows_of_data_files(data, skipped: dict) -> Iterator[tuple[str, Row]]:
     """Yield (file, whole row) of all that `data_files` names; what is bad is refused or left out."""
     names, locate = _names_and_paths(find_data_files(data.data_files))
-    return ((names[index], row) for index, row in _rows("data_files", names, locate, data, None, None, left_out))
+    return ((names[index], row) for index, row in _rows("data_files", names, locate, data, None, None, skipped))
 
 
 def _rows(
@@ -99,7 +99,7 @@ def _rows(
     data,
     columns: list[str] | None,
     after: list[int] | None,
-    left_out: dict,
+    skipped: dict,
 ) -> Iterator[tuple[int, Row]]:
     """Yield (number of its file, row), good ones alone; `locate` brings a file to this machine when its turn comes."""
     file, last = after or (0, -1)
@@ -110,24 +110,24 @@ def _rows(
             for row in read_rows(path, name, columns, number + 1):
                 number = row.number
                 if row.why_bad:
-                    leave_row_out(data, left_out, field, name, row, row.why_bad)
+                    skip_row(data, skipped, field, name, row, row.why_bad)
                 else:
                     yield index, row
         except bad_file_errors() as error:
             what = f"{field}={name!r}: cannot be read ({one_line(error)}), from row {number + 1} on"
-            leave_out(data, left_out, name, UserError(f"{what}; {MEND}"))
+            skip_file(data, skipped, name, UserError(f"{what}; {MEND}"))
 
 
 def _texts(
-    field: str, names: list[str], locate: Callable[[str], Path], data, after: list[int] | None, left_out: dict
-) -> Iterator[Part]:
+    field: str, names: list[str], locate: Callable[[str], Path], data, after: list[int] | None, skipped: dict
+) -> Iterator[Document]:
     """Yield a document a row; a row without any text is none."""
-    for index, row in _rows(field, names, locate, data, [data.text_column], after, left_out):
+    for index, row in _rows(field, names, locate, data, [data.text_column], after, skipped):
         text, why = text_of(row.values[data.text_column], data.text_column)
         if why:
-            leave_row_out(data, left_out, field, names[index], row, why)
+            skip_row(data, skipped, field, names[index], row, why)
         elif text:
-            yield Part([index, row.number], f"{names[index]}:{row.number}", text)
+            yield Document(f"{names[index]}:{row.number}", text, [index, row.number])
 
 
 def _size_of_tables(field: str, files: Files, data) -> Size:
@@ -157,29 +157,29 @@ def _size_of_table(field: str, name: str, path: Path, data) -> Size:
 # --- data sets on the Hub, or in local directories --------------------------------------------------------------------
 
 
-def read_dataset(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
+def read_dataset(data, after: list[int] | None, skipped: dict) -> Iterator[Document]:
     """Yield a document a row of a Hub data set or a folder of one: tables as they lie, others row by row."""
     files = _table_files(data)
     if files is not None:
-        yield from _texts("dataset", files, lambda name: _downloaded(data, name), data, after, left_out)
+        yield from _texts("dataset", files, lambda name: _downloaded(data, name), data, after, skipped)
         return
     for row in _loaded_rows(data, after[0] + 1 if after else 0):
         if data.text_column not in row.values:
             raise missing_column(data.text_column, data.dataset, row.values)
         text, why = text_of(row.values[data.text_column], data.text_column)
         if why:
-            leave_row_out(data, left_out, "dataset", data.dataset, row, why)
+            skip_row(data, skipped, "dataset", data.dataset, row, why)
         elif text:
-            yield Part([row.number], f"{data.dataset}:{row.number}", text)
+            yield Document(f"{data.dataset}:{row.number}", text, [row.number])
 
 
-def rows_of_dataset(data, left_out: dict) -> Iterator[tuple[str, Row]]:
+def rows_of_dataset(data, skipped: dict) -> Iterator[tuple[str, Row]]:
     """Yield (file or data set, whole row) of a Hub data set or a folder of one."""
     files = _table_files(data)
     if files is None:
         yield from ((data.dataset, row) for row in _loaded_rows(data, 0))
         return
-    rows = _rows("dataset", files, lambda name: _downloaded(data, name), data, None, None, left_out)
+    rows = _rows("dataset", files, lambda name: _downloaded(data, name), data, None, None, skipped)
     yield from ((files[index], row) for index, row in rows)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..system.errors import UserError
 from .compression import DAMAGED, damaged, is_compressed, open_bytes
-from .reading import Files, Part, Size, as_list, files_below, fingerprint_files, leave_out, match_files, say_once
+from .documents import Document
+from .reading import Files, Size, as_list, files_below, fingerprint_files, log_once, match_files, skip_file
 
 PART_BYTES = 4 << 20  # of a file that is read at once: one book of many gigabytes needs no more memory than a page
 
@@ -24,9 +25,9 @@ def find_stdlib(data) -> Files:
     return [(path.name, path) for path in paths if path.stat().st_size]
 
 
-def read_stdlib(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
+def read_stdlib(data, after: list[int] | None, skipped: dict) -> Iterator[Document]:
     """Yield the modules in the order of their names."""
-    return _read_files(find_stdlib(data), data, after, left_out)
+    return _read_files(find_stdlib(data), data, after, skipped)
 
 
 def fingerprint_stdlib(data) -> dict:
@@ -42,9 +43,9 @@ def size_of_stdlib(data) -> Size:
 # --- text files: one file, one document -------------------------------------------------------------------------------
 
 
-def read_text_files(data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
+def read_text_files(data, after: list[int] | None, skipped: dict) -> Iterator[Document]:
     """Yield the files after the one numbered `after[0]`, each in parts of about PART_BYTES."""
-    return _read_files(find_text_files(data.text_files), data, after, left_out)
+    return _read_files(find_text_files(data.text_files), data, after, skipped)
 
 
 def fingerprint_text_files(data) -> dict:
@@ -63,7 +64,7 @@ def _size_of(files: Files) -> Size:
     return Size(len(files), size)
 
 
-def _read_files(files: Files, data, after: list[int] | None, left_out: dict) -> Iterator[Part]:
+def _read_files(files: Files, data, after: list[int] | None, skipped: dict) -> Iterator[Document]:
     first = after[0] + 1 if after else 0
     for index, (name, path) in enumerate(files[first:], start=first):
         if data.on_bad_file == "skip":
@@ -71,10 +72,10 @@ def _read_files(files: Files, data, after: list[int] | None, left_out: dict) -> 
                 for _ in read_parts(path, name):  # all of it, before any of it is used
                     pass
             except UserError as error:
-                leave_out(data, left_out, name, error)
+                skip_file(data, skipped, name, error)
                 continue
         for text, ends in read_parts(path, name):
-            yield Part([index], name, text, ends)
+            yield Document(name, text, [index], ends=ends)
 
 
 def find_text_files(entries: list[str] | str) -> Files:
@@ -98,7 +99,7 @@ def _text_files_below(folder: Path) -> Files:
         raise UserError(f"text_files={str(folder)!r}: the folder holds no text file; name one that does")
     size = sum(path.stat().st_size for path in texts)
     others = f" (binary ones left out: {len(files) - len(texts):,})" if len(texts) < len(files) else ""
-    say_once(f"text_files={str(folder)!r}: {len(texts):,} text file{'s' * (len(texts) > 1)}, {size:,} bytes{others}")
+    log_once(f"text_files={str(folder)!r}: {len(texts):,} text file{'s' * (len(texts) > 1)}, {size:,} bytes{others}")
     return [(str(path), path) for path in texts]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..data.sources import PYTHON_STDLIB, SOURCE_DEFAULTS, documents
+from ..data.sources import PYTHON_STDLIB, SOURCE_DEFAULTS, read_documents
 from ..data.tokenizers import load_tokenizer
 from ..system.errors import FlagParser, UserError, run_main, unknown
 from ..system.shell import shell
@@ -95,9 +95,9 @@ def stdlib_share(data, rank: int, world_size: int) -> Iterator:
     """Yield every world_size-th module of the standard library."""
     from datatrove.data import Document
 
-    for number, (name, text) in enumerate(documents(SimpleNamespace(**SOURCE_DEFAULTS | {"dataset": PYTHON_STDLIB}))):
-        if number % world_size == rank:
-            yield Document(text=text, id=name)
+    for document in read_documents(SimpleNamespace(**SOURCE_DEFAULTS | {"dataset": PYTHON_STDLIB})):
+        if document.number % world_size == rank:
+            yield Document(text=document.text, id=document.name)
 
 
 # --- executors --------------------------------------------------------------------------------------------------------
