@@ -2,7 +2,6 @@
 
 import sys
 from importlib import import_module
-from pathlib import Path
 
 from training.system.errors import run_main, unknown
 
@@ -23,9 +22,6 @@ VERBS = {
     "convert": ("inference.convert", "turn stock GPT-2 and nanoGPT checkpoints into Acorn's, and back"),
     "push": ("inference.push", "upload a model, or an adapter, to the Hub"),
 }
-
-# a section that only the recipes of one kind of run have: the modules whose main() does a verb with such a run
-RUNS = {"adapter": {"resume": "finetune.resume", "evaluate": "finetune.evaluate"}}
 
 # the first verb of a stage: the heading the help puts above it
 HEADINGS = {
@@ -50,20 +46,9 @@ def call_verb(argv: list[str]) -> None:
     elif verb in ("-V", "--version"):
         print(f"acorn {__version__}")
     elif verb in VERBS:
-        import_module(module_of(verb, rest)).main(rest)
+        import_module(VERBS[verb][0]).main(rest)
     else:
         raise unknown("verb", verb, VERBS, mend="`acorn --help` lists them.")
-
-
-def module_of(verb: str, rest: list[str]) -> str:
-    """The module that does a verb; what kind of run it does it with is told by the sections of the run's recipe."""
-    named = [Path(word) for word in rest if not word.startswith("-") and Path(word).is_dir()]
-    places = [place / "recipe.yaml" for path in named for place in (path, path.parent)]  # a run, or its checkpoint
-    recipe = next((place for place in places if place.is_file()), None)
-    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe else ""
-    keys = {line.split(":")[0] for line in text.splitlines()}  # what begins a line is a section's name
-    return next((modules[verb] for section, modules in RUNS.items() if section in keys and verb in modules),
-                VERBS[verb][0])  # fmt: skip
 
 
 def help_text() -> str:

@@ -57,7 +57,7 @@ KINDS = {
     "chats": "base --text_files chat.txt --adapter lora --r 4 --packing false",
     "prompt": "base --text_files text.txt --adapter prompt --num_virtual_tokens 4",
 }
-MODULES = {"pretrain": ("training.pretrain", "training.resume"), "finetune": ("finetune.finetune", "finetune.resume")}
+MODULES = {"pretrain": ("training.pretrain", "training.resume"), "finetune": ("finetune.finetune", "training.resume")}
 PRELOADED = [*MODULES["pretrain"], *MODULES["finetune"], "matplotlib.figure", "matplotlib.backends.backend_agg"]
 TIMED = ("tokens_per_second", "mfu", "seconds")  # of a metrics row: the clock's, not the model's
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -43,10 +44,14 @@ PAIR_COLUMNS = (
 
 
 class Conversation(NamedTuple):
-    """Messages ({"role", "content"}) from the first turn to the last; `where` names file and line."""
+    """Messages ({"role", "content"}) from the first turn to the last; `where` names file and line.
+
+    tools: what the assistant may call, as JSON schemas, for the chat template.
+    """
 
     where: str
     messages: list[dict]
+    tools: list[dict] | None = None
 
 
 class Pair(NamedTuple):
@@ -163,13 +168,24 @@ def as_utf8(text: str) -> str:
 def read_conversations(data, left_out: dict) -> Iterator[Conversation]:
     """Yield the conversations of the text files or tables, checked."""
     if not data.text_files:
-        return rows_as(
-            lambda values, where: check_turns(Conversation(where, messages_of_row(values, data.messages_column))),
-            data,
-            left_out,
-        )
+        return rows_as(lambda values, where: conversation_of(data, values, where), data, left_out)
     files = find_text_files(data.text_files)
     return chain.from_iterable(conversations_of_file(path, name, data, left_out) for name, path in files)
+
+
+def conversation_of(data, values: dict, where: str) -> Conversation:
+    """One row as a conversation; tools are JSON schemas, or the text of a list of them, as TRL takes them."""
+    tools = read_cell(values.get("tools"))
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRow(f"column 'tools': {str(tools)[:40]!r} is not a list of JSON schemas")
+    return check_turns(Conversation(where, messages_of_row(values, data.messages_column), tools or None))
+
+
+def read_cell(value: Any) -> Any:
+    """A cell; one of CSV that holds JSON is read."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
 
 
 def conversations_of_file(path, name: str, data, left_out: dict) -> Iterator[Conversation]:
@@ -222,11 +238,7 @@ def messages_of_row(values: dict, column: str | None) -> list[dict]:
     messages = next((values[name] for name in names if values.get(name) is not None), None)
     if messages is None and has_messages(values):
         messages = [*values["prompt"], *values["completion"]]
-    if isinstance(messages, str):  # a cell of CSV
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            messages = None
+    messages = read_cell(messages)
     if not isinstance(messages, list):
         raise BadRow(f"no list of messages in {' or '.join(names)}; the row has {', '.join(map(str, values))}")
     found = [message_of(message, f"message {number}") for number, message in enumerate(messages, 1)]
@@ -258,8 +270,7 @@ def message_of(message: Any, where: str) -> dict:
 
 def check_turns(conversation: Conversation) -> Conversation:
     """Refuse roles out of order, empty messages and conversations without an answer, naming message and line."""
-    where, messages = conversation
-    before = None
+    messages, before = conversation.messages, None
     for number, message in enumerate(messages, 1):
         line = f" (line {message['line']})" if "line" in message else ""
         role, expected = message["role"], FOLLOWS[before]
@@ -273,4 +284,4 @@ def check_turns(conversation: Conversation) -> Conversation:
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("the conversation has no assistant turn, so there is nothing to learn")
     plain = [{"role": message["role"], "content": as_utf8(message["content"].strip())} for message in messages]
-    return Conversation(where, plain)
+    return conversation._replace(messages=plain)

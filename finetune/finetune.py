@@ -2,15 +2,15 @@
 
 import sys
 
-from training.system.distributed import from_main_process
+import numpy as np
+
+from training.data.corpus import Corpus
 from training.system.errors import UserError, quiet_libraries, run_main
-from training.system.files import refuse_used
 
 from .arguments import load_finetune_recipe
-from .conversations import preview
-from .data import Examples
+from .data import Example, Examples
 from .help import help_text
-from .run import prepare_data, run
+from .run import FinetuneRun
 
 PREVIEWED = 60  # tokens of a text
 
@@ -25,25 +25,31 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--resume: a run of any kind goes on with `acorn resume RUN_DIR`")
     quiet_libraries()
     recipe = load_finetune_recipe([word for word in argv if word != "--preview"])
-    args = recipe.training_arguments()
-    if "--preview" in argv:
-        show(recipe, args)
+    run = FinetuneRun(recipe)
+    if "--preview" not in argv:
+        run.start()
         return
-    from_main_process(args, lambda: refuse_used(recipe.output_dir))
-    run(recipe, args, prepare_data(recipe, args))
+    run.check()
+    run.open_data()
+    print(preview(example_of(run.corpus), run.corpus.tokenizer))
 
 
-def show(recipe, args) -> None:
-    """Print one training example token by token, with a mark at what counts in the loss."""
-    prepared = prepare_data(recipe, args)
-    if isinstance(prepared.material, Examples):
-        print(preview(prepared.material.train[0], prepared.tokenizer))
-        return
-    tokens = prepared.material.tokens("train")
-    ids = tokens.window(0, min(PREVIEWED, len(tokens))).tolist()
-    print("text: every token counts in the loss (●); an end-of-text token begins the next document")
-    for number, token in enumerate(ids):
-        print(f"  {number:>5}  {token:>7}  ●  {prepared.tokenizer.decode([token])!r}")
+def example_of(corpus: Corpus | Examples) -> Example:
+    """The first training example, or the beginning of a text."""
+    if isinstance(corpus, Examples):
+        return corpus.train[0]
+    tokens = corpus.tokens("train")
+    ids = tokens.window(0, min(PREVIEWED, len(tokens)))
+    return Example(ids, np.ones(len(ids), dtype=bool), "text, where an end-of-text token begins the next document")
+
+
+def preview(example: Example, tokenizer) -> str:
+    """The example token by token, with a mark at those that count in the loss."""
+    lines = [f"{example.where}: {len(example.ids)} tokens, {int(example.counts[1:].sum())} of them in the loss (●)", ""]
+    for number, (token, counted) in enumerate(zip(example.ids.tolist(), example.counts, strict=True)):
+        mark = "●" if counted and number else " "
+        lines.append(f"  {number:>5}  {token:>7}  {mark}  {tokenizer.decode([token])!r}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

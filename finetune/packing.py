@@ -5,16 +5,23 @@ transformers keeps documents apart where positions step back, as long as there i
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from training.data.corpus import Corpus
 from training.data.dataset import IGNORED, EvaluationRows, Rows, shuffled_starts
+from training.model.hardware import text_config
+from training.system.distributed import shares_weights_out
 from training.system.errors import UserError
 
-from .conversations import Example
+from .data import Example
+
+PROBED = 8  # tokens in each of two documents
 
 
 class SeparatedRows(Dataset):
@@ -117,20 +124,20 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def held_out_rows(material, context_length: int, packing: bool) -> Dataset:
+def held_out_rows(corpus, context_length: int, packing: bool) -> Dataset:
     """The rows of one evaluation on a Corpus of text or on Examples; each document once, in order."""
-    end = material.tokenizer.eos_token_id
-    if isinstance(material, Corpus) and packing:
-        return SeparatedRows(EvaluationRows(material.tokens("validation"), context_length), end)
-    return ExampleRows(documents_in(material, "validation", context_length), context_length, end, packing)
+    end = corpus.tokenizer.eos_token_id
+    if isinstance(corpus, Corpus) and packing:
+        return SeparatedRows(EvaluationRows(corpus.tokens("validation"), context_length), end)
+    return ExampleRows(documents_in(corpus, "validation", context_length), context_length, end, packing)
 
 
-def documents_in(material, split: str, limit: int) -> list[Example]:
+def documents_in(corpus, split: str, limit: int) -> list[Example]:
     """The documents of "train" or "validation", cut every `limit` tokens."""
-    if not isinstance(material, Corpus):
-        return getattr(material, split)
-    tokens = material.tokens(split)
-    return documents_of(tokens.window(0, len(tokens)), material.tokenizer.eos_token_id, limit)
+    if not isinstance(corpus, Corpus):
+        return getattr(corpus, split)
+    tokens = corpus.tokens(split)
+    return documents_of(tokens.window(0, len(tokens)), corpus.tokenizer.eos_token_id, limit)
 
 
 def documents_of(tokens: np.ndarray, end_of_text: int, limit: int) -> list[Example]:
@@ -144,3 +151,62 @@ def documents_of(tokens: np.ndarray, end_of_text: int, limit: int) -> list[Examp
             ids = document[at : at + limit + 1]
             pieces.append(Example(ids, np.ones(len(ids), dtype=bool), "text"))
     return pieces
+
+
+# ---- does the model keep packed documents apart?
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: nn.Module, name: str, batch_size: int = 3, autocast=nullcontext) -> bool:
+    """Whether `position_ids` that start anew hide one document from the next; changes one and looks at the other.
+
+    It is asked as it will be trained: where the model lies, with its attention, so many rows at once (flash attention
+    tells documents apart in single rows only) and in the precision of `autocast`. Raises UserError where later tokens
+    change earlier predictions: such a model is no causal LM.
+    """
+    was_training = model.training
+    model.eval()
+    size = min(text_config(model.config).vocab_size, 1000)
+    drawn = torch.randint(5, max(6, size), (3, 2 * PROBED), generator=_generator())
+    ids = drawn[:1].repeat(3, 1)
+    ids[1, :PROBED], ids[2, PROBED:] = drawn[1, :PROBED], drawn[2, PROBED:]  # another first, another second document
+    ids = ids.to(next(model.parameters()).device)
+    positions = torch.arange(PROBED, device=ids.device).repeat(2).expand(3, -1)
+    with autocast():
+        plain = _logits(model, batch_size, input_ids=ids)
+        try:
+            packed = _logits(model, batch_size, input_ids=ids, position_ids=positions)
+        except TypeError:  # models with ALiBi take no positions
+            packed = plain
+    model.train(was_training)
+    tolerance = 1e-5 if plain.dtype == torch.float32 and autocast is nullcontext else 1e-2
+    if not _same(plain[0, :PROBED], plain[2, :PROBED], tolerance):
+        raise UserError(f"model {name!r}: is not a causal language model: later tokens change its earlier predictions")
+    return _same(packed[0, PROBED:], packed[1, PROBED:], tolerance)
+
+
+def as_trained(model: nn.Module, args) -> dict:
+    """What `keeps_documents_apart` needs to know of the training that comes; the model goes to its device.
+
+    Weights that will be shared out over devices stay where they are, unless their attention runs on a GPU alone.
+    """
+    stays = shares_weights_out(args) and "flash" not in str(model.config._attn_implementation)
+    if not stays and next(model.parameters()).device.type != args.device.type:
+        model.to(args.device)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    device = next(model.parameters()).device.type
+    autocast = nullcontext if dtype is None else partial(torch.autocast, device, dtype)
+    return {"batch_size": max(args.train_batch_size, args.eval_batch_size), "autocast": autocast}
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _logits(model: nn.Module, batch_size: int, **inputs) -> torch.Tensor:
+    batches = zip(*(value.split(batch_size) for value in inputs.values()), strict=True)
+    return torch.cat([model(**dict(zip(inputs, batch, strict=True)), use_cache=False).logits for batch in batches])
+
+
+def _same(first: torch.Tensor, second: torch.Tensor, tolerance: float) -> bool:
+    return bool((first - second).abs().max() <= tolerance * first.abs().max())

@@ -5,10 +5,8 @@ import textwrap
 from pathlib import Path
 
 from training.model.loading import load_config
-from training.share.metrics_file import read_metrics
-from training.share.model_card import CardFacts, write_card
-from training.share.report import data_section, draw_losses, metrics_of, sources_of
-from training.system.files import write_whole
+from training.share.model_card import CardFacts
+from training.share.report import data_section, metrics_of, sources_of
 from training.system.shell import shell
 
 from .data import Examples
@@ -16,14 +14,7 @@ from .data import Examples
 WIDEST = 160
 
 
-def write_report(run_dir: Path, recipe, material, facts: dict, first: dict | None, best: dict) -> None:
-    """loss.png, sample.txt and README.md (the model card) in the run directory."""
-    draw_losses(read_metrics(run_dir), run_dir / "loss.png", recipe.name)
-    write_whole(run_dir / "sample.txt", facts["sample_after"])
-    write_card(run_dir, card_facts(recipe, material, facts, first, best))
-
-
-def card_facts(recipe, material, facts: dict, first: dict | None, best: dict) -> CardFacts:
+def card_facts(recipe, corpus, facts: dict, first: dict | None, best: dict) -> CardFacts:
     """What the model card says: the base and its figures before, the figures after, and both samples."""
     is_whole, card, base = facts["adapter"] == "full", recipe.card_arguments(), facts["base_model"]
     trained, total = facts["trained_parameters"], facts["parameters"]
@@ -48,8 +39,8 @@ def card_facts(recipe, material, facts: dict, first: dict | None, best: dict) ->
         tags=["acorn", facts["adapter"]],
         needs_remote_code=bool(getattr(config, "auto_map", None)),
         prompt=facts["question"],
-        data=data_section(sources_of(recipe), material.manifest) + _what_counts(material),
-        evaluated_on="the held-out part of the data" + (", answers alone" if isinstance(material, Examples) else ""),
+        data=data_section(sources_of(recipe), corpus.manifest) + _what_counts(corpus),
+        evaluated_on="the held-out part of the data" + (", answers alone" if isinstance(corpus, Examples) else ""),
         metrics=metrics_of(best),
         metrics_before=metrics_of(first) if first else {},
         results=f"Best at step {best['step']:,}; {cost(facts)}.\n\n![loss](loss.png)"
@@ -59,10 +50,10 @@ def card_facts(recipe, material, facts: dict, first: dict | None, best: dict) ->
     )
 
 
-def _what_counts(material) -> str:
-    if not isinstance(material, Examples):
+def _what_counts(corpus) -> str:
+    if not isinstance(corpus, Examples):
         return ""
-    train = material.manifest["splits"]["train"]
+    train = corpus.manifest["splits"]["train"]
     return f"\nThe loss is on the answers alone: {train['answer_tokens']:,} of the {train['tokens']:,} training tokens."
 
 

@@ -1,42 +1,106 @@
-"""`acorn evaluate MODEL [--text_files …]`: the losses of a model on a whole text, and nothing else."""
+"""`acorn evaluate MODEL [--text_files …]`: the losses of a model on what its run held out, or on any text."""
 
+import argparse
+import dataclasses
+import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from training.config.recipe import load_run_recipe
-from training.data.corpus import Corpus
-from training.data.dataset import EvaluationRows
-from training.data.tokenizers import encoding_hash
-from training.measuring import measure, window_of
-from training.run import corpus_of_run
-from training.system.errors import UserError, run_main
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from training.config.arguments import DataArguments
+from training.data.dataset import EvaluationRows, TokenArray
+from training.data.encoding import encode_documents
+from training.data.sources import named_sources, read_documents
+from training.loop.evaluation import evaluate_rows
+from training.model.hardware import best_device
+from training.model.loading import load_model_and_tokenizer
+from training.model.precision import refuse_emulated
+from training.run import open_run, sequence_length
+from training.system.checkpoints import run_of
+from training.system.errors import FlagParser, UserError, quiet_libraries, run_main
+from training.system.ranges import check_numbers
+
+EPILOG = """examples:
+  acorn evaluate runs/quickstart                          the validation split it was trained beside
+  acorn evaluate runs/quickstart --text_files my.txt      any other text
+  acorn evaluate runs/quickstart/checkpoint-225 --dataset python-stdlib"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb's flags."""
+    parser = FlagParser(
+        prog="acorn evaluate",
+        description="Loss, perplexity, bits per byte and token accuracy over the whole text, in sequences side by "
+        "side; the last line printed is JSON.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
+    parser.add_argument("--text_files", nargs="+", default=[], help="text files, folders or globs to evaluate on")
+    parser.add_argument("--data_files", nargs="+", default=[], help="JSON, CSV, parquet or arrow files to evaluate on")
+    parser.add_argument("--dataset", help="Hub data set id, local directory, or python-stdlib, to evaluate on")
+    parser.add_argument("--dataset_config")
+    parser.add_argument("--dataset_split", default="test")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--on_bad_file", default="stop", help="stop, or skip a file or row that cannot be read")
+    parser.add_argument("--block_size", type=int, help="tokens of a sequence [the model's context]")
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=32, help="sequences a batch [%(default)s]")
+    parser.add_argument("--bf16", action="store_true", help="compute the logits in bf16 (without: in what was saved)")
+    parser.add_argument("--force_precision", action="store_true", help="take a dtype that the device only emulates")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that a Hub id brings")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the metrics as one JSON line."""
-    measure(argv, held_out)
+    """Print the figures of the text that the flags name, or else of what a run held out, as one JSON line."""
+    flags = parse(argv)
+    check_numbers(flags)
+    quiet_libraries()
+    if flags.bf16 and not flags.force_precision:
+        mend = "leave it out, or override with --force_precision"
+        refuse_emulated("--bf16", best_device().type, torch.bfloat16, mend)
+    model, tokenizer = load_model_and_tokenizer(flags.model, "auto", flags.trust_remote_code, flags.force_precision)
+    if flags.text_files or flags.data_files or flags.dataset:
+        length, (tokens, num_bytes) = sequence_length(model, flags.block_size), tokens_of_text(flags, tokenizer)
+        rows, counted = EvaluationRows(tokens, length), len(tokens) - 1
+    else:
+        rows, counted, num_bytes = open_run(run_dir_of(flags)).held_out(model, tokenizer, flags.block_size)
+    batch_size = flags.per_device_eval_batch_size
+    device = next(model.parameters()).device.type
+    autocast = (lambda: torch.autocast(device, torch.bfloat16)) if flags.bf16 else nullcontext
+    batches = -(-len(rows) // batch_size)
+    with tqdm(total=batches, unit="batch", leave=False, file=sys.stderr, disable=None) as bar:
+        results = evaluate_rows(model, rows, num_bytes, batch_size, autocast, on_batch=bar.update)
+    print(json.dumps({**results, "tokens": counted, "bytes": num_bytes}))
 
 
-def held_out(flags, model, tokenizer) -> tuple[EvaluationRows, int, int]:
-    """(rows, tokens that count, bytes) of the validation split of the model's run."""
-    window = window_of(flags, model)
-    tokens, num_bytes = validation_tokens(Path(flags.model), tokenizer)
-    return EvaluationRows(tokens, window), len(tokens) - 1, num_bytes
-
-
-def validation_tokens(directory: Path, tokenizer):
-    """The validation split of the run that `directory`, a run or one of its checkpoints, belongs to."""
-    run_dir = directory if (directory / "recipe.yaml").is_file() else directory.parent
-    if not (run_dir / "recipe.yaml").is_file():
+def run_dir_of(flags: argparse.Namespace) -> Path:
+    """The directory of the run that the model belongs to."""
+    run_dir = run_of(Path(flags.model))
+    if run_dir is None:
         raise UserError(
-            f"{directory} is not a run directory, so it has no validation split; give --text_files or --dataset"
+            f"{flags.model} is not a run directory, so it has no validation split; give --text_files or --dataset"
         )
-    corpus: Corpus = corpus_of_run(load_run_recipe(run_dir), run_dir)
-    if encoding_hash(tokenizer) != encoding_hash(corpus.tokenizer):
-        raise UserError(
-            f"{directory}: its tokenizer is not the one that {corpus.directory} was made with; "
-            "evaluate on text instead (--text_files)"
-        )
-    return corpus.tokens("validation"), corpus.manifest["splits"]["validation"]["bytes"]
+    return run_dir
+
+
+def tokens_of_text(flags: argparse.Namespace, tokenizer) -> tuple[TokenArray, int]:
+    """(tokens, UTF-8 bytes) of the whole text that the flags name; the end-of-text token, if any, closes a document."""
+    names = (field.name for field in dataclasses.fields(DataArguments))
+    data = DataArguments(**{name: getattr(flags, name) for name in names if hasattr(flags, name)})
+    has_end = tokenizer.eos_token_id is not None  # a character model of nanoGPT has no such token
+    end = np.array([tokenizer.eos_token_id] if has_end else [], dtype=np.uint32)
+    pieces, num_bytes = [], 0
+    for document in read_documents(data):
+        pieces += [encode_documents(tokenizer, [document.text], [document.name])[0].astype(np.uint32), end]
+        num_bytes += len(document.text.encode())
+    if not num_bytes:
+        raise UserError(f"{named_sources(data)[0]}: the source holds no text at all; name one that does")
+    return TokenArray(np.concatenate(pieces)), num_bytes
 
 
 if __name__ == "__main__":

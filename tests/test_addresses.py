@@ -3,7 +3,7 @@
 import pytest
 
 from training.config.recipe import Recipe, load_recipe_file
-from training.continuing import give_addresses_again
+from training.resume import give_addresses_again
 from training.share.report import sources_of
 from training.system.addresses import each_text, public_name, public_text
 from training.system.errors import UserError

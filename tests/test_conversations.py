@@ -18,7 +18,7 @@ from finetune.chat_files import (
     read_conversations,
     read_pairs,
 )
-from finetune.conversations import (
+from finetune.data import (
     PLAIN_TEMPLATE,
     encode_conversation,
     encode_messages,

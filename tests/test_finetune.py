@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
 import acorn
-from finetune import finetune, resume
+from finetune import finetune
 from finetune.adapters import ADAPTERS
 from finetune.arguments import FinetuneRecipe
-from training import resume as pretraining_resume
+from training import pretrain, resume
 from training.config.recipe import load_recipe_file
 from training.data.tokenizers import build_tokenizer
 from training.model.loading import load_model_and_tokenizer
@@ -287,9 +287,6 @@ def test_what_cannot_go_on_is_refused_in_one_line(folder, tuned, monkeypatch, ar
 
 
 def test_one_verb_goes_on_with_every_kind_of_run(folder, tuned, monkeypatch, capsys) -> None:
-    assert acorn.module_of("resume", [str(tuned)]) == "finetune.resume"
-    assert acorn.module_of("resume", [str(folder / "gpt2")]) == acorn.module_of("resume", []) == "training.resume"
-    assert acorn.module_of("finetune", [str(tuned)]) == "finetune.finetune"
     shutil.copytree(tuned, folder / "by-the-door")
     monkeypatch.chdir(folder)
     acorn.main(["resume", "by-the-door", "--max_steps", "9"])
@@ -298,8 +295,8 @@ def test_one_verb_goes_on_with_every_kind_of_run(folder, tuned, monkeypatch, cap
     assert recipe.command.endswith(" && acorn resume by-the-door --max_steps 9")
 
 
-def test_pretrainings_verb_says_whose_it_is(tuned) -> None:
-    assert "acorn resume RUN_DIR" in refused(pretraining_resume.main, str(tuned))
+def test_pretraining_says_what_to_use_instead(tuned) -> None:
+    assert "acorn resume RUN_DIR" in refused(pretrain.main, str(tuned / "recipe.yaml"))
 
 
 def test_other_data_is_refused(folder, tuned) -> None:

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from finetune.arguments import FinetuneTrainingArguments
-from finetune.conversations import Example
-from finetune.packing import ExampleRows, SeparatedRows, documents_of, pack
-from finetune.probe import as_trained, keeps_documents_apart
+from finetune.data import Example
+from finetune.packing import ExampleRows, SeparatedRows, as_trained, documents_of, keeps_documents_apart, pack
 from training.data.dataset import IGNORED, EvaluationRows, TrainingRows, collate_rows
 from training.system.errors import UserError
 

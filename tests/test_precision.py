@@ -17,7 +17,7 @@ from training.data.tokenizers import load_tokenizer
 from training.model import loading, precision
 from training.model.loading import load_model_and_tokenizer
 from training.model.optimizers import Muon, orthogonalize
-from training.run import describe
+from training.run import Run
 from training.system.errors import UserError
 
 from .tiny_runs import grow, refused, tiny_argv, weights, words
@@ -206,10 +206,13 @@ def test_the_line_says_what_accelerate_does(half_run) -> None:
         accelerator=SimpleNamespace(mixed_precision="no"),
         context_length=16,
         tokens_per_step=64,
+        rows_per_step=4,
     )
-    assert "fp32 (as asked)" in describe(recipe, trainer)
+    run = Run(recipe)
+    run.trainer = trainer
+    assert "fp32 (as asked)" in run.describe()
     trainer.accelerator.mixed_precision = "bf16"  # a DeepSpeed file of its own
-    assert "bf16 (" in describe(recipe, trainer)
+    assert "bf16 (" in run.describe()
 
 
 # Muon

@@ -272,7 +272,7 @@ def test_a_run_killed_while_it_reported(grown, copy, step: int) -> None:
 def test_a_longer_run_killed_while_it_reported(copy, monkeypatch) -> None:
     """The card of the shorter run does not count as the report of the longer one."""
     with monkeypatch.context() as patch:
-        patch.setattr("training.run.finish", lambda *args: sys.exit("killed"))
+        patch.setattr("training.run.Run.finish", lambda self: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             go_on(copy, "--max_steps", "12")
     go_on(copy)

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from finetune.chat_files import Conversation, Pair
-from finetune.conversations import encode_conversation, encode_pair, with_template
-from finetune.data import as_prompt
+from finetune.data import as_prompt, encode_conversation, encode_pair, with_template
 from inference import evaluate, generate
 from training.data.encoding import encode_documents
 from training.data.tokenizers import add_nothing, begin_ids

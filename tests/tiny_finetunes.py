@@ -4,7 +4,8 @@ import contextlib
 import json
 from pathlib import Path
 
-from finetune import finetune, resume
+from finetune import finetune
+from training import resume
 
 from .chat_fixture import chat_text
 from .tiny_bases import BASES, TINY, save, stock_model

@@ -1,64 +1,79 @@
-"""`acorn resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--flag value …]`: continue a run."""
+"""`acorn resume RUN_DIR [--checkpoint last|best|checkpoint-N] [--flag value …]`: continue a run of either kind."""
 
+import argparse
 import sys
 from pathlib import Path
 
-from modeling import GPTConfig, GPTForCausalLM
-
 from .config.help import wants_help
-from .config.recipe import Recipe
-from .continuing import read_run, refuse_fixed, taken_up
-from .costs import refuse_too_large
-from .run import build_model, by_the_first, corpus_of_run, run
-from .system.checkpoints import reading
+from .config.recipe import Recipe, parse_flags
+from .config.values import coerce
+from .run import open_run
+from .system.addresses import public_name
+from .system.checkpoints import find_checkpoint, missing_state
+from .system.distributed import check_writer, from_main_process
 from .system.errors import UserError, quiet_libraries, run_main
-
-CHANGEABLE_MODEL = ("block_size", "max_position_embeddings", "attn_implementation")
+from .system.lock import claimed
+from .system.shell import shell
 
 
 def main(argv: list[str] | None = None) -> None:
     """Continue a run from its last, its best or a named checkpoint, or from its beginning where it has none yet."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     if wants_help("resume", argv):
         return
     quiet_libraries()
-    run_dir, recipe, wanted, flags = read_run(sys.argv[1:] if argv is None else list(argv))
-    lay_over(recipe, flags)
-    args = recipe.training_arguments()
-    refuse_too_large(recipe, args)
-    with taken_up(run_dir, wanted, args) as checkpoint:
-        corpus = by_the_first(args, lambda: corpus_of_run(recipe, run_dir))
-        if checkpoint is None:
-            run(recipe, build_model(recipe, corpus, args), corpus, args)
-        else:
-            run(recipe, load_model(checkpoint, recipe), corpus, args, checkpoint=str(checkpoint))
+    if not argv or argv[0].startswith("-"):
+        raise UserError("acorn resume needs a RUN_DIR, such as runs/quickstart")
+    run = open_run(Path(argv[0]))
+    wanted, flags = parse(argv[1:], run.recipe)
+    run.recipe.command += f" && {shell('acorn', 'resume', *map(public_name, argv))}"
+    run.change(flags)
+    run.check()
+    with claimed(run.directory, run.args):
+        checkpoint = from_main_process(run.args, lambda: choose(run.directory, wanted, run.args))
+        if run.is_main_process:
+            where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
+            print(f"resuming {run.directory} {where}", flush=True)
+        run.open_data(is_resumed=True)
+        run.train(checkpoint)
 
 
-def lay_over(recipe: Recipe, flags: dict[str, dict]) -> None:
-    """Change what can change; refuse what would make it another run."""
-    refuse_fixed(flags, "pretrain", CHANGEABLE_MODEL)
-    before = recipe.model_config().max_position_embeddings
-    recipe.update(flags)
-    recipe.check()
-    tokens = recipe.training.get("tokens_per_step")
-    if tokens and "tokens_per_step" not in flags.get("training", {}):
-        # another context: the same windows a step, of another length
-        recipe.training["tokens_per_step"] = tokens // before * recipe.model_config().max_position_embeddings
+def parse(argv: list[str], recipe: Recipe) -> tuple[argparse.Namespace, dict[str, dict]]:
+    """(the verb's own flags, the checked flags of the recipe's sections)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint", nargs="?", default="last")
+    parser.add_argument("--fresh_state", nargs="?", default="false", const="true")
+    wanted, others = parser.parse_known_args(argv)
+    if not wanted.checkpoint:
+        raise UserError("--checkpoint: needs a value: last, best or checkpoint-N")
+    wanted.fresh_state = coerce("fresh_state", wanted.fresh_state, bool)
+    flags = parse_flags(others, type(recipe))
+    give_addresses_again(recipe, flags.get("data", {}))
+    return wanted, flags
 
 
-def load_model(checkpoint: Path, recipe: Recipe) -> GPTForCausalLM:
-    """The checkpoint's model, with a changed context length or attention backend if the flags say so."""
-    names = {"block_size": "max_position_embeddings"}
-    changes = {names.get(key, key): recipe.model[key] for key in CHANGEABLE_MODEL if key in recipe.model}
-    with reading(checkpoint, "config.json"):
-        config = GPTConfig.from_pretrained(checkpoint)
-    context = changes.get("max_position_embeddings", config.max_position_embeddings)
-    if config.position_encoding == "learned" and context != config.max_position_embeddings:
+def give_addresses_again(recipe: Recipe, data: dict) -> None:
+    """Take, out of a resume's flags, the run's own files with the queries and users that a recipe does not keep."""
+    for key in ("text_files", "data_files"):
+        if key in data and [public_name(name) for name in data[key]] == recipe.data.get(key):
+            recipe.data[key] = data.pop(key)
+
+
+def choose(run_dir: Path, wanted: argparse.Namespace, args) -> Path | None:
+    """The checkpoint to go on from; one that lacks a part of its state is refused, unless that may start afresh."""
+    checkpoint = find_checkpoint(run_dir, wanted.checkpoint)
+    if checkpoint is None:
+        return None
+    check_writer(checkpoint, args)
+    missing = " and no ".join(missing_state(checkpoint))
+    if missing and not wanted.fresh_state:
         raise UserError(
-            f"block_size={context}: learned positions are fixed at {config.max_position_embeddings}; "
-            "only rope, sinusoidal and none can change it"
+            f"{checkpoint} holds no {missing} (saved with --save_only_model?), so the run cannot continue exactly; "
+            "give --fresh_state true to start them afresh"
         )
-    with reading(checkpoint, "weights"):
-        return GPTForCausalLM.from_pretrained(checkpoint, **changes)
+    if missing:
+        print(f"{checkpoint} holds no {missing}: starting afresh", file=sys.stderr)
+    return checkpoint
 
 
 if __name__ == "__main__":

@@ -1,31 +1,42 @@
-"""From a recipe and a run directory to a finished run; `acorn pretrain` and `acorn resume` both end here."""
+"""From a recipe to a finished run: `Run` is pretraining's, and finetuning's overrides what differs in it."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from transformers import set_seed
 
-from modeling import GPTForCausalLM
+from modeling import GPTConfig, GPTForCausalLM
 
-from .config.recipe import Recipe
-from .data.corpus import Corpus, corpus_at, load_corpus, prepare, whereabouts
+from .config.recipe import Recipe, load_run_recipe
+from .costs import refuse_too_large
+from .data.corpus import Corpus, corpus_at, load_corpus, prepare, summary, whereabouts
+from .data.dataset import EvaluationRows
 from .data.datatrove_tokens import holds_datatrove, load_datatrove
 from .data.inputs import inputs_named_by, record_inputs, refuse_other_inputs
 from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
-from .data.tokenizers import add_nothing
+from .data.tokenizers import add_nothing, encoding_hash
 from .loop.trainer import GPTTrainer
 from .model.precision import record as record_precision
 from .model.precision import trained_in
-from .model.sampling import prompt_tensor, sample_text
-from .share.metrics_file import mend_metrics
-from .share.report import next_steps, write_report
-from .system.checkpoints import list_checkpoints, read_state, refuse_finished, set_aside_later, step_of, stopped_early
+from .model.sampling import context_left, prompt_tensor, sample_text
+from .share.metrics_file import mend_metrics, read_metrics
+from .share.model_card import CardFacts, write_card
+from .share.report import draw_losses, facts_of_run, next_steps
+from .system.checkpoints import (
+    list_checkpoints,
+    read_state,
+    reading,
+    refuse_finished,
+    set_aside_later,
+    step_of,
+    stopped_early,
+)
 from .system.distributed import (
     close_process_group,
     from_main_process,
@@ -34,11 +45,265 @@ from .system.distributed import (
     main_process_first,
 )
 from .system.errors import UserError
+from .system.files import refuse_used, write_whole
 from .system.lock import claimed
 from .system.root import follow_course
 from .system.shell import shell
 
-T = TypeVar("T")
+# A section that one kind of run alone has in its recipe: where its subclass of Run is, imported to open such a run.
+KINDS = {"adapter": ("finetune.run", "FinetuneRun")}
+
+
+class Run:
+    """A run of pretraining: `start` begins it, `resume` goes on with it, and both train and report."""
+
+    verb = "pretrain"
+    recipe_type: type[Recipe] = Recipe
+    changeable_model: tuple[str, ...] = ("block_size", "max_position_embeddings", "attn_implementation")
+    fixed_training = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these
+
+    trainer: GPTTrainer  # from `build_trainer` on
+    corpus: Corpus  # from `open_data` on
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    @cached_property
+    def args(self):
+        return self.recipe.training_arguments()
+
+    @property
+    def directory(self) -> Path:
+        return self.recipe.output_dir.expanduser()
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.args.process_index == 0
+
+    def start(self) -> None:
+        """Begin the run in a directory of its own, and train it to its end."""
+        self.check()
+        from_main_process(self.args, lambda: refuse_used(self.directory))
+        self.open_data()
+        self.train()
+
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train to the end or to a signal, then report; `checkpoint` continues an earlier part of the run.
+
+        A run that a signal stopped ends the process with the shell's usual code, after saying how to resume.
+        """
+        args = self.args
+        self.recipe.card_arguments()  # a licence that nobody knows is refused now, not after all of training
+        args.eval_on_start = args.eval_on_start and checkpoint is None
+        if checkpoint is not None and stopped_early(checkpoint, args.early_stopping_patience):
+            args.max_steps = read_state(checkpoint)["global_step"]  # nothing to train, but perhaps to report
+        self.trainer = self.build_trainer(checkpoint)
+        with claimed(self.directory, args):
+            self.trainer.best_is_gone = from_main_process(args, lambda: self.claim(checkpoint))
+            if self.is_main_process:
+                print(self.describe(), flush=True)
+            self.optimize(checkpoint)
+            if self.is_main_process:
+                self.finish()
+        close_process_group()
+
+    # ---- what finetuning does otherwise
+
+    def check(self) -> None:
+        """Refuse what cannot be done here, before anything is read."""
+        refuse_too_large(self.recipe, self.args)
+
+    def open_data(self, is_resumed: bool = False) -> None:
+        """Open or prepare the tokens in every process; the others load what the first one has prepared.
+
+        Otherwise each would hash all of the text again.
+        """
+
+        def work() -> Corpus:
+            return corpus_of_run(self.recipe, self.directory) if is_resumed else open_corpus(self.recipe)
+
+        self.corpus = main_process_first(self.args, work, "prepare", word=whereabouts, take=corpus_at)
+        if self.is_main_process and not is_resumed:
+            print(self.corpus.summary() if self.corpus.directory is None else summary(self.corpus))
+
+    def build_trainer(self, checkpoint: Path | None) -> GPTTrainer:
+        """The trainer of a fresh model, or of the checkpoint's."""
+        recipe, args, tokenizer = self.recipe, self.args, self.corpus.tokenizer
+        model = build_model(recipe, self.corpus, args) if checkpoint is None else self.load_model(checkpoint)
+        context_length, sample = model.config.max_position_embeddings, recipe.sample_arguments()
+        add_nothing(tokenizer)  # what travels with the model reads a text as training does
+        if sample.max_new_tokens:  # a prompt that cannot be read is refused now, not after all of training
+            prompt_tensor(tokenizer, sample.prompt, context_length)
+        if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
+            # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
+            model.set_attn_implementation("eager")
+        trainer = GPTTrainer(model, args, self.corpus, context_length, recipe.data_arguments(), sample)
+        if is_streamed(recipe.data_arguments()):
+            trainer.add_callback(StreamPosition(trainer))
+        return trainer
+
+    def load_model(self, checkpoint: Path) -> GPTForCausalLM:
+        """The checkpoint's model, with a changed context length or attention backend if the flags say so."""
+        names, recipe = {"block_size": "max_position_embeddings"}, self.recipe
+        changes = {names.get(key, key): recipe.model[key] for key in self.changeable_model if key in recipe.model}
+        with reading(checkpoint, "config.json"):
+            config = GPTConfig.from_pretrained(checkpoint)
+        context = changes.get("max_position_embeddings", config.max_position_embeddings)
+        if config.position_encoding == "learned" and context != config.max_position_embeddings:
+            raise UserError(
+                f"block_size={context}: learned positions are fixed at {config.max_position_embeddings}; "
+                "only rope, sinusoidal and none can change it"
+            )
+        with reading(checkpoint, "weights"):
+            return GPTForCausalLM.from_pretrained(checkpoint, **changes)
+
+    def claim(self, checkpoint: Path | None) -> bool:
+        """Make the run directory this run's: what it is grown from, and nothing that only a later part of it may say.
+
+        Returns whether the best model of the course that goes on is gone.
+        """
+        recipe, args, trainer, best_is_gone = self.recipe, self.args, self.trainer, False
+        if checkpoint is not None:
+            refuse_finished(checkpoint, args)
+        mend_metrics(self.directory, -1 if checkpoint is None else step_of(checkpoint))
+        if checkpoint is not None:
+            set_aside_later(checkpoint)
+            best_is_gone = not follow_course(checkpoint)
+        elif list_checkpoints(self.directory):  # another process grew a run here while this one prepared its corpus
+            resume = shell("acorn", "resume", self.directory)
+            raise UserError(f"output_dir={self.directory} exists: continue it with `{resume}`")
+        (self.directory / "README.md").unlink(missing_ok=True)  # written last, it says that the run is finished
+        if trainer.corpus.directory is not None:  # a stream has none
+            recipe.data["data_dir"] = str(trainer.corpus.directory.absolute())
+        # Kept as tokens a step, so that a resume on more or fewer processes takes the same steps.
+        recipe.training["tokens_per_step"] = args.tokens_per_step
+        recipe.training.pop("gradient_accumulation_steps", None)
+        record_precision(recipe.training, args)
+        recipe.save(self.directory / "recipe.yaml")
+        if checkpoint is None:
+            record_inputs(self.directory, trainer.inputs)
+        return best_is_gone
+
+    def load_best(self) -> torch.nn.Module | None:
+        """The best model so far, as anyone would load it from the run directory; None where none is to be sampled."""
+        return GPTForCausalLM.from_pretrained(self.directory)
+
+    def describe_model(self) -> str:
+        model = self.trainer.model
+        return (
+            f"{model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers of "
+            f"{model.config.hidden_size}, context {self.trainer.context_length}, vocabulary {model.config.vocab_size:,}"
+        )
+
+    def card_facts(self, sample: str) -> CardFacts:
+        """What the model card says; sample.txt and metrics.jsonl are written already."""
+        return facts_of_run(self.directory)
+
+    def closing_words(self, sample: str) -> str:
+        """What is printed last: the sample, and what to type next."""
+        shown = f"\n{'─' * 20} a sample {'─' * 20}\n{sample}\n{'─' * 50}\n" if sample else ""
+        return shown + next_steps(self.directory, self.trainer.sample.prompt)
+
+    def held_out(self, model, tokenizer, block_size: int | None) -> tuple[EvaluationRows, int, int]:
+        """(rows, tokens that count, UTF-8 bytes) of what the run validates on, for a model of this run."""
+        corpus = corpus_of_run(self.recipe, self.directory)
+        if encoding_hash(tokenizer) != encoding_hash(corpus.tokenizer):
+            raise UserError(
+                f"{self.directory}: the tokenizer is not the one that {corpus.directory} was made with; "
+                "evaluate on text instead (--text_files)"
+            )
+        tokens = corpus.tokens("validation")
+        rows = EvaluationRows(tokens, sequence_length(model, block_size))
+        return rows, len(tokens) - 1, corpus.manifest["splits"]["validation"]["bytes"]
+
+    # ---- what every kind of run does
+
+    def change(self, flags: dict[str, dict]) -> None:
+        """Lay the checked flags of a resume over the recipe; what would make it another run is refused."""
+        recipe, training, model = self.recipe, flags.get("training", {}), flags.get("model", {})
+        fixed = [key for key in training if key in self.fixed_training]
+        fixed += [key for key in model if key not in self.changeable_model]
+        fixed += [key for section in ("data", "adapter") for key in flags.get(section, {})]
+        if fixed:
+            mend = f"start another with `acorn {self.verb}`"
+            raise UserError(f"--{fixed[0]} cannot change in a run that has begun: {mend}")
+        tokens = None if "tokens_per_step" in training else recipe.training.get("tokens_per_step")
+        is_longer = bool(tokens and {"block_size", "max_position_embeddings"} & model.keys())
+        sequences = tokens // recipe.model_config().max_position_embeddings if is_longer else 0
+        recipe.update(flags)
+        recipe.check()
+        if is_longer:  # the same sequences a step, of another length
+            recipe.training["tokens_per_step"] = sequences * recipe.model_config().max_position_embeddings
+
+    def describe(self) -> str:
+        """The model and the plan, printed before the table."""
+        args, trainer = self.args, self.trainer
+        return (
+            f"{self.recipe.name}: {self.describe_model()}\n"
+            f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens ({trainer.rows_per_step:,} sequences) on "
+            f"{args.world_size} × {args.device.type}, {trained_in(trainer)}"
+            f"{', deterministic' if args.full_determinism else ''}, {args.optimizer}, "
+            f"attention {trainer.model.config._attn_implementation} → {args.output_dir}"
+        )
+
+    def optimize(self, checkpoint: Path | None) -> None:
+        """To the last step and its evaluation, or to a signal, which ends the process."""
+        trainer = self.trainer
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            received = trainer.stop_on_signal.agreed
+            if received is not None and trainer.state.global_step < self.args.max_steps:
+                self.leave_resumable(received)
+            trainer.evaluate_unless_done()
+        except RuntimeError as error:
+            if self.args.world_size > 1 and is_lost_process_error(error):
+                raise lost_process_error(self.args, "training") from error
+            raise
+
+    def leave_resumable(self, received: int) -> None:
+        """Say where the run stopped and how it goes on, and exit as the signal would have."""
+        if self.is_main_process:
+            where = f"stopped by {signal.Signals(received).name} at step {self.trainer.state.global_step:,}"
+            resume = shell("acorn", "resume", self.directory)
+            print(f"{where}; checkpoint saved. Go on with:\n  {resume}", file=sys.stderr)
+        raise SystemExit(128 + received)
+
+    def finish(self) -> None:
+        """Sample from the best model, write the report and say what to type next."""
+        trainer, directory, sample, text = self.trainer, self.directory, self.trainer.sample, ""
+        trainer.make_room()
+        if sample.max_new_tokens and (model := self.load_best()) is not None:
+            text = sample_text(model.to(self.args.device), self.corpus.tokenizer, sample, self.args.seed)
+        draw_losses(read_metrics(directory), directory / "loss.png", self.recipe.name)
+        write_whole(directory / "sample.txt", text)
+        write_card(directory, self.card_facts(text))
+        if self.args.push_to_hub:
+            trainer.push_to_hub()
+        print(self.closing_words(text), flush=True)
+
+
+def open_run(directory: Path) -> Run:
+    """The run that lies in a directory, of whichever kind, as it goes on or is looked at there."""
+    recipe = directory / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+    sections = {line.partition(":")[0] for line in text.splitlines()}
+    named = next((place for section, place in KINDS.items() if section in sections), None)
+    kind: type[Run] = getattr(import_module(named[0]), named[1]) if named else Run
+    run = kind(load_run_recipe(directory, kind.recipe_type))
+    run.recipe.training["output_dir"] = str(directory)
+    return run
+
+
+def sequence_length(model, block_size: int | None, usual: int | None = None) -> int:
+    """Tokens of an evaluated sequence: `block_size`, or else what is usual, or else all that the model can read."""
+    limit = context_left(model)
+    length = (usual or limit) if block_size is None else block_size
+    if not 1 <= length <= limit:
+        raise UserError(f"block_size={length}: must be between 1 and the model's context, {limit}")
+    return length
+
+
+# ---- the model and the tokens of a recipe
 
 
 def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
@@ -91,117 +356,3 @@ def corpus_of_run(recipe: Recipe, run_dir: Path) -> Corpus:
         corpus = open_corpus(recipe)
     refuse_other_inputs(run_dir, corpus.inputs)
     return corpus
-
-
-def by_the_first(args, work: Callable[[], T]) -> T:
-    """What `work` opens or prepares, in every process; the others load the corpus that the first one has prepared.
-
-    Otherwise each would hash all of the text again. Chats and pairs, which are stored nowhere, each process reads.
-    """
-    return main_process_first(args, work, "prepare", word=whereabouts, take=corpus_at)
-
-
-def run(recipe: Recipe, model: GPTForCausalLM, corpus: Corpus, args, checkpoint: str | None = None) -> None:
-    """Train to the end or to a signal, then report; `checkpoint` continues an earlier run.
-
-    A run that a signal stopped ends the process with the shell's usual code, after saying how to resume.
-    """
-    data, sample = recipe.data_arguments(), recipe.sample_arguments()
-    add_nothing(corpus.tokenizer)  # what travels with the model reads a text as training does
-    recipe.card_arguments()  # a licence that nobody knows is refused now, not after all of training
-    if sample.max_new_tokens:
-        # A prompt that cannot be read is refused now, not after all of training.
-        prompt_tensor(corpus.tokenizer, sample.prompt, model.config.max_position_embeddings)
-    if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
-        # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
-        model.set_attn_implementation("eager")
-    if checkpoint is not None and stopped_early(Path(checkpoint), args.early_stopping_patience):
-        args.max_steps = read_state(Path(checkpoint))["global_step"]  # nothing to train, but perhaps to report
-    trainer = GPTTrainer(model, args, corpus, model.config.max_position_embeddings, data, sample)
-    del model  # the trainer's alone, so that it can let go of it
-    if is_streamed(data):
-        trainer.add_callback(StreamPosition(trainer))
-    with claimed(Path(args.output_dir), args):
-        if checkpoint is not None:
-            refuse_finished(Path(checkpoint), args)
-        trainer.best_is_gone = from_main_process(args, lambda: begin(recipe, trainer, checkpoint))
-        if trainer.is_world_process_zero():
-            print(describe(recipe, trainer), flush=True)
-        train(trainer, checkpoint)
-        if trainer.is_world_process_zero():
-            finish(recipe, trainer)
-    close_process_group()
-
-
-def begin(recipe: Recipe, trainer: GPTTrainer, checkpoint: str | None) -> bool:
-    """Make the run directory this run's: what it is grown from, and nothing that only a later part of it may say.
-
-    Returns whether the best model of the course that goes on is gone.
-    """
-    args, run_dir = trainer.args, Path(trainer.args.output_dir)
-    mend_metrics(run_dir, -1 if checkpoint is None else step_of(Path(checkpoint)))
-    best_is_gone = False
-    if checkpoint is not None:
-        set_aside_later(Path(checkpoint))
-        best_is_gone = not follow_course(Path(checkpoint))
-    elif list_checkpoints(run_dir):  # another process grew a run here while this one prepared its corpus
-        raise UserError(f"output_dir={run_dir} exists: continue it with `{shell('acorn', 'resume', run_dir)}`")
-    (run_dir / "README.md").unlink(missing_ok=True)  # written last, it says that the run is finished
-    if trainer.corpus.directory is not None:  # a stream has none
-        recipe.data["data_dir"] = str(trainer.corpus.directory.absolute())
-    # Kept as tokens a step, so that a resume on more or fewer processes takes the same steps.
-    recipe.training["tokens_per_step"] = args.tokens_per_step
-    recipe.training.pop("gradient_accumulation_steps", None)
-    record_precision(recipe.training, args)
-    recipe.save(run_dir / "recipe.yaml")
-    if checkpoint is None:
-        record_inputs(run_dir, trainer.inputs)
-    return best_is_gone
-
-
-def train(trainer: GPTTrainer, checkpoint: str | None) -> None:
-    """To the last step and its evaluation, or to a signal, which ends the process."""
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.stop_on_signal.agreed is not None and trainer.state.global_step < trainer.args.max_steps:
-            leave_resumable(trainer)
-        trainer.evaluate_unless_done()
-    except RuntimeError as error:
-        if trainer.args.world_size > 1 and is_lost_process_error(error):
-            raise lost_process_error(trainer.args, "training") from error
-        raise
-
-
-def describe(recipe: Recipe, trainer: GPTTrainer) -> str:
-    """Two lines before the table: the model and the plan."""
-    args, config = trainer.args, trainer.model.config
-    return (
-        f"{recipe.name}: {trainer.model.num_parameters():,} parameters, {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, context {trainer.context_length}, vocabulary {config.vocab_size:,}\n"
-        f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens on {args.world_size} × {args.device.type}, "
-        f"{trained_in(trainer)}{', deterministic' if args.full_determinism else ''}, {args.optimizer}, "
-        f"attention {config._attn_implementation} → {args.output_dir}"
-    )
-
-
-def leave_resumable(trainer: GPTTrainer) -> None:
-    """Say where the run stopped and how it goes on, and exit as the signal would have."""
-    received = trainer.stop_on_signal.agreed
-    if trainer.is_world_process_zero():
-        print(f"stopped by {signal.Signals(received).name} at step {trainer.state.global_step:,}; checkpoint saved. "
-              f"Go on with:\n  {shell('acorn', 'resume', Path(trainer.args.output_dir))}", file=sys.stderr)  # fmt: skip
-    raise SystemExit(128 + received)
-
-
-def finish(recipe: Recipe, trainer: GPTTrainer) -> None:
-    """Load the best model, sample from it, write the report and say what to type next."""
-    run_dir, sample = Path(trainer.args.output_dir), trainer.sample
-    trainer.make_room()
-    model = GPTForCausalLM.from_pretrained(run_dir).to(trainer.args.device)
-    text = sample_text(model, trainer.corpus.tokenizer, sample, trainer.args.seed) if sample.max_new_tokens else ""
-    write_report(run_dir, recipe, text)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    if text:
-        print(f"\n{'─' * 20} a sample {'─' * 20}\n{text}\n{'─' * 50}")
-    print(next_steps(run_dir, sample.prompt), flush=True)

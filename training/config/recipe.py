@@ -183,9 +183,7 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
-        raise UserError(
-            f"{path}: is of `acorn finetune`; use `acorn resume RUN_DIR` (under accelerate launch: -m finetune.resume)"
-        )
+        raise UserError(f"{path}: is of `acorn finetune`; use `acorn resume RUN_DIR`")
     recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
     for section, values in content.items():
         if section not in known_keys(kind):

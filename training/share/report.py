@@ -10,20 +10,13 @@ from ..data.sources import PYTHON_STDLIB
 from ..model.hardware import CONTEXT_NAMES
 from ..model.loading import OUR_TYPES
 from ..system.addresses import public_name
-from ..system.checkpoints import step_of
+from ..system.checkpoints import run_of, step_of
 from ..system.errors import UserError
-from ..system.files import read_json, replace_whole, write_whole
+from ..system.files import read_json, replace_whole
 from ..system.shell import shell
 from .metrics_file import read_metrics
-from .model_card import CardFacts, write_card
+from .model_card import CardFacts
 from .uploads import is_own_file, weight_files
-
-
-def write_report(run_dir: Path, recipe: Recipe, sample: str) -> None:
-    """loss.png, sample.txt and README.md (the model card) in `run_dir`, from what lies there."""
-    draw_losses(read_metrics(run_dir), run_dir / "loss.png", recipe.name)
-    write_whole(run_dir / "sample.txt", sample)
-    write_card(run_dir, facts_of_run(run_dir))
 
 
 def draw_losses(rows: list[dict], path: Path, title: str) -> None:
@@ -53,8 +46,7 @@ def draw_losses(rows: list[dict], path: Path, title: str) -> None:
 
 def facts_of(directory: Path) -> CardFacts:
     """The facts of a run, of one of its checkpoints, or of a directory that only holds a model."""
-    places = (directory, directory.absolute().parent)
-    run_dir = next((path for path in places if (path / "recipe.yaml").is_file()), None)
+    run_dir = run_of(directory)
     if run_dir is None or (run_dir != directory and step_of(directory) < 0):
         return facts_of_model(directory)
     try:

@@ -13,6 +13,7 @@ import yaml
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..config.strict_yaml import dump, load
+from ..system.checkpoints import run_of
 from ..system.errors import UserError, one_line
 from ..system.files import digest, read_json
 
@@ -203,9 +204,9 @@ def without_machine(file: Upload) -> Upload:
 
 def read_recipe(directory: Path) -> dict:
     """recipe.yaml of a run, or of the run that a checkpoint lies in; empty where there is none."""
-    path = next((p for p in (directory / "recipe.yaml", directory.parent / "recipe.yaml") if p.is_file()), None)
-    if path is None:
+    if (run_dir := run_of(directory)) is None:
         return {}
+    path = run_dir / "recipe.yaml"
     try:
         return dict(load(path.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
@@ -214,7 +215,7 @@ def read_recipe(directory: Path) -> dict:
 
 def paths_in_recipe(directory: Path) -> set[str]:
     """The absolute paths in a run's recipe and command; what a sample is asked to continue is none."""
-    recipe = read_recipe(directory.absolute())
+    recipe = read_recipe(directory)
     sample = recipe.pop("sample", None) or {}
     return paths_in(recipe) - {str(sample.get("prompt"))}
 

@@ -30,6 +30,12 @@ def step_of(checkpoint: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def run_of(directory: Path) -> Path | None:
+    """The run directory that `directory` is, or lies in as one of its checkpoints; None where it is of no run."""
+    places = (directory, directory.absolute().parent)
+    return next((place for place in places if (place / "recipe.yaml").is_file()), None)
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The folders checkpoint-N, by step, whole or damaged."""
     return sorted((path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
