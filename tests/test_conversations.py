@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from finetune import conversations
 from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import (
     Conversation,
@@ -20,12 +19,13 @@ from finetune.chat_files import (
 )
 from finetune.data import (
     PLAIN_TEMPLATE,
+    Example,
     encode_conversation,
     encode_messages,
     encode_pair,
-    preview,
     with_template,
 )
+from finetune.finetune import preview
 from training.data.tokenizers import build_tokenizer, tokenizer_hash
 from training.system.errors import UserError
 
@@ -69,7 +69,7 @@ def tokenizer(request):
 
 def test_the_template_round_trips(tokenizer, tmp_path) -> None:
     """What we encode is what apply_chat_template gives, also by the tokenizer that was saved, and it reads back."""
-    example = encode_messages(tokenizer, MESSAGES, "here")
+    example = encode_messages(tokenizer, Conversation("here", MESSAGES))
     tokenizer.save_pretrained(tmp_path)
     for its in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert its.apply_chat_template(MESSAGES, return_dict=True)["input_ids"] == example.ids.tolist()
@@ -77,7 +77,7 @@ def test_the_template_round_trips(tokenizer, tmp_path) -> None:
 
 
 def test_the_loss_is_on_the_answers_and_their_ends_alone(tokenizer) -> None:
-    example = encode_messages(tokenizer, MESSAGES, "here")
+    example = encode_messages(tokenizer, Conversation("here", MESSAGES))
     end = "<|im_end|>" if "im_end" in tokenizer.chat_template else tokenizer.eos_token
     counted = tokenizer.decode(example.ids[example.counts])
     answers = [message["content"] for message in MESSAGES if message["role"] == "assistant"]
@@ -88,14 +88,14 @@ def test_the_loss_is_on_the_answers_and_their_ends_alone(tokenizer) -> None:
 def test_the_mask_is_transformers_own() -> None:
     """Our template marks the answers by {% generation %}, so that other trainers mask the same tokens."""
     tokenizer = bpe()
-    example = encode_messages(tokenizer, MESSAGES, "here")
+    example = encode_messages(tokenizer, Conversation("here", MESSAGES))
     its = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
     assert its["assistant_masks"] == example.counts.astype(int).tolist()
 
 
 def test_a_prompt_is_the_beginning_of_the_conversation(tokenizer) -> None:
     """What the model is asked with is, token by token, what it was trained on before the answer."""
-    whole = encode_messages(tokenizer, MESSAGES, "here").ids.tolist()
+    whole = encode_messages(tokenizer, Conversation("here", MESSAGES)).ids.tolist()
     asked = tokenizer.apply_chat_template(MESSAGES[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert whole[: len(asked)] == asked
 
@@ -115,7 +115,7 @@ def test_a_template_of_its_own_is_kept() -> None:
 
 
 def test_the_preview_marks_each_token(tokenizer) -> None:
-    example = encode_messages(tokenizer, MESSAGES, "chat.txt, line 3")
+    example = encode_messages(tokenizer, Conversation("chat.txt, line 3", MESSAGES))
     head, _, *lines = preview(example, tokenizer).splitlines()
     assert head.startswith("chat.txt, line 3")
     assert len(lines) == len(example.ids)
@@ -136,13 +136,13 @@ def test_long_conversations_are_split_between_exchanges(limit: int) -> None:
     if limit > 60:  # there one exchange with the system message fits
         assert all(text.startswith("System: Be brief.\nUser: What is an acorn?") for text in texts)
     counted = sum(int(piece.counts[1:].sum()) for piece in pieces)
-    assert counted == encode_messages(tokenizer, messages, "here").counts.sum()
+    assert counted == encode_messages(tokenizer, Conversation("here", messages)).counts.sum()
 
 
 def test_an_exchange_that_does_not_fit_is_cut() -> None:
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1 2 3 4 5 6 7 8 9 " * 20}]
     pieces = encode_conversation(byte(), Conversation("here", messages), 100)
-    whole = encode_messages(byte(), messages, "here")
+    whole = encode_messages(byte(), Conversation("here", messages))
     assert all(len(piece.ids) <= 101 for piece in pieces)
     assert sum(int(piece.counts[1:].sum()) for piece in pieces) == whole.counts.sum()
 
@@ -262,27 +262,27 @@ def test_what_the_template_refuses_is_refused_with_its_place() -> None:
     tokenizer = build_tokenizer("byte")
     tokenizer.chat_template = "{{ raise_exception('no systems here') }}"
     with pytest.raises(UserError, match=r"chat\.txt, line 9.*no systems here"):
-        encode_messages(tokenizer, MESSAGES, "chat.txt, line 9")
+        encode_messages(tokenizer, Conversation("chat.txt, line 9", MESSAGES))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = build_tokenizer("byte")
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        encode_messages(tokenizer, MESSAGES, "here")
+        encode_messages(tokenizer, Conversation("here", MESSAGES))
 
 
 def test_a_character_tokenizer_that_does_not_know_a_letter() -> None:
     tokenizer = with_template(build_tokenizer("char", lambda: iter(["abc"])))
     with pytest.raises(UserError, match="here: the tokenizer cannot encode it"):
-        encode_messages(tokenizer, MESSAGES, "here")
+        encode_messages(tokenizer, Conversation("here", MESSAGES))
 
 
 def test_masks_are_boolean_arrays_of_the_ids_length(tokenizer) -> None:
-    example = encode_messages(tokenizer, MESSAGES, "here")
+    example = encode_messages(tokenizer, Conversation("here", MESSAGES))
     assert example.ids.shape == example.counts.shape
     assert torch.from_numpy(example.ids).dtype == torch.int64
-    assert isinstance(example, conversations.Example)
+    assert isinstance(example, Example)
 
 
 # turns of tools, and templates that are no good
@@ -297,7 +297,7 @@ TOOL_TURNS = [
 
 
 def test_turns_of_tools_are_context_and_not_in_the_loss(tokenizer) -> None:
-    example = encode_messages(tokenizer, TOOL_TURNS, "here")
+    example = encode_messages(tokenizer, Conversation("here", TOOL_TURNS))
     assert "RESULT 5" in tokenizer.decode(example.ids)
     counted = tokenizer.decode(example.ids[example.counts])
     assert "add(2, 3)" in counted and "It is 5." in counted and "RESULT" not in counted
@@ -309,7 +309,7 @@ def test_a_template_without_turns_of_tools_gives_them_as_the_users() -> None:
         "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.role }}: {{ m.content }}\n{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    example = encode_messages(tokenizer, TOOL_TURNS, "here")
+    example = encode_messages(tokenizer, Conversation("here", TOOL_TURNS))
     assert "user: RESULT 5\n" in tokenizer.decode(example.ids)
     assert "RESULT" not in tokenizer.decode(example.ids[example.counts])
 
@@ -379,18 +379,18 @@ def test_the_commonest_pairs_are_known(tmp_path, row: dict, pair: tuple) -> None
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch) -> None:
-    monkeypatch.setattr(conversations, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr("finetune.data.RENDER_SECONDS", 0.3)
     tokenizer = build_tokenizer("byte")
     tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"^here: the tokenizer's chat template has not come to an end in 0.3 seconds"):
-        encode_messages(tokenizer, MESSAGES, "here")
+        encode_messages(tokenizer, Conversation("here", MESSAGES))
     if sys.platform == "linux":
         tokenizer.chat_template = "{{ 'x' * 10**10 }}"
         with pytest.raises(UserError, match="here: the tokenizer's chat template refuses it: MemoryError"):
-            encode_messages(tokenizer, MESSAGES, "here")
+            encode_messages(tokenizer, Conversation("here", MESSAGES))
     tokenizer.chat_template = "{{ '' }}"
     with pytest.raises(UserError, match="here: the tokenizer's chat template leaves no answer"):
         encode_conversation(tokenizer, Conversation("here", MESSAGES), 40)
     tokenizer.chat_template = "{{ 1 // 0 }}"
     with pytest.raises(UserError, match=r"here: the tokenizer's chat template refuses it: .*zero"):
-        encode_messages(tokenizer, MESSAGES, "here")
+        encode_messages(tokenizer, Conversation("here", MESSAGES))
