@@ -8,8 +8,7 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
-from training.data.compression import DAMAGED, damaged, open_bytes
-from training.data.reading import skip_file, skip_row
+from training.data.files import DAMAGED, damaged, open_bytes, skip_file, skip_row
 from training.data.rows import Row
 from training.data.tables import rows_of_data_files, rows_of_dataset
 from training.data.text_files import find_text_files, read_parts

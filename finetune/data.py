@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from training.data.corpus import Corpus, load_corpus, prepare
 from training.data.encoding import encode_documents
+from training.data.files import skipped_in_words
 from training.data.inputs import Inputs
-from training.data.reading import log, log_once, skipped_in_words
 from training.data.sources import unit_hash
 from training.data.splitting import check_split_options
 from training.data.tokenizers import begin_ids
 from training.model.sampling import Rendered, encode_prompt, encode_spelled
-from training.system.errors import UserError, one_line
+from training.system.errors import UserError, log, log_once, one_line
 from training.system.files import digest
 
 from .chat_files import Conversation, Pair, find_format, read_conversations, read_pairs

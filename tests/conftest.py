@@ -15,7 +15,7 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from training.data import reading  # noqa: E402
+from training.system import errors  # noqa: E402
 
 from . import variants  # noqa: E402
 
@@ -35,7 +35,7 @@ def pytest_configure(config) -> None:
 def seed() -> None:
     """Make every test draw the same numbers, and say the same, whatever ran before it."""
     torch.manual_seed(1337)
-    reading.log_once.cache_clear()
+    errors.log_once.cache_clear()
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ from training.data import building, preparation, splitting, workers
 from training.data.building import building_folder
 from training.data.corpus import describe, prepare
 from training.data.preparation import progress_line
-from training.data.reading import log
 from training.data.sources import size_of_sources
 from training.data.tokenizers import build_tokenizer
-from training.system.errors import UserError
+from training.system.errors import UserError, log
 from training.system.lock import locked
 
 from .small_corpora import (

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..system.errors import UserError, is_disk_full
+from ..system.errors import UserError, is_disk_full, log
 from ..system.files import sync
 from ..system.lock import InUse, locked
-from .reading import log
 
 CORPUS = "corpus"  # what takes the place of the directory in the end; state and lock lie beside it
 STATE = "state.json"

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..system.errors import UserError
+from ..system.errors import UserError, log
 from ..system.files import write_whole
 from . import splitting, text_files
 from .building import CORPUS, STATE, disk_full
 from .dataset import ShardWriter
 from .documents import Position
-from .reading import log, skipped_in_words
+from .files import skipped_in_words
 from .sources import named_sources, read_stretches, size_of_sources
 from .splitting import SPLITS, Piece, cutting_rule, encodable, find_rule, split
 from .tokenizers import load_tokenizer

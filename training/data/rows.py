@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..system.errors import UserError
-from .compression import DAMAGED, is_compressed, open_bytes, without_compression
+from .files import DAMAGED, is_compressed, open_bytes, without_compression
 
 ROWS_AT_ONCE = 32  # of parquet: bounds memory where documents are long
 BUFFER_BYTES = 1 << 20  # a column of a row group is read through such a window, however large the row group is

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..system.addresses import is_address, public_name
 from ..system.errors import UserError, unknown
 from .documents import START, Document, Position
-from .reading import Size
+from .files import Size
 from .tables import (
     fingerprint_data_files,
     fingerprint_dataset,

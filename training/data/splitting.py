@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..system.errors import UserError
+from ..system.errors import UserError, log
 from .documents import Document
-from .reading import log
 from .sources import named_sources, read_stretches, unit_hash
 from .tokenizers import tokenizer_kind
 

@@ -7,20 +7,9 @@ cache: a data set on the Hub, a folder of it and --data_files take the same way.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..system.errors import UserError, one_line, unknown
-from .compression import is_compressed
+from ..system.errors import UserError, log_once, one_line, unknown
 from .documents import Document
-from .reading import (
-    Files,
-    Size,
-    as_list,
-    files_below,
-    fingerprint_files,
-    log_once,
-    match_files,
-    skip_file,
-    skip_row,
-)
+from .files import Files, Size, as_list, files_below, fingerprint_files, is_compressed, match_files, skip_file, skip_row
 from .rows import (
     ENDINGS,
     Row,

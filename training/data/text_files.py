@@ -6,10 +6,21 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..system.errors import UserError
-from .compression import DAMAGED, damaged, is_compressed, open_bytes
+from ..system.errors import UserError, log_once
 from .documents import Document
-from .reading import Files, Size, as_list, files_below, fingerprint_files, log_once, match_files, skip_file
+from .files import (
+    DAMAGED,
+    Files,
+    Size,
+    as_list,
+    damaged,
+    files_below,
+    fingerprint_files,
+    is_compressed,
+    match_files,
+    open_bytes,
+    skip_file,
+)
 
 PART_BYTES = 4 << 20  # of a file that is read at once: one book of many gigabytes needs no more memory than a page
 

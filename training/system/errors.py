@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import os
 import stat
 import sys
@@ -84,6 +85,18 @@ def one_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def log(line: str) -> None:
+    """Print a line on stderr in the first process alone (torchrun sets RANK), above a progress bar if one is shown."""
+    from tqdm.auto import tqdm  # here, because the door reads this module and must not wait
+
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+log_once = functools.cache(log)  # what is read several times, or pass after pass, is said about once
 
 
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
