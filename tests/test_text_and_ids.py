@@ -13,7 +13,6 @@ from training.data.encoding import encode_documents
 from training.data.tokenizers import add_nothing, begin_ids
 from training.model.hardware import context_of
 from training.model.sampling import Rendered, TextPrinter, continuations, decode_continuation, encode_prompt
-from training.share.report import context_of as stated_context
 
 from .tiny_runs import grow, metrics
 from .tokenizer_matrix import BEGINNING, LOSSY, TEXT, TOKENIZERS
@@ -147,9 +146,9 @@ def test_a_run_reads_its_prompt_as_it_was_trained(name: str, tmp_path, capsys) -
 @pytest.mark.parametrize("key", "max_position_embeddings n_positions n_ctx seq_length max_seq_len".split())
 def test_the_context_has_many_names(key: str) -> None:
     config = PreTrainedConfig(**{key: 77})
-    assert context_of(config) == stated_context(config.to_dict()) == 77
-    assert context_of(PreTrainedConfig()) == 2048
-    assert stated_context({"text_config": {key: 77}}) == 77
+    assert context_of(config) == context_of(config.to_dict()) == 77
+    assert context_of(PreTrainedConfig()) == context_of({}) == 2048 and context_of({}, None) is None
+    assert context_of({"text_config": {key: 77}}) == 77
 
 
 def test_the_context_of_a_model_of_more_than_text() -> None:

@@ -105,13 +105,17 @@ CONTEXT_NAMES = (
 ).split()
 
 
-def context_of(config) -> int:
-    """How many tokens a model was made to read; 2048 where its configuration does not say.
+def context_of(config, unsaid: int | None = 2048) -> int | None:
+    """How many tokens a model was made to read; `unsaid` where its configuration does not say.
 
-    A model of more than text keeps the configuration of its text apart.
+    config: a configuration, or what its config.json holds. A model of more than text keeps that of its text apart.
     """
-    lengths = (getattr(text_config(config), name, None) for name in CONTEXT_NAMES)
-    return next((length for length in lengths if isinstance(length, int) and length > 0), 2048)
+    if isinstance(config, dict):
+        text = config.get("text_config") or config
+        lengths = (text.get(name) for name in CONTEXT_NAMES)
+    else:
+        lengths = (getattr(text_config(config), name, None) for name in CONTEXT_NAMES)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), unsaid)
 
 
 def text_config(config):

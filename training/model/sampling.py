@@ -1,10 +1,11 @@
 """The one sampler: a prompt to ids, and text from a model by generate(), past the context too."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, GenerationConfig
 
 from ..data.encoding import THE_PROMPT, encode_documents
 from ..data.tokenizers import begin_ids
@@ -121,6 +122,22 @@ def stops_of(model) -> list[int]:
     return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
+@contextmanager
+def own_generation(model) -> Iterator[None]:
+    """Let generate() take of the model's generation config the special tokens alone: how to sample is said here.
+
+    A foreign one may hold what streaming cannot do, such as beams, or strings to stop at.
+    """
+    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = holder.generation_config
+    tokens = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    holder.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
+    finally:
+        holder.generation_config = kept
+
+
 @torch.no_grad()
 def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=None, **generation) -> torch.Tensor:
     """`input_ids`, (samples, tokens), with up to `max_new_tokens` more.
@@ -135,14 +152,15 @@ def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=N
     while ids.shape[1] < target and not has_ended.all():
         window = ids if ids.shape[1] < context else ids[:, -max(1, context // 2) :]
         new_tokens = min(max(1, context - window.shape[1]), target - ids.shape[1])
-        grown = model.generate(
-            window,
-            attention_mask=torch.ones_like(window),
-            max_new_tokens=new_tokens,
-            streamer=streamer,
-            pad_token_id=fill,
-            **generation,
-        )
+        with own_generation(model):
+            grown = model.generate(
+                window,
+                attention_mask=torch.ones_like(window),
+                max_new_tokens=new_tokens,
+                streamer=streamer,
+                pad_token_id=fill,
+                **generation,
+            )
         new = grown[:, window.shape[1] :]
         if stops:
             new = torch.where(has_ended, fill, new)

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from ..config.recipe import Recipe, load_run_recipe
 from ..data.sources import PYTHON_STDLIB
-from ..model.hardware import CONTEXT_NAMES
+from ..model.hardware import context_of
 from ..model.loading import OUR_TYPES
 from ..system.addresses import public_name
 from ..system.checkpoints import run_of, step_of
@@ -86,7 +86,7 @@ def facts_of_model(directory: Path) -> CardFacts:
     config = read_json(directory / "config.json")
     about = f"A causal language model (`{config.get('model_type')}`) of {count_parameters(directory):,} parameters."
     facts = CardFacts(directory.absolute().name, about, needs_remote_code=bool(config.get("auto_map")))
-    context = context_of(config)
+    context = context_of(config, None)
     facts.limits += [f"Its context is {context:,} tokens."] if context else []
     facts.max_new_tokens = fitting_length(context)
     facts.tags = ["acorn", "gpt"] if config.get("model_type") in OUR_TYPES else ["acorn"]
@@ -107,14 +107,8 @@ def facts_of_adapter(directory: Path) -> CardFacts:
         tags=["acorn", kind.lower()],
         needs_remote_code=bool(base_config.get("auto_map")),
         tokenizer="" if (directory / "tokenizer_config.json").is_file() else base,
-        max_new_tokens=fitting_length(context_of(base_config)),
+        max_new_tokens=fitting_length(context_of(base_config, None)),
     )
-
-
-def context_of(config: dict) -> int | None:
-    """Tokens of context, where config.json says so."""
-    text = config.get("text_config") or config
-    return next((text[name] for name in CONTEXT_NAMES if text.get(name)), None)
 
 
 def fitting_length(context: int | None) -> int:
