@@ -8,10 +8,9 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
-from training.data.files import DAMAGED, damaged, open_bytes, skip_file, skip_row
+from training.data.documents import HubSet, Tables, TextFiles
+from training.data.files import DAMAGED, damaged, open_bytes, read_text, skip_file, skip_row
 from training.data.rows import Row
-from training.data.tables import rows_of_data_files, rows_of_dataset
-from training.data.text_files import find_text_files, read_parts
 from training.system.errors import UserError
 
 SPEAKER = re.compile(r"^(System|User|Assistant):[ \t]?(.*)$", re.DOTALL)
@@ -73,9 +72,9 @@ def find_format(data) -> str:
     if data.data_format != "auto":
         return data.data_format
     if data.text_files:
-        return "chat" if all(starts_as_chat(data, *file) for file in find_text_files(data.text_files)) else "text"
+        return "chat" if all(starts_as_chat(data, *file) for file in TextFiles(data).files) else "text"
     if data.data_files or (data.dataset and data.dataset != "python-stdlib"):
-        values = next((row.values for _, row in rows(data, {})), {})
+        values = next((row.values for _, _, row in tables(data).rows({})), {})
         if data.messages_column in values or has_messages(values):
             return "chat"
         if pair_columns(data, values):
@@ -106,33 +105,33 @@ def starts_as_chat(data, name: str, path) -> bool:
             match = SPEAKER.match(first)
             return bool(match and match[1] != "Assistant" and any(line.startswith("Assistant:") for line in file))
     except DAMAGED as error:
-        skip_file(data, {}, name, damaged("text_files", name, error))
+        skip_file(data, {}, name, damaged(name, error))
         return True
 
 
-def rows(data, left_out: dict) -> Iterator[tuple[str, Row]]:
-    """Yield (file, row) of the tables or of the data set; what is bad is refused or left out."""
-    return rows_of_data_files(data, left_out) if data.data_files else rows_of_dataset(data, left_out)
+def tables(data) -> Tables:
+    """The tables or the data set that the data arguments name."""
+    return Tables(data) if data.data_files else HubSet(data)
 
 
-def rows_as(make, data, left_out: dict) -> Iterator:
-    """Yield what `make(values, where)` makes of each row; where it says BadRow, the row is refused or left out."""
-    field = "data_files" if data.data_files else "dataset"
-    for name, row in rows(data, left_out):
+def rows_as(make, data, skipped: dict) -> Iterator:
+    """Yield what `make(values, where)` makes of each row; where it says BadRow, the row is refused or skipped."""
+    source = tables(data)
+    for name, _, row in source.rows(skipped):
         try:
             yield make(row.values, f"{name}, {row.place}")
         except BadRow as error:
-            skip_row(data, left_out, field, name, row, str(error))
+            skip_row(data, skipped, source.field, name, row, str(error))
 
 
 # ---- pairs
 
 
-def read_pairs(data, left_out: dict) -> Iterator[Pair]:
+def read_pairs(data, skipped: dict) -> Iterator[Pair]:
     """Yield the prompt–completion pairs of the tables, checked."""
     if not (data.data_files or data.dataset):
         raise UserError("data_format=pairs: pairs come from --data_files or --dataset")
-    return rows_as(lambda values, where: pair_of(data, values, where), data, left_out)
+    return rows_as(lambda values, where: pair_of(data, values, where), data, skipped)
 
 
 def pair_of(data, values: dict, where: str) -> Pair:
@@ -164,12 +163,12 @@ def as_utf8(text: str) -> str:
 # ---- conversations
 
 
-def read_conversations(data, left_out: dict) -> Iterator[Conversation]:
+def read_conversations(data, skipped: dict) -> Iterator[Conversation]:
     """Yield the conversations of the text files or tables, checked."""
     if not data.text_files:
-        return rows_as(lambda values, where: conversation_of(data, values, where), data, left_out)
-    files = find_text_files(data.text_files)
-    return chain.from_iterable(conversations_of_file(path, name, data, left_out) for name, path in files)
+        return rows_as(lambda values, where: conversation_of(data, values, where), data, skipped)
+    files = TextFiles(data).files
+    return chain.from_iterable(conversations_of_file(path, name, data, skipped) for name, path in files)
 
 
 def conversation_of(data, values: dict, where: str) -> Conversation:
@@ -187,19 +186,19 @@ def read_cell(value: Any) -> Any:
     return value
 
 
-def conversations_of_file(path, name: str, data, left_out: dict) -> Iterator[Conversation]:
+def conversations_of_file(path, name: str, data, skipped: dict) -> Iterator[Conversation]:
     """Yield the conversations of a text file, checked."""
     try:
-        text = "".join(text for text, _ in read_parts(path, name))
+        text = "".join(text for text, _ in read_text(path, name))
     except UserError as error:
-        skip_file(data, left_out, name, error)
+        skip_file(data, skipped, name, error)
         return
     for number, conversation in enumerate(conversations_of_text(text, name)):
         try:
             yield check_turns(conversation)
         except BadRow as error:
             place = conversation.where.removeprefix(f"{name}, ")
-            skip_row(data, left_out, "text_files", name, Row(number, place, {}), str(error))
+            skip_row(data, skipped, "text_files", name, Row(number, place, {}), str(error))
 
 
 def conversations_of_text(text: str, name: str) -> Iterator[Conversation]:

@@ -14,7 +14,7 @@ from training.data import building, preparation, splitting, workers
 from training.data.building import building_folder
 from training.data.corpus import describe, prepare
 from training.data.preparation import progress_line
-from training.data.sources import size_of_sources
+from training.data.sources import open_source
 from training.data.tokenizers import build_tokenizer
 from training.system.errors import UserError, log
 from training.system.lock import locked
@@ -227,13 +227,13 @@ def test_sizes_are_known_before_reading():
     texts = fineweb("fineweb")
     size = sum(len(text.encode()) for text in texts)
     for source in ({"dataset": "fineweb"}, {"data_files": ["fineweb/*.parquet"]}):
-        known = size_of_sources(arguments(**source))
+        known = open_source(arguments(**source)).size()
         assert known.documents == len(texts) and 0.9 * size < known.bytes < 1.5 * size
     long = Path("long.txt").stat().st_size
-    assert size_of_sources(arguments(text_files=["long.txt"])) == (1, long)
+    assert open_source(arguments(text_files=["long.txt"])).size() == (1, long)
     mixture = [{"dataset": "fineweb", "weight": 3}, {"text_files": "long.txt", "weight": 1}]
-    assert size_of_sources(arguments(mixture=mixture)).documents == 160
-    assert size_of_sources(arguments(mixture=mixture)).bytes == pytest.approx(size + 40 * long, rel=0.2)
+    assert open_source(arguments(mixture=mixture)).size().documents == 160
+    assert open_source(arguments(mixture=mixture)).size().bytes == pytest.approx(size + 40 * long, rel=0.2)
 
 
 @pytest.mark.parametrize("source", [{"text_files": ["long.txt"]}, {"data_files": ["rows.parquet"], **BY_DOCUMENTS}])

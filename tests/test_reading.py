@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from training.data import preparation, splitting, text_files
+from training.data import files, preparation, splitting
 from training.data.corpus import prepare
 from training.data.documents import Position
 from training.data.encoding import encode_documents
@@ -42,7 +42,7 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("part_bytes", [1, 2, 3, 50, 10**6])
 def test_parts_are_the_file(monkeypatch, part_bytes):
-    monkeypatch.setattr(text_files, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(files, "STRETCH_BYTES", part_bytes)
     parts = list(read_stretches(arguments(text_files=["long.txt"])))
     assert "".join(part.text for part in parts) == Path("long.txt").read_text(encoding="utf-8")
     assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
@@ -87,11 +87,11 @@ def test_sizes_of_parts_and_pieces_change_no_token(monkeypatch):
         Path(f"texts/{number}.txt").write_text(prose(number, words=200), encoding="utf-8")
     sources = ({"text_files": ["texts"]}, {"text_files": ["texts"], **BY_DOCUMENTS}, {"text_files": ["long.txt"]})
     for name, source in enumerate(sources):
-        monkeypatch.setattr(text_files, "PART_BYTES", 10**6)
+        monkeypatch.setattr(files, "STRETCH_BYTES", 10**6)
         monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 10**6)
         whole = prepared(f"whole-{name}", **source)
         for part_bytes, piece_characters in ((7, 100), (100, 7), (1000, 1000)):
-            monkeypatch.setattr(text_files, "PART_BYTES", part_bytes)
+            monkeypatch.setattr(files, "STRETCH_BYTES", part_bytes)
             monkeypatch.setattr(splitting, "PIECE_CHARACTERS", piece_characters)
             assert prepared(f"{part_bytes}-{name}", **source) == whole
         whole_texts = [document.text for document in read_documents(arguments(**source))]

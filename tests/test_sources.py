@@ -80,7 +80,7 @@ def test_a_folder_is_listed_first_without_what_tools_fill(folder, monkeypatch, c
     monkeypatch.chdir(folder)
     assert texts(text_files=["."]) == texts(text_files=["."]) == ["é\x0b\u2028x", "one\r\ntwo\rthree\n", "deep"]
     said = capsys.readouterr().err
-    assert said.count("text_files='.': 3 text files, 29 bytes (binary ones left out: 1)") == said.count("\n") <= 1
+    assert said.count("text_files='.': 3 text files, 29 bytes (other files skipped: 1)") == said.count("\n") <= 1
     (folder / "hidden").mkdir()
     (folder / "hidden/.a.txt").write_text("a")
     with pytest.raises(UserError, match="text_files='hidden': the folder holds no text file"):

@@ -85,7 +85,7 @@ def test_a_row_depends_on_its_index_alone(folder) -> None:
 
 def test_a_document_in_pieces_is_one_document(folder, monkeypatch) -> None:
     """A long text file comes in pieces; only the last one ends with the end-of-text token, and marks lie between."""
-    monkeypatch.setattr("training.data.text_files.PART_BYTES", 16)
+    monkeypatch.setattr("training.data.files.STRETCH_BYTES", 16)
     stream = stream_corpus(arguments()).tokens("train")
     rows = stream.training_rows(CONTEXT, 1, 250, "random")
     np.testing.assert_array_equal(read_rows(rows, range(100)), windows(expected_tokens(3), range(100)))

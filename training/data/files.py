@@ -2,6 +2,7 @@
 
 import bisect
 import bz2
+import codecs
 import functools
 import glob
 import gzip
@@ -10,10 +11,10 @@ import lzma
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from ..system.addresses import is_address, public_name
 from ..system.errors import UserError, log_once, one_line
@@ -22,11 +23,7 @@ from ..system.files import hash_file
 Files = list[tuple[str, Path]]  # the name that is shown and stored, and where the file lies on this machine
 
 
-class Size(NamedTuple):
-    """How much text a source holds, where that is known without reading it; bytes are an estimate."""
-
-    documents: int | None = None
-    bytes: int | None = None
+# --- skipping what is bad ---------------------------------------------------------------------------------------------
 
 
 def skip_file(data, skipped: dict, name: str, error: UserError) -> None:
@@ -60,41 +57,52 @@ def skipped_in_words(skipped: dict) -> dict[str, str]:
     return skipped | {name: f"{len(entry['rows']):,}, the first: {entry['why']}" for name, entry in counted.items()}
 
 
-def as_list(field: str, entries: list[str] | str) -> list[str]:
-    """Return one entry as a list of one; refuse what names nothing."""
-    entries = [entries] if isinstance(entries, str) else list(entries)
-    for entry in entries:
-        if not isinstance(entry, str) or not entry.strip():
-            raise UserError(f"{field}={entry!r}: does not name a file; give one, or leave it out")
-        try:
-            with suppress(FileNotFoundError, NotADirectoryError):  # a pattern, or what `match_files` refuses
-                os.stat(entry if not is_address(entry) else os.curdir)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{field}={entry[:100]!r}: {getattr(error, 'strerror', error)}; check the path") from error
-    return entries
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def match_files(field: str, entry: str) -> Files:
-    """Return the file that `entry` names, downloaded if it is an address, or the files that match it as a glob.
+def find_files(field: str, entries: list[str] | str, is_wanted: Callable[[Path], bool], what: str) -> Files:
+    """Resolve files, folders, globs and addresses, each file once, in the order given; what one of them holds, sorted.
 
-    ** matches at any depth; the files are sorted.
+    Of a folder come the files at any depth for which `is_wanted` holds; how many those are is logged.
     """
-    if is_address(entry):
-        return [(public_name(entry), download(field, entry))]
+    found: dict[Path, str] = {}
+    for entry in [entries] if isinstance(entries, str) else entries:
+        _refuse_no_path(field, entry)
+        if is_address(entry):
+            found.setdefault(download(field, entry), public_name(entry))
+            continue
+        paths = _files_below(field, Path(entry), is_wanted, what) if Path(entry).is_dir() else _matches(field, entry)
+        for path in paths:
+            found.setdefault(path, str(path))
+    return [(name, path) for path, name in found.items()]
+
+
+def _refuse_no_path(field: str, entry: str) -> None:
+    if not isinstance(entry, str) or not entry.strip():
+        raise UserError(f"{field}={entry!r}: does not name a file; give one, or leave it out")
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):  # a pattern, or what `_matches` refuses
+            os.stat(entry if not is_address(entry) else os.curdir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}={entry[:100]!r}: {getattr(error, 'strerror', error)}; check the path") from error
+
+
+def _matches(field: str, entry: str) -> list[Path]:
+    """Return the file of that name, or else the files that match the name as a glob; ** matches at any depth."""
     if Path(entry).is_file():
-        return [(str(Path(entry)), Path(entry))]
+        return [Path(entry)]
     if not glob.has_magic(entry):
         raise UserError(f"{field}={entry!r}: there is no such file; check the path (it is taken from {Path.cwd()})")
     matches = sorted(path for path in glob.glob(entry, recursive=True) if Path(path).is_file())
     if not matches:
         raise UserError(f"{field}={entry!r}: the pattern matches no file; check it, and quote it in the shell")
-    return [(str(Path(path)), Path(path)) for path in matches]
+    return [Path(path) for path in matches]
 
 
-def files_below(field: str, folder: Path) -> list[Path]:
-    """List the files of a folder at any depth, sorted, that hold anything.
+def _files_below(field: str, folder: Path, is_wanted: Callable[[Path], bool], what: str) -> list[Path]:
+    """List the wanted files of a folder that hold anything.
 
-    What is hidden, and folders that tools fill (node_modules, __pycache__, virtual environments), are left out.
+    What is hidden, and folders that tools fill (node_modules, __pycache__, virtual environments), do not count.
     """
     found: list[Path] = []
 
@@ -104,7 +112,14 @@ def files_below(field: str, folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not _is_a_tools(Path(parent, name))]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file() and path.stat().st_size)
+    found = sorted(path for path in found if path.is_file() and path.stat().st_size)
+    wanted = [path for path in found if is_wanted(path)]
+    if not wanted:
+        raise UserError(f"{field}={str(folder)!r}: the folder holds no {what}; name one that does")
+    size = sum(path.stat().st_size for path in wanted)
+    others = f" (other files skipped: {len(found) - len(wanted):,})" if len(wanted) < len(found) else ""
+    log_once(f"{field}={str(folder)!r}: {len(wanted):,} {what}{'s' * (len(wanted) > 1)}, {size:,} bytes{others}")
+    return wanted
 
 
 def _is_a_tools(folder: Path) -> bool:
@@ -136,43 +151,29 @@ def fingerprint_files(files: Files) -> dict:
     listed = []
     for name, path in files:
         try:
-            listed.append({"path": name, "bytes": path.stat().st_size, "sha256": _hash_as_it_was(path)})
+            status = path.stat()
+            digest = _hash_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
+            listed.append({"path": name, "bytes": status.st_size, "sha256": digest})
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror}); check it, or name others") from error
     return {"files": listed, "bytes": sum(entry["bytes"] for entry in listed)}
 
 
-def _hash_as_it_was(path: Path) -> str:
-    """Return the hash of a file's content, without reading a file twice that was not written to since."""
-    status = path.stat()
-    return _hash_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
 @functools.lru_cache(maxsize=1_000_000)
 def _hash_at(path: Path, *status: int) -> str:
+    """Return the hash of a file's content; one that was not written to since is not read again."""
     return hash_file(path)
 
 
-# --- plain or compressed ---
+# --- plain or compressed ----------------------------------------------------------------------------------------------
 
-COMPRESSED_ENDINGS = (
-    ".gz",
-    ".gzip",
-    ".bz2",
-    ".xz",
-    ".lzma",
-    ".zst",
-    ".zstd",
-    ".lz4",
-    ".zip",
-)  # that a table's name may have
+COMPRESSED_ENDINGS = (".gz", ".gzip", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4", ".zip")  # of a table's name
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)  # what reading them raises
 
 
-def _open_with_pyarrow(path: Path) -> BinaryIO:
+def _open_with_pyarrow(codec: str, path: Path) -> BinaryIO:
     import pyarrow
 
-    codec = "zstd" if path.open("rb").read(4) == b"\x28\xb5\x2f\xfd" else "lz4"
     return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), codec)
 
 
@@ -192,8 +193,8 @@ MAGIC: dict[bytes, Callable[[Path], BinaryIO]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
     b"\x5d\x00\x00": lzma.LZMAFile,
-    b"\x28\xb5\x2f\xfd": _open_with_pyarrow,
-    b"\x04\x22\x4d\x18": _open_with_pyarrow,
+    b"\x28\xb5\x2f\xfd": functools.partial(_open_with_pyarrow, "zstd"),
+    b"\x04\x22\x4d\x18": functools.partial(_open_with_pyarrow, "lz4"),
     b"PK\x03\x04": _open_zip,
 }
 
@@ -224,7 +225,61 @@ def without_compression(name: str) -> str:
     return name
 
 
-def damaged(field: str, name: str, error: BaseException, mend: str = "check it") -> UserError:
-    """Say that a file cannot be read, and why."""
+def damaged(name: str, error: BaseException) -> UserError:
+    """Say that a text file cannot be read, and why."""
     why = getattr(error, "strerror", None) or one_line(error)
-    return UserError(f"{field}={name!r}: cannot be read ({why}); {mend}")
+    return UserError(f"text_files={name!r}: cannot be read ({why}); check it")
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+STRETCH_BYTES = 4 << 20  # that are read at once: a book of gigabytes needs no more memory than a page
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def looks_like_text(path: Path) -> bool:
+    """Say whether a file is no binary, which its first 8 kB show."""
+    try:
+        with open_bytes(path) as file:
+            return b"\0" not in file.read(8192)  # as git does
+    except PermissionError as error:
+        raise damaged(str(path), error) from error
+    except DAMAGED:  # an archive of several files, or half of one
+        return False
+
+
+def read_text(path: Path, name: str) -> Iterator[tuple[str, bool]]:
+    """Yield (stretch, is it the last) of a UTF-8 file with its line breaks as they are; refuse an empty or binary one.
+
+    A byte-order mark at its beginning is no part of the text. What is compressed is read as what it holds.
+    """
+    decoder, offset, is_start, has_text = codecs.getincrementaldecoder("utf-8")(), 0, True, False
+    try:
+        with open_bytes(path) as file:
+            raw = file.read(STRETCH_BYTES)
+            while raw:
+                following = file.read(STRETCH_BYTES)
+                text = _decode(decoder, raw, offset, name, final=not following)
+                if is_start and text:
+                    is_start, text = False, text.removeprefix(BYTE_ORDER_MARK)
+                has_text = has_text or bool(text)
+                if not following and not has_text:
+                    break
+                yield text, not following
+                offset, raw = offset + len(raw), following
+    except DAMAGED as error:
+        raise damaged(name, error) from error
+    if not has_text:
+        raise UserError(f"text_files={name!r}: the file is empty; name one with text in it")
+
+
+def _decode(decoder, raw: bytes, offset: int, name: str, final: bool) -> str:
+    """Decode the bytes at `offset` of a file, with what the decoder holds back of the bytes before them."""
+    if (found := raw.find(b"\0")) >= 0:
+        raise UserError(f"text_files={name!r}: is binary (a NUL byte at offset {offset + found}); name text files only")
+    held_back = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(raw, final)
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{error.object[error.start]:02X} at offset {offset - held_back + error.start}"
+        raise UserError(f"text_files={name!r}: is not UTF-8 ({where}); convert it, as with iconv -t UTF-8") from error

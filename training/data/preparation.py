@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from ..system.errors import UserError, log
 from ..system.files import write_whole
-from . import splitting, text_files
+from . import files, splitting
 from .building import CORPUS, STATE, disk_full
 from .dataset import ShardWriter
 from .documents import Position
 from .files import skipped_in_words
-from .sources import named_sources, read_stretches, size_of_sources
+from .sources import named_sources, open_source, read_stretches
 from .splitting import SPLITS, Piece, cutting_rule, encodable, find_rule, split
 from .tokenizers import load_tokenizer
 from .workers import encode_in_order
@@ -104,7 +104,7 @@ class SplitWriter:
 
 def read_state(folder: Path, fingerprint: str, shard_size: int) -> State:
     """Return the state that a preparation of the same text left, or a new one in a folder that is empty but for it."""
-    sizes = [text_files.PART_BYTES, splitting.PIECE_CHARACTERS]  # of what a state counts
+    sizes = [files.STRETCH_BYTES, splitting.PIECE_CHARACTERS]  # of what a state counts
     settings = {"fingerprint": fingerprint, "shard_size": shard_size, "pieces": sizes}
     if (folder / STATE).exists():
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def write_tokens(folder: Path, state: State, data, tokenizer, begun: float) -> d
     """
     writers = _open_writers(folder, state, data, tokenizer)
     if not state.rule:
-        size = size_of_sources(data)
+        size = open_source(data).size()
         if data.validation_by == "position" and (size.bytes or 0) > LONG_BYTES:
             log(f"counting characters, to cut by position: one pass over about {size.bytes / 1e6:,.0f} MB")
         state.rule = find_rule(data, state.left_out)
