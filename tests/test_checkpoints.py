@@ -125,9 +125,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path) -> None:
 def test_an_error_while_sealing_leaves_what_was_there(tmp_path, monkeypatch) -> None:
     make_checkpoint(tmp_path, 4)
     before, aside = contents(tmp_path), tmp_path / ".saving-checkpoint-8"
-    monkeypatch.setattr(
-        "training.system.checkpoints.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr("training.system.files.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         write_beside(
             aside, lambda: (aside / "a").write_bytes(b"a"), lambda: seal(aside, tmp_path / "checkpoint-8"), ALONE
@@ -135,20 +133,15 @@ def test_an_error_while_sealing_leaves_what_was_there(tmp_path, monkeypatch) -> 
     assert contents(tmp_path) == before
 
 
-def test_the_manifest_is_written_when_all_else_is_on_the_disk(tmp_path, monkeypatch) -> None:
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch) -> None:
     synced = []
-    monkeypatch.setattr("training.system.checkpoints.sync", lambda path: synced.append((path.name, aside.exists())))
+    monkeypatch.setattr("training.system.files.sync", lambda path: synced.append((path.name, aside.exists())))
     aside = tmp_path / ".saving-checkpoint-4"
-    aside.mkdir()
-    for name in ("a", "b"):
+    (aside / "part").mkdir(parents=True)
+    for name in ("a", "part/b"):
         (aside / name).write_bytes(b"content")
-    written = []
-    monkeypatch.setattr(
-        "training.system.checkpoints.write_whole", lambda path, text: written.append((path.name, len(synced)))
-    )
     seal(aside, tmp_path / "checkpoint-4")
-    assert written == [(MANIFEST, 2)]
-    assert {name for name, _ in synced[:2]} == {"a", "b"}
+    assert {(name, True) for name in ("a", "b", "part", MANIFEST, aside.name)} <= set(synced)
     assert synced[-1] == (tmp_path.name, False)  # the new name too, after the rename
 
 

@@ -186,7 +186,7 @@ def test_a_failure_leaves_nothing(monkeypatch, failure):
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr(corpus_module, "sync_below", fail)  # the last step: all files are written
+    monkeypatch.setattr(corpus_module, "publish", fail)  # the last step: all files are written
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError if isinstance(failure, OSError) else failure) as raised:
         prepare(arguments(text_files=["text.txt"], data_dir="deep/down/mine"))
@@ -205,13 +205,13 @@ def test_a_disk_that_is_too_small_is_seen_before_writing(monkeypatch):
 
 def test_the_slower_of_two_processes_takes_what_the_faster_made(monkeypatch):
     options = {"text_files": ["text.txt"], "data_dir": "mine"}
-    sync_below = corpus_module.sync_below
+    publish = corpus_module.publish
 
-    def overtaken(folder):  # by a process on a machine that does not see this one's lock
-        sync_below(folder)
+    def overtaken(folder, directory):  # by a process on a machine that does not see this one's lock
         shutil.copytree(folder, "mine")
+        return publish(folder, directory)
 
-    monkeypatch.setattr(corpus_module, "sync_below", overtaken)
+    monkeypatch.setattr(corpus_module, "publish", overtaken)
     prepare(arguments(**options))
     assert sorted(path.name for path in Path().iterdir()) == ["mine", "rows.jsonl", "text.txt"]
 
@@ -300,7 +300,7 @@ def test_prepared_tokens_replace_the_tokenizer_of_a_recipe():
             "validation_by='position': a mixture repeats",
         ),
         ({"text_files": None, "data_dir": "nowhere"}, "data_dir='nowhere': holds no manifest.json; make it with"),
-        ({"data_dir": "text.txt/x"}, "data_dir='text.txt/x': Not a directory; name another --data_dir"),
+        ({"data_dir": "text.txt/x"}, "data_dir='text.txt/x': Not a directory; choose another directory"),
         ({"tokenizer": "bpe", "tokenizer_vocab_size": 9999}, "tokenizer_vocab_size=9999: the text yields only"),
     ],
 )

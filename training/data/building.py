@@ -1,15 +1,13 @@
 """A directory that is built beside its place, by one process at a time; what a killed one left is gone on with."""
 
-import errno
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..system.errors import UserError, is_disk_full, log
-from ..system.files import sync
+from ..system.files import making
 from ..system.lock import InUse, locked
 
 CORPUS = "corpus"  # what takes the place of the directory in the end; state and lock lie beside it
@@ -31,22 +29,16 @@ def built_aside(directory: Path, fingerprint: str) -> Iterator[Path]:
     a place that cannot be written to.
     """
     folder = building_folder(directory, fingerprint)
-    missing = [parent for parent in directory.parents if not parent.exists()]
-    try:
-        with _claimed(folder):
-            try:
-                yield folder
-                shutil.rmtree(folder, ignore_errors=True)
-            except OSError as error:
-                raise _mendable(error, directory, folder) from error
-            finally:
-                _keep_or_remove(folder)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"data_dir={str(directory)!r}: {error.strerror}; name another --data_dir") from error
-    finally:
-        for parent in missing:
-            with suppress(OSError):  # not empty: it holds what was built
-                parent.rmdir()
+    with making(folder, f"data_dir={str(directory)!r}"), _claimed(folder):
+        try:
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            if is_disk_full(error):
+                raise disk_full(directory.parent, _bytes_below(folder)) from error
+            raise
+        finally:
+            _keep_or_remove(folder)
 
 
 @contextmanager
@@ -76,14 +68,6 @@ def _keep_or_remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _mendable(error: OSError, directory: Path, folder: Path) -> Exception:
-    if is_disk_full(error):
-        return disk_full(directory.parent, _bytes_below(folder))
-    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-        return UserError(f"data_dir={str(directory)!r}: {error.strerror}; name another --data_dir")
-    return error
-
-
 def disk_full(folder: Path, needed: int) -> UserError:
     """Say that the tokens do not fit, in MB."""
     free = shutil.disk_usage(folder).free
@@ -93,15 +77,3 @@ def disk_full(folder: Path, needed: int) -> UserError:
 
 def _bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def put_in_place(folder: Path, directory: Path) -> bool:
-    """Give a finished folder its name, and say whether that was free."""
-    try:
-        os.rename(folder, directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    sync(directory.parent)
-    return True

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..system.errors import UserError
-from ..system.files import digest, hash_file, sync_below, write_whole
-from .building import CORPUS, STATE, building_folder, built_aside, put_in_place
+from ..system.files import digest, hash_file, publish, write_whole
+from .building import CORPUS, STATE, building_folder, built_aside
 from .dataset import TokenShards
 from .inputs import text_digest
 from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
@@ -286,6 +286,5 @@ def _build(folder: Path, directory: Path, data, tokenizer, header: dict) -> None
     manifest |= write_tokens(folder, state, data, saved, begun)
     _refuse_changed_files(folder, data, header["sources"])
     write_whole(folder / CORPUS / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    sync_below(folder / CORPUS)
-    if not put_in_place(folder / CORPUS, directory):
+    if not publish(folder / CORPUS, directory):
         _is_prepared(directory, header["fingerprint"])  # by a process that does not see this one's lock

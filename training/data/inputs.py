@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..system.errors import UserError
-from ..system.files import digest, read_json, write_whole
+from ..system.files import digest, read_json, write_json
 from .sources import fingerprint_sources
 from .tokenizers import BUILDERS, load_tokenizer, tokenizer_hash
 
@@ -39,7 +39,7 @@ def inputs_named_by(data) -> Inputs:
 
 def record_inputs(run_dir: Path, inputs: Inputs) -> None:
     """Write what the run is grown from, whole."""
-    write_whole(run_dir / INPUTS, json.dumps(inputs, indent=1) + "\n")
+    write_json(run_dir / INPUTS, inputs)
 
 
 def refuse_other_inputs(run_dir: Path, inputs: Inputs) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .distributed import on_all_processes
 from .errors import UserError, unknown
-from .files import hash_files, sync, write_whole
+from .files import hash_files, publish, write_json
 from .pickles import UNREADABLE, refuse_unreadable, why_unreadable
 from .shell import shell
 
@@ -82,18 +82,10 @@ def write_beside(aside: Path, write: Callable[[], object], finish: Callable[[], 
 
 
 def seal(aside: Path, checkpoint: Path) -> None:
-    """Flush every file of `aside` to the disk, write the manifest last, and give the folder its name."""
-    files = files_of(aside)
-    for path in files:
-        sync(path)
-    write_whole(aside / MANIFEST, json.dumps({"files": facts_of_files(aside, files)}, indent=1) + "\n")
-    for folder in {path.parent for path in files}:
-        sync(folder)
+    """Write the manifest of `aside`, then give the folder its name; an older one of that step stands until then."""
+    write_json(aside / MANIFEST, {"files": facts_of_files(aside, files_of(aside))})
     replaced = checkpoint.with_name(REPLACED + checkpoint.name)
-    if checkpoint.exists():  # saved once more at the same step: the old one stands until the new one is whole
-        checkpoint.rename(replaced)
-    aside.rename(checkpoint)
-    sync(checkpoint.parent)
+    publish(aside, checkpoint, replaced)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

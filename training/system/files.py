@@ -1,5 +1,6 @@
 """Files written whole or not at all (under another name first, flushed to the disk, then renamed), and their hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -37,10 +38,42 @@ def hash_files(paths: list[Path]) -> list[str]:
 IS_WINDOWS = os.name == "nt"
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, is on the disk itself.
+
+    Windows opens no directories, and flushes only what is open for writing; its file system keeps names by itself.
+    """
+    if IS_WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary_path)` make the file, then put it in the place of `path`; an error leaves `path` alone."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes so that no reader, and no power cut, ever meets half of it."""
     raw = content.encode("utf-8") if isinstance(content, str) else content
     replace_whole(path, lambda temporary: temporary.write_bytes(raw))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write an object as JSON, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 HASH, END = b"# sha256 of the rest: ", b"# end\n"
@@ -76,70 +109,29 @@ def read_json(path: Path, mend: str = "copy the directory again") -> dict:
         raise UserError(f"{path} is damaged ({one_line(error)}); {mend}") from error
 
 
-def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary_path)` make the file, then put it in the place of `path`; an error leaves `path` alone."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+@contextmanager
+def making(folder: Path, shown: str) -> Iterator[None]:
+    """Make a folder to work in, with its parents; those that are empty in the end go again.
 
-
-def refuse_used(directory: Path) -> None:
-    """Refuse, before anything long, an output directory that holds anything to lose, or that cannot be written.
-
-    Hidden files do not count: a run that was killed at once leaves its lock and half-written ones.
+    shown: the field and its value, which a refusal of the system is told with. Raises UserError.
     """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"output_dir={directory}: is a file; choose another --output_dir")
-        if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
-            raise UserError(
-                f"output_dir={directory} exists: continue it with `{shell('acorn', 'resume', directory)}`, "
-                "or choose another --output_dir"
-            )
-        _try_writing(directory)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"output_dir={directory}: {why}; choose another --output_dir") from error
-
-
-def _try_writing(directory: Path) -> None:
-    """Make the directory and a file in it, and take both away again."""
-    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(shown, error) from error
+        yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise _unwritable(shown, error) from error
     finally:
-        for folder in missing:
-            with suppress(OSError):  # not there, or another process has put something in it
-                folder.rmdir()
+        for path in missing:
+            with suppress(OSError):  # not empty: it holds what was made, or something of another process
+                path.rmdir()
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's list of names, is on the disk itself.
-
-    Windows opens no directories, and flushes only what is open for writing; its file system keeps names by itself.
-    """
-    if IS_WINDOWS and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_below(folder: Path) -> None:
-    """Have the system write every file and folder to the disk, so that a power cut after a rename loses nothing."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
+def _unwritable(shown: str, error: OSError) -> UserError:
+    return UserError(f"{shown}: {error.strerror}; choose another directory")
 
 
 @contextmanager
@@ -148,26 +140,51 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
     Raises UserError where `directory` is there already and holds anything, or cannot be made.
     """
+    taken = UserError(f"{directory}: already exists and is not empty; choose another directory, or remove it")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: already exists and is not empty; choose another directory, or remove it")
+        raise taken
     whole = directory.absolute()
-    missing = [folder for folder in whole.parents if not folder.exists()]
     building = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
-    try:
+    with making(building, str(directory)):
         try:
-            building.mkdir(parents=True)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise UserError(f"{directory}: {getattr(error, 'strerror', error)}; name another directory") from error
-        yield building
-        sync_below(building)
-        with suppress(OSError):
-            whole.rmdir()  # an empty one of that name; only POSIX would let it give way by itself
-        building.rename(whole)
-        missing = []
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"{directory}: {error.strerror}; name another directory") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        for folder in missing:
-            with suppress(OSError):  # not empty: another process has put something there
-                folder.rmdir()
+            yield building
+            if not publish(building, whole):
+                raise taken
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def publish(building: Path, directory: Path, replaced: Path | None = None) -> bool:
+    """Flush a finished folder to the disk and rename it to `directory`; False where that holds something already.
+
+    replaced: the name that what lies in the place of `directory` is given before.
+    """
+    for path in [*building.rglob("*"), building]:
+        sync(path)
+    if replaced is not None and directory.exists():
+        directory.rename(replaced)
+    with suppress(OSError):
+        directory.rmdir()  # an empty one of that name; only POSIX would let it give way by itself
+    try:
+        building.rename(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    sync(directory.parent)
+    return True
+
+
+def refuse_used(directory: Path) -> None:
+    """Refuse, before anything long, an output directory that holds anything to lose, or that cannot be written.
+
+    Hidden files do not count: a run that was killed at once leaves its lock and half-written ones.
+    """
+    shown = f"output_dir={directory}"
+    if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
+        resume = shell("acorn", "resume", directory)
+        raise UserError(f"{shown} exists: continue it with `{resume}`, or choose another --output_dir")
+    probe = directory / f".probe.{os.getpid()}.tmp"
+    with making(directory, shown):
+        probe.touch()
+        probe.unlink()

@@ -1,14 +1,13 @@
 """The best model at the root of a run: moved in whole, known by its hashes, and the one of the run's own course."""
 
 import fnmatch
-import json
 import shutil
 import sys
 from pathlib import Path
 
 from .checkpoints import MANIFEST, STATE, damage, facts_of_files, files_of, read_state, step_of
 from .errors import UserError
-from .files import hash_files, read_json, sync, write_whole
+from .files import hash_files, read_json, sync, write_json
 
 NO_MODEL = ("*.pt", "*.pth", "*.bin", STATE, MANIFEST)  # of a checkpoint: its state, and pickles
 
@@ -39,13 +38,13 @@ def move_in(aside: Path, root: Path, step: int, leave_out: tuple[str, ...] = ())
         before = read_manifest(root).get("files", {})
     except UserError:  # damaged; it gives way now
         before = {}
-    write_whole(root / MANIFEST, json.dumps(new | {"before": before}, indent=1) + "\n")
+    write_json(root / MANIFEST, new | {"before": before})
     for path in files:
         place = root / path.relative_to(aside)
         place.parent.mkdir(exist_ok=True)
         path.replace(place)
     sync(root)
-    write_whole(root / MANIFEST, json.dumps(new, indent=1) + "\n")
+    write_json(root / MANIFEST, new)
     shutil.rmtree(aside)
 
 
