@@ -166,7 +166,7 @@ def test_a_byte_tokenizer_needs_no_text_but_what_is_named_must_be_there(tmp_path
 
 def test_a_place_that_can_not_be_made_is_named_as_it_was_given(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/made: Not a directory; name another"):
+    with pytest.raises(UserError, match=r"file/made: Not a directory; choose another"):
         train_tokenizer.main(["--tokenizer", "byte", "--output_dir", str(tmp_path / "file" / "made")])
 
 
