@@ -227,6 +227,11 @@ class Examples:
         counts = {name: count(examples, self.tokenizer) for name, examples in splits.items()}
         return {"vocab_size": len(self.tokenizer), "licence": None, "splits": counts}
 
+    def summary(self) -> str:
+        splits = self.manifest["splits"]
+        counts = [f"{split['answer_tokens']:,} of {split['tokens']:,} {name}" for name, split in splits.items()]
+        return f"{self.sources:,} documents: the loss is on {' and '.join(counts)} tokens (the answers)."
+
     def prompt(self, question: str) -> str:
         """A question as the model is asked it: of a chat rendered up to where the answer begins."""
         return as_prompt(self.tokenizer, question) if self.is_chat else question
@@ -243,13 +248,14 @@ def count(examples: list[Example], tokenizer) -> dict:
     }
 
 
-def read_data(data, tokenizer, limit: int, name: str, is_resumed: bool = False) -> Corpus | Examples:
-    """What the data arguments name, tokenized; `limit` is the longest row. Text is prepared as for pretraining."""
+def read_data(recipe, tokenizer, limit: int, is_resumed: bool) -> Corpus | Examples:
+    """What a recipe's data section names, in rows of at most `limit` tokens; text is prepared as for pretraining."""
+    data = recipe.data_arguments()
     if is_resumed and data.data_dir and Path(data.data_dir).is_dir():
         return load_corpus(data.data_dir)
     kind = find_format(data)
     if kind == "text":
-        return prepare(data, tokenizer=tokenizer, name=name)
+        return prepare(data, tokenizer=tokenizer, name=recipe.name)
     if data.mixture:
         raise UserError(f"mixture: mixes texts; give {kind} as --text_files, --data_files or --dataset")
     check_split_options(data)
@@ -302,12 +308,3 @@ def as_prompt(tokenizer, question: str) -> Rendered:
     """A user's message rendered up to where the answer begins."""
     asked = Conversation("prompt", [{"role": "user", "content": question}])
     return Rendered(render(tokenizer, asked, add_generation_prompt=True))
-
-
-def describe(corpus: Corpus | Examples) -> str:
-    """One line that says what there is to train on."""
-    splits = corpus.manifest["splits"]
-    if isinstance(corpus, Examples):
-        counts = [f"{split['answer_tokens']:,} of {split['tokens']:,} {name}" for name, split in splits.items()]
-        return f"{corpus.sources:,} documents: the loss is on {' and '.join(counts)} tokens (the answers)."
-    return " and ".join(f"{splits[name]['tokens']:,} {name}" for name in splits) + " tokens of text."

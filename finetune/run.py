@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
+import shutil
+import textwrap
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import set_seed
 
 from training.config.choices import check_attention
 from training.costs import refuse_large_batch
-from training.data.corpus import corpus_at, whereabouts
+from training.data.corpus import Corpus
 from training.data.inputs import refuse_other_inputs
 from training.model.hardware import context_of, peak_memory
 from training.model.loading import (
@@ -26,19 +29,19 @@ from training.model.sampling import prompt_tensor, sample_text
 from training.run import Run, sequence_length
 from training.share.metrics_file import read_metrics
 from training.share.model_card import CardFacts
-from training.system.distributed import main_process_first
+from training.share.report import data_section, metrics_of, next_steps, sources_of
 from training.system.errors import UserError
 from training.system.files import read_json, write_whole
 
 from .adapters import attach, count_parameters, quantization, virtual_tokens
 from .arguments import FinetuneRecipe
-from .data import Examples, describe, read_data
+from .data import Examples, read_data
 from .packing import as_trained, held_out_rows, keeps_documents_apart
-from .report import card_facts, side_by_side, summary
 from .trainer import FinetuneTrainer, refuse_optimizer
 
 DEFAULT_BLOCK = 1024
 FACTS = "finetune.json"
+WIDEST = 160  # characters of two samples side by side
 
 
 class FinetuneRun(Run):
@@ -62,19 +65,13 @@ class FinetuneRun(Run):
         """
         recipe, data = self.recipe, self.recipe.data_arguments()
         config = load_config(self.model.model_name_or_path, self.model.trust_remote_code)
-        tokenizer = load_model_tokenizer(data.tokenizer or self.model.model_name_or_path, config)
+        self.tokenizer = load_model_tokenizer(data.tokenizer or self.model.model_name_or_path, config)
         context = context_of(config) - virtual_tokens(self.adapter)
         self.block_size = data.block_size or min(context, DEFAULT_BLOCK)
         if not 2 <= self.block_size <= context:
             raise UserError(f"block_size={self.block_size}: must be from 2 to the model's context, {context}")
         refuse_large_batch(self.args, self.block_size, getattr(config.get_text_config(), "vocab_size", 1))
-        self.corpus = main_process_first(
-            self.args,
-            lambda: read_data(data, tokenizer, self.block_size, recipe.name, is_resumed),
-            "prepare",
-            word=whereabouts,
-            take=corpus_at,
-        )
+        super().open_data(is_resumed)
         given = recipe.sample_arguments().prompt
         if isinstance(self.corpus, Examples):  # asked by default: the first question that is held out
             self.question = self.corpus.question if given is None else given
@@ -85,6 +82,9 @@ class FinetuneRun(Run):
         if self.sample.max_new_tokens:
             prompt_tensor(self.corpus.tokenizer, prompt, context)
 
+    def read_data(self, is_resumed: bool) -> Corpus | Examples:
+        return read_data(self.recipe, self.tokenizer, self.block_size, is_resumed)
+
     def build_trainer(self, checkpoint: Path | None) -> FinetuneTrainer:
         """The trainer of base, adapter and rows put together."""
         args, data = self.args, self.recipe.data_arguments()
@@ -93,8 +93,8 @@ class FinetuneRun(Run):
         refuse_optimizer(args, self.adapter, base)
         packing = data.packing and is_apart and not virtual_tokens(self.adapter)
         if data.packing and not packing and self.is_main_process:
-            why = "virtual tokens leave no positions to tell documents apart" if is_apart else None
-            print(f"packing is off: {why or 'this model ignores position_ids that start again'}")
+            ignores = "this model ignores position_ids resets"
+            print(f"packing is off: {'virtual tokens take the place of position_ids' if is_apart else ignores}")
         set_seed(args.seed)
         return FinetuneTrainer(
             attach(base, self.adapter, name),
@@ -157,12 +157,24 @@ class FinetuneRun(Run):
         write_whole(self.directory / FACTS, json.dumps(self.facts, indent=1, ensure_ascii=False) + "\n")
 
     def describe_model(self) -> str:
-        trained, total = self.facts["trained_parameters"], self.facts["parameters"]
-        share = f"{trained:,} of {total:,} parameters trained ({trained / total:.2%})"
-        return f"{self.adapter.adapter} on {self.trainer.base[0]}, {share}\n{describe(self.corpus)}"
+        return f"{self.adapter.adapter} on {self.trainer.base[0]}, {share_in_words(self.facts)}"
 
     def finish(self) -> None:
-        self.facts["peak_memory_bytes"] = peak_memory(self.args.device)
+        """As in pretraining; the figures before and after go into finetune.json too."""
+        rows = read_metrics(self.directory)
+        self.first = next((row for row in rows if row["step"] == 0), None)
+        self.best = self.recipe.best([row for row in rows if row["step"] > 0])
+        if self.best is None:  # taken away, and the last evaluation was before
+            mend = "restore it, or train further with a larger --max_steps"
+            raise UserError(f"{self.directory}: metrics.jsonl holds no evaluation; {mend}")
+        self.facts |= {
+            "perplexity_before": math.exp(self.first["eval_loss"]) if self.first else None,
+            "perplexity_after": math.exp(self.best["eval_loss"]),
+            "best_step": self.best["step"],
+            "seconds": rows[-1]["seconds"],
+            "peak_memory_bytes": peak_memory(self.args.device),
+            "device": self.args.device.type,
+        }
         super().finish()
 
     def load_best(self):
@@ -172,23 +184,35 @@ class FinetuneRun(Run):
         return load(str(self.directory), "auto", self.model.trust_remote_code)
 
     def card_facts(self, sample: str) -> CardFacts:
-        """The figures before and after, which go into finetune.json too."""
-        rows = read_metrics(self.directory)
-        best = self.recipe.best([row for row in rows if row["step"] > 0])
-        if best is None:  # taken away, and the last evaluation was before
-            mend = "restore it, or train further with a larger --max_steps"
-            raise UserError(f"{self.directory}: metrics.jsonl holds no evaluation; {mend}")
-        first = next((row for row in rows if row["step"] == 0), None)
-        self.facts |= {
-            "perplexity_before": math.exp(first["eval_loss"]) if first else None,
-            "perplexity_after": math.exp(best["eval_loss"]),
-            "best_step": best["step"],
-            "seconds": rows[-1]["seconds"],
-            "device": self.args.device.type,
-            "sample_after": sample,
-        }
+        """What the model card says: the base and its figures before, the figures after, and both samples."""
+        self.facts["sample_after"] = sample
         self.write_facts()
-        return card_facts(self.recipe, self.corpus, self.facts, first, best)
+        recipe, facts, sources = self.recipe, self.facts, sources_of(self.recipe)
+        base, is_whole, is_text = facts["base_model"], facts["adapter"] == "full", not isinstance(self.corpus, Examples)
+        what = f"`{base}`, all of it" if is_whole else f"{facts['adapter']} adapter for `{base}`"
+        samples = {"Before": facts["sample_before"], "After": sample}
+        shown = "".join(f"\n\n{name}:\n\n{textwrap.indent(text, '    ')}" for name, text in samples.items() if text)
+        return CardFacts(
+            name=recipe.name,
+            about=f"Finetuned by Acorn: {what}, {share_in_words(facts)}.",
+            license=recipe.card_arguments().license,
+            language=recipe.card_arguments().language,
+            base_model=base,
+            base_model_relation="finetune" if is_whole else "adapter",
+            datasets=sources,
+            library_name="transformers" if is_whole else "peft",
+            tags=["acorn", facts["adapter"]],
+            needs_remote_code=bool(getattr(load_config(base, self.model.trust_remote_code), "auto_map", None)),
+            prompt=facts["question"],
+            data=data_section(sources, self.corpus.manifest) + ("" if is_text else f"\n{self.corpus.summary()}"),
+            evaluated_on="the held-out part of the data" + ("" if is_text else ", answers alone"),
+            metrics=metrics_of(self.best),
+            metrics_before=metrics_of(self.first) if self.first else {},
+            results=f"Best at step {facts['best_step']:,}; {cost_in_words(facts)}.\n\n![loss](loss.png)"
+            + (f"\n\nThe same prompt before and after:{shown}" if shown else ""),
+            command=recipe.command,
+            training="All arguments are in `recipe.yaml`.",
+        )
 
     def closing_words(self, sample: str) -> str:
         samples = f"\n{side_by_side(self.facts['sample_before'], sample)}\n\n" if sample else ""
@@ -198,9 +222,50 @@ class FinetuneRun(Run):
         data = self.recipe.data_arguments()
         usual = data.block_size or min(sequence_length(model, None), DEFAULT_BLOCK)
         length = sequence_length(model, block_size, usual)
-        corpus = read_data(data, tokenizer, length, self.recipe.name, is_resumed=True)
+        corpus = read_data(self.recipe, tokenizer, length, is_resumed=True)
         has_virtual_tokens = bool(getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0))
         is_packed = data.packing and not has_virtual_tokens and keeps_documents_apart(model, str(self.directory))
         split = corpus.manifest["splits"]["validation"]
         counted = split["answer_tokens"] if isinstance(corpus, Examples) else split["tokens"] - 1
         return held_out_rows(corpus, length, is_packed), counted, split["bytes"]
+
+
+# ---- what a run says of itself
+
+
+def share_in_words(facts: dict) -> str:
+    trained, total = facts["trained_parameters"], facts["parameters"]
+    return f"{trained:,} of {total:,} parameters trained ({trained / total:.2%})"
+
+
+def cost_in_words(facts: dict) -> str:
+    memory = f"{facts['peak_memory_bytes'] / 1e9:.2f} GB of {'GPU ' if facts['device'] == 'cuda' else ''}memory at most"
+    return f"{facts['seconds']:,.0f} seconds, {memory}"
+
+
+def summary(run_dir: Path, facts: dict, prompt: str) -> str:
+    """The figures before and after, what they cost, and what to type next."""
+    before, after = facts["perplexity_before"], facts["perplexity_after"]
+    shown = f"{before:,.3f} before, {after:,.3f} after" if before else f"{after:,.3f} after"
+    is_worse = before is not None and after >= before
+    merge = [] if facts["adapter"] in ("full", "prompt", "prefix") else [("merge", run_dir, Path(f"{run_dir}-merged"))]
+    return "\n".join(
+        [
+            f"perplexity on held-out text: {shown} (step {facts['best_step']:,})"
+            + ("; it did not get better: lower --learning_rate, or give more text" if is_worse else ""),
+            f"{share_in_words(facts)}; {cost_in_words(facts)}",
+            next_steps(run_dir, prompt, "model" if facts["adapter"] == "full" else "adapter", *merge),
+        ]
+    )
+
+
+def side_by_side(before: str, after: str) -> str:
+    """Two texts in two columns, as wide as the terminal."""
+    width = max(20, (min(shutil.get_terminal_size((100, 24)).columns, WIDEST) - 3) // 2)
+    columns = [
+        [part for line in text.splitlines() for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
+        for text in (before, after)
+    ]
+    rows = [("before", "after"), *zip_longest(*columns, fillvalue="")]
+    lines = [f"{left:<{width}} │ {right}".rstrip() for left, right in rows]
+    return "\n".join([lines[0], f"{'─' * width}─┼─{'─' * width}", *lines[1:]])

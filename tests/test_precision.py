@@ -209,7 +209,7 @@ def test_the_line_says_what_accelerate_does(half_run) -> None:
         rows_per_step=4,
     )
     run = Run(recipe)
-    run.trainer = trainer
+    run.trainer, run.corpus = trainer, SimpleNamespace(directory=None, summary=str)
     assert "fp32 (as asked)" in run.describe()
     trainer.accelerator.mixed_precision = "bf16"  # a DeepSpeed file of its own
     assert "bf16 (" in run.describe()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import acorn
-from finetune.report import summary
+from finetune.run import summary
 from training.share.report import next_steps
 from training.system.shell import shell
 

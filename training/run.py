@@ -114,17 +114,13 @@ class Run:
         refuse_too_large(self.recipe, self.args)
 
     def open_data(self, is_resumed: bool = False) -> None:
-        """Open or prepare the tokens in every process; the others load what the first one has prepared.
+        """Read the data in every process; what the first one has prepared the others load, and need not hash again."""
+        self.corpus = main_process_first(
+            self.args, lambda: self.read_data(is_resumed), "prepare", word=whereabouts, take=corpus_at
+        )
 
-        Otherwise each would hash all of the text again.
-        """
-
-        def work() -> Corpus:
-            return corpus_of_run(self.recipe, self.directory) if is_resumed else open_corpus(self.recipe)
-
-        self.corpus = main_process_first(self.args, work, "prepare", word=whereabouts, take=corpus_at)
-        if self.is_main_process and not is_resumed:
-            print(self.corpus.summary() if self.corpus.directory is None else summary(self.corpus))
+    def read_data(self, is_resumed: bool) -> Corpus:
+        return corpus_of_run(self.recipe, self.directory) if is_resumed else open_corpus(self.recipe)
 
     def build_trainer(self, checkpoint: Path | None) -> GPTTrainer:
         """The trainer of a fresh model, or of the checkpoint's."""
@@ -236,10 +232,11 @@ class Run:
             recipe.training["tokens_per_step"] = sequences * recipe.model_config().max_position_embeddings
 
     def describe(self) -> str:
-        """The model and the plan, printed before the table."""
-        args, trainer = self.args, self.trainer
+        """The model, the data and the plan, printed before the table."""
+        args, trainer, corpus = self.args, self.trainer, self.corpus
         return (
             f"{self.recipe.name}: {self.describe_model()}\n"
+            f"{corpus.summary() if corpus.directory is None else summary(corpus)}\n"
             f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens ({trainer.rows_per_step:,} sequences) on "
             f"{args.world_size} × {args.device.type}, {trained_in(trainer)}"
             f"{', deterministic' if args.full_determinism else ''}, {args.optimizer}, "

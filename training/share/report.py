@@ -173,14 +173,13 @@ def results_section(best: dict | None, run_dir: Path) -> str:
     return when + ("\n\n![loss](loss.png)" if (run_dir / "loss.png").is_file() else "")
 
 
-def next_steps(run_dir: Path, prompt: str) -> str:
-    """What a person can type now."""
-    return "\n".join(
-        [
-            f"The model is in {run_dir} (the best at the root). Next:",
-            f"  {shell('acorn', 'generate', run_dir, prompt=prompt)}",
-            f"  {shell('acorn', 'evaluate', run_dir)}",
-            f"  {shell('acorn', 'resume', run_dir)} --max_steps …",
-            f"  {shell('acorn', 'push', run_dir, 'YOU/NAME', '--dry_run')}",
-        ]
-    )
+def next_steps(run_dir: Path, prompt: str, what: str = "model", *more: tuple) -> str:
+    """What a person can type now; more: the words of other commands."""
+    commands = [
+        shell("acorn", "generate", run_dir, prompt=prompt),
+        shell("acorn", "evaluate", run_dir),
+        f"{shell('acorn', 'resume', run_dir)} --max_steps …",
+        *(shell("acorn", *words) for words in more),
+        shell("acorn", "push", run_dir, "YOU/NAME", "--dry_run"),
+    ]
+    return "\n  ".join([f"The {what} is in {run_dir} (the best at the root). Next:", *commands])
