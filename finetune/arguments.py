@@ -5,14 +5,13 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.config.arguments import DataArguments, GPTTrainingArguments, SampleArguments, _say
+from training.config.arguments import DataArguments, GPTTrainingArguments, SampleArguments, help_field
 from training.config.choices import check_attention
 from training.config.recipe import SECTIONS, Recipe, load_recipe_file, parse_flags, shipped_recipes
 from training.data.tokenizers import BUILDERS
 from training.model.loading import DTYPES
 from training.system.addresses import public_name
 from training.system.errors import UserError, unknown
-from training.system.ranges import check_numbers
 from training.system.shell import shell
 
 from .adapters import ADAPTERS
@@ -22,10 +21,10 @@ from .adapters import ADAPTERS
 class ModelArguments:
     """Which model is finetuned, and how it is loaded."""
 
-    model_name_or_path: str | None = _say("Any causal LM: a Hub id, a model directory or an Acorn run.")
-    dtype: str = _say("Of the weights that are loaded: float32, bfloat16, float16 or auto (as saved).", "float32")
-    attn_implementation: str | None = _say("sdpa, eager, flash_attention_2 … (default: the model's choice).")
-    trust_remote_code: bool = _say("Run model code that a Hub id brings.", False)
+    model_name_or_path: str | None = help_field("Any causal LM: a Hub id, a model directory or an Acorn run.")
+    dtype: str = help_field("Of the weights that are loaded: float32, bfloat16, float16 or auto (as saved).", "float32")
+    attn_implementation: str | None = help_field("sdpa, eager, flash_attention_2 … (default: the model's choice).")
+    trust_remote_code: bool = help_field("Run model code that a Hub id brings.", False)
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -37,17 +36,17 @@ class ModelArguments:
 class FinetuneDataArguments(DataArguments):
     """Where the text, the pairs or the conversations come from, and how they become rows."""
 
-    data_format: str = _say("auto (what it is, it finds out), text, pairs or chat.", "auto")
-    prompt_column: str = _say(
+    data_format: str = help_field("auto (what it is, it finds out), text, pairs or chat.", "auto")
+    prompt_column: str = help_field(
         "Pairs: the column of what is given (instruction and input, or question, are known too).", "prompt"
     )
-    completion_column: str = _say(
+    completion_column: str = help_field(
         "Pairs: the column of what is learned (output, response and answer are known too).", "completion"
     )
-    messages_column: str | None = _say("Chat: the column of messages (default: messages or conversations).")
-    block_size: int | None = _say("Tokens a row (default: the model's context, at most 1024).")
-    packing: bool = _say("Several documents in a row, which do not see each other; false: one a row.", True)
-    tokenizer: str | None = _say("Another tokenizer than the model's, by id or path; it must fit the model.")
+    messages_column: str | None = help_field("Chat: the column of messages (default: messages or conversations).")
+    block_size: int | None = help_field("Tokens a row (default: the model's context, at most 1024).")
+    packing: bool = help_field("Several documents in a row, which do not see each other; false: one a row.", True)
+    tokenizer: str | None = help_field("Another tokenizer than the model's, by id or path; it must fit the model.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,52 +56,53 @@ class FinetuneDataArguments(DataArguments):
             raise UserError(f"tokenizer={self.tokenizer!r}: finetuning keeps the model's tokenizer; leave it out")
         if self.streaming:
             raise UserError("streaming: finetuning reads its data before it begins; leave it out")
-        if self.block_size is not None and self.block_size < 2:
-            raise UserError(f"block_size={self.block_size}: must be at least 2 tokens")
 
 
 @dataclass
 class FinetuneTrainingArguments(GPTTrainingArguments):
     """Training's arguments with defaults for little text and a model that knows much already."""
 
-    learning_rate: float = _say("Peak learning rate (default: the adapter's own).", 2e-4)
-    per_device_train_batch_size: int = _say("Rows a micro-batch and process.", 4)
-    per_device_eval_batch_size: int = _say("Rows an evaluation batch and process.", 8)
-    num_train_epochs: float = _say("Passes over the text when max_steps is -1.", 3.0)
-    warmup_steps: float = _say("Steps (or, below one, the share of steps) of linear warm-up.", 0.05)
-    weight_decay: float = _say("Decay of trained matrices.", 0.0)
-    adam_beta2: float = _say("AdamW's second beta.", 0.999)
-    eval_steps: float | None = _say("Steps (or, below one, the share of steps) between evaluations.", 0.1)
-    eval_on_start: bool = _say("Evaluate before the first step: the `before` of the report.", True)
+    learning_rate: float = help_field("Peak learning rate (default: the adapter's own).", 2e-4)
+    per_device_train_batch_size: int = help_field("Rows a micro-batch and process.", 4)
+    per_device_eval_batch_size: int = help_field("Rows an evaluation batch and process.", 8)
+    num_train_epochs: float = help_field("Passes over the text when max_steps is -1.", 3.0)
+    warmup_steps: float = help_field("Steps (or, below one, the share of steps) of linear warm-up.", 0.05)
+    weight_decay: float = help_field("Decay of trained matrices.", 0.0)
+    adam_beta2: float = help_field("AdamW's second beta.", 0.999)
+    eval_steps: float | None = help_field("Steps (or, below one, the share of steps) between evaluations.", 0.1)
+    eval_on_start: bool = help_field("Evaluate before the first step: the `before` of the report.", True)
 
 
 @dataclass
 class FinetuneSampleArguments(SampleArguments):
     """What is written before and after finetuning, side by side."""
 
-    prompt: str | None = _say("Text to continue, or a user's message in a chat (default: from the held-out data).")
-    max_new_tokens: int = _say("Length of the sample in tokens; 0 writes none.", 100)
+    prompt: str | None = help_field(
+        "Text to continue, or a user's message in a chat (default: from the held-out data)."
+    )
+    max_new_tokens: int = help_field("Length of the sample in tokens; 0 writes none.", 100)
 
 
 @dataclass
 class AdapterArguments:
     """Which adapter, and its settings under PEFT's names."""
 
-    adapter: str = _say(f"One of {', '.join(ADAPTERS)}.", "lora")
-    r: int = _say("LoRA: rank.", 16)
-    lora_alpha: float = _say("LoRA: the update is scaled by lora_alpha / r.", 32)
-    lora_dropout: float = _say("LoRA: dropout before the adapter.", 0.0)
-    target_modules: list[str] | None = _say("Modules to adapt (default: every linear layer of the blocks).")
-    feedforward_modules: list[str] | None = _say("IA3: which of them are of the MLP.")
-    modules_to_save: list[str] | None = _say("Modules trained whole beside the adapter, such as lm_head.")
-    loraplus_lr_ratio: float = _say("LoRA+: learning rate of B over that of A.", 16.0)
-    num_virtual_tokens: int = _say("Prompt and prefix tuning: virtual tokens.", 20)
-    prompt_tuning_init_text: str | None = _say("Prompt tuning: text whose embeddings the virtual tokens start from.")
+    adapter: str = help_field(f"One of {', '.join(ADAPTERS)}.", "lora")
+    r: int = help_field("LoRA: rank.", 16)
+    lora_alpha: float = help_field("LoRA: the update is scaled by lora_alpha / r.", 32)
+    lora_dropout: float = help_field("LoRA: dropout before the adapter.", 0.0)
+    target_modules: list[str] | None = help_field("Modules to adapt (default: every linear layer of the blocks).")
+    feedforward_modules: list[str] | None = help_field("IA3: which of them are of the MLP.")
+    modules_to_save: list[str] | None = help_field("Modules trained whole beside the adapter, such as lm_head.")
+    loraplus_lr_ratio: float = help_field("LoRA+: learning rate of B over that of A.", 16.0)
+    num_virtual_tokens: int = help_field("Prompt and prefix tuning: virtual tokens.", 20)
+    prompt_tuning_init_text: str | None = help_field(
+        "Prompt tuning: text whose embeddings the virtual tokens start from."
+    )
 
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
             raise unknown("adapter", self.adapter, ADAPTERS)
-        check_numbers(self)
 
 
 @dataclass

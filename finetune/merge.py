@@ -11,8 +11,9 @@ from training.data.tokenizers import load_tokenizer
 from training.model.hardware import context_of, text_config
 from training.model.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
 from training.share.model_card import CardFacts, write_card
-from training.system.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
+from training.system.errors import UserError, one_line, quiet_libraries, run_main
 from training.system.files import new_directory
+from training.system.flags import FlagParser
 from training.system.shell import shell
 
 EPILOG = """examples:
@@ -29,7 +30,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Fold an adapter into its base: a plain model that needs no PEFT. Logits on random ids are "
         "compared in float32, before the merge and after it is read back, and the largest difference is printed.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("adapter", help="run or checkpoint of `acorn finetune`, or any PEFT adapter's directory")
     parser.add_argument("out", help="directory for the plain model; it must be empty or not exist")

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from training.system.errors import FlagParser, UserError, quiet_libraries, run_main
+from training.system.errors import UserError, quiet_libraries, run_main
 from training.system.files import new_directory
+from training.system.flags import FlagParser
 from training.system.shell import shell
 
 from .formats import FORMATS
@@ -37,7 +38,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="acorn convert",
         description="Turn stock GPT-2 and nanoGPT checkpoints into Acorn's, and back.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("src", metavar="SRC", help="directory, checkpoint file or Hub id")
     parser.add_argument("dst", metavar="DST", type=Path, help="directory to make; it must not exist, or be empty")

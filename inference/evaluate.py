@@ -21,8 +21,8 @@ from training.model.loading import load_model_and_tokenizer
 from training.model.precision import refuse_emulated
 from training.run import open_run, sequence_length
 from training.system.checkpoints import run_of
-from training.system.errors import FlagParser, UserError, quiet_libraries, run_main
-from training.system.ranges import check_numbers
+from training.system.errors import UserError, quiet_libraries, run_main
+from training.system.flags import FlagParser
 
 EPILOG = """examples:
   acorn evaluate runs/quickstart                          the validation split it was trained beside
@@ -37,7 +37,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Loss, perplexity, bits per byte and token accuracy over the whole text, in sequences side by "
         "side; the last line printed is JSON.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
     parser.add_argument("--text_files", nargs="+", default=[], help="text files, folders or globs to evaluate on")
@@ -58,7 +57,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the figures of the text that the flags name, or else of what a run held out, as one JSON line."""
     flags = parse(argv)
-    check_numbers(flags)
     quiet_libraries()
     if flags.bf16 and not flags.force_precision:
         mend = "leave it out, or override with --force_precision"

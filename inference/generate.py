@@ -17,8 +17,8 @@ from training.model.sampling import (
     prompt_tensor,
     sampling_arguments,
 )
-from training.system.errors import FlagParser, UserError, quiet_libraries, run_main
-from training.system.ranges import check_numbers
+from training.system.errors import UserError, quiet_libraries, run_main
+from training.system.flags import FlagParser
 
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("
@@ -32,7 +32,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="acorn generate",
         description="Write text with a model, streamed to the terminal as it comes.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
     parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; empty starts a document")
@@ -67,7 +66,6 @@ def read_prompt(prompt: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Write samples to stdout."""
     flags = parse(argv)
-    check_numbers(flags)
     if flags.max_new_tokens < 1:  # which a recipe may say, and means no sample
         raise UserError(f"max_new_tokens={flags.max_new_tokens}: must be above 0")
     quiet_libraries()

@@ -11,7 +11,8 @@ from training.share.hub import HUB_ERRORS, finish_files, send, total_size, why_p
 from training.share.model_card import model_card
 from training.share.report import facts_of
 from training.share.uploads import Upload, is_own_file, refuse_no_model, sort_files
-from training.system.errors import FlagParser, UserError, one_line, quiet_libraries, run_main
+from training.system.errors import UserError, one_line, quiet_libraries, run_main
+from training.system.flags import FlagParser
 from training.system.root import verify
 from training.system.shell import shell
 
@@ -32,7 +33,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Upload a model or an adapter in one commit: weights, modeling code, tokenizer, generation config, "
         "card, and what a run measured. Resume states, pickles and temporary files stay.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", metavar="RUN_OR_MODEL_DIR", type=Path, help="run, checkpoint, model or adapter")
     parser.add_argument("repo_id", metavar="REPO_ID", help="YOU/NAME, or NAME alone for the token's owner")

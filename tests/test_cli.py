@@ -222,6 +222,8 @@ def test_a_reader_that_went_away_is_quiet() -> None:
     child.stderr.close()
 
 
-@pytest.mark.parametrize(("value", "advice"), [("adamv", "did you mean 'adamw'?"), ("zz", "choose from adamw, muon.")])
-def test_unknown_names_the_nearest_or_all(value: str, advice: str) -> None:
-    assert str(unknown("optimizer", value, ["adamw", "muon"])) == f"unknown optimizer {value!r}: {advice}"
+@pytest.mark.parametrize(("value", "advice"), [("adamv", "did you mean 'adamw'? "), ("zz", "")])
+def test_unknown_names_the_nearest_and_all_where_they_are_few(value: str, advice: str) -> None:
+    message = f"unknown optimizer {value!r}: {advice}choose from adamw, muon."
+    assert str(unknown("optimizer", value, ["adamw", "muon"])) == message
+    assert str(unknown("number", "1O", map(str, range(20)))) == "unknown number '1O': did you mean '1'?"

@@ -16,7 +16,7 @@ from training.config.recipe import load_recipe, load_run_recipe
 from training.loop.metrics import METRICS
 from training.model.optimizers import build_optimizer
 from training.system.errors import UserError
-from training.system.ranges import RANGES
+from training.system.flags import RANGES
 
 from .tiny_runs import checkpoints, grow, metrics, refused, same_weights, tiny_argv, write_text
 

@@ -167,7 +167,6 @@ def test_without_it_the_batch_sizes_make_it(monkeypatch) -> None:
         (7, {"per_device_train_batch_size": 12}, "does not divide among 7 processes; 6 or 8 would do"),
         (1, {"tokens_per_step": 1000}, "=1000: not a multiple of the context, 1024; the nearest is 1024"),
         (8, {"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3: .* makes it 5; leave one out"),
-        (1, {"tokens_per_step": 0}, "tokens_per_step=0: must be above 0"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_what_does(monkeypatch, world_size, values, named) -> None:

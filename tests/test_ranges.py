@@ -10,7 +10,7 @@ from finetune.arguments import FinetuneRecipe, load_finetune_recipe
 from inference import generate
 from training.config.recipe import Recipe, known_keys, load_recipe
 from training.system.errors import UserError
-from training.system.ranges import RANGES, Range, check_number
+from training.system.flags import RANGES, check_number
 
 from .tiny_runs import latest, refused
 
@@ -79,14 +79,16 @@ def names(key: str, message: str) -> bool:
         "dataloader_num_workers": ["-1", "100000000"],
         "max_grad_norm": ["-1"],
         "tokens_per_step": ["0"],
-        "validation_fraction": ["nan"],
+        "validation_fraction": ["nan", "0", "1"],
+        "shard_size": ["0"],
+        "num_proc": ["0"],
     }.items(),
 )
 def test_from_flags_and_from_a_recipe(key: str, values: list[str], tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     for value in values:
         assert f"{key}=" in outcome(pretraining, key, value)
-        section = "data" if key == "validation_fraction" else "training"
+        section = "data" if key in ("validation_fraction", "shard_size", "num_proc") else "training"
         path.write_text(yaml.safe_dump({section: {key: value}}), encoding="utf-8")
         with pytest.raises(UserError, match=f"mine.*{key}="):
             load_recipe("pretrain", [str(path)])
@@ -123,13 +125,16 @@ def test_generate_refuses_before_it_looks_for_the_model(flags: str) -> None:
 
 
 def test_the_words_of_a_range() -> None:
-    assert str(Range(1, whole=True)) == "above 0, and whole"
-    assert str(Range(0, 1, below=True)) == "at least 0 and below 1"
-    assert str(Range(0, 10**12, whole=True, or_share=True)).startswith(
-        "at least 0 and at most 1,000,000,000,000, and whole"
-    )
-    with pytest.raises(UserError, match="learning_rate=nan: must be a finite number, at least 0"):
-        check_number("learning_rate", float("nan"))
+    most = "1,000,000,000,000"
+    for name, value, words in (
+        ("learning_rate", math.nan, "a finite number of at least 0"),
+        ("tokens_per_step", 0, f"a whole number from 1 to {most}"),
+        ("warmup_steps", -1, f"a share of the run between 0 and 1, or a whole number from 0 to {most}"),
+        ("adam_beta1", 1.0, "at least 0 and below 1"),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_number(name, value)
+        assert str(caught.value) == f"{name}={value}: must be {words}"
 
 
 def test_every_range_holds_something() -> None:

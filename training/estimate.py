@@ -7,8 +7,8 @@ from .config.recipe import Recipe, load_recipe
 from .costs import SHARDED, Estimate, estimate_recipe
 from .model.hardware import GPUS
 from .model.precision import fit_precision
-from .system.errors import FlagParser, run_main, unknown
-from .system.ranges import check_numbers
+from .system.errors import run_main, unknown
+from .system.flags import FlagParser, check_number
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mfu", type=float, default=0.3)
     parser.add_argument("--sharding", default="none")
     flags, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    check_numbers(flags)
+    for name, value in vars(flags).items():
+        check_number(name, value)
     if flags.gpu not in GPUS:
         raise unknown("gpu", flags.gpu, GPUS)
     if flags.sharding not in SHARDED:

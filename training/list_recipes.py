@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from training.system.errors import FlagParser, run_main, unknown
+from training.system.errors import run_main, unknown
+from training.system.flags import FlagParser
 
 RECIPES = Path(__file__).parent / "recipes"
 FINETUNING = Path(__file__).parent.parent / "finetune" / "recipes"

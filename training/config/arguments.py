@@ -12,7 +12,6 @@ from ..model.compiling import plan_compilation
 from ..model.optimizers import OPTIMIZERS
 from ..model.precision import ACCELERATE, choose
 from ..system.errors import UserError
-from ..system.ranges import check_numbers
 from .choices import RISING, check_choices, check_names, check_needs, check_schedule, settle_metric
 from .fields import refuse_other_values
 from .publishing import check_hub_arguments, check_language, check_license
@@ -22,7 +21,7 @@ def _none() -> list[str]:
     return ["none"]
 
 
-def _say(help_text: str, default=None, **kwargs):
+def help_field(help_text: str, default=None, **kwargs):
     kwargs = kwargs or {"default": default}
     return field(metadata={"help": help_text}, **kwargs)
 
@@ -31,36 +30,41 @@ def _say(help_text: str, default=None, **kwargs):
 class DataArguments:
     """Where the text comes from, how it becomes tokens and which part of it validates."""
 
-    text_files: list[str] = _say(
+    text_files: list[str] = help_field(
         "Text files, folders, globs or http(s) addresses; a file is a document.", default_factory=list
     )
-    data_files: list[str] = _say(
+    data_files: list[str] = help_field(
         "JSON, CSV, parquet or arrow files, globs or addresses, compressed or not.", default_factory=list
     )
-    dataset: str | None = _say("A Hub data set id, a local directory of one, or python-stdlib (no download).")
-    dataset_config: str | None = _say("Configuration of the Hub data set.")
-    dataset_split: str = _say("Split of the Hub data set.", "train")
-    text_column: str = _say("The column that holds the text.", "text")
-    streaming: bool = _say(
+    dataset: str | None = help_field("A Hub data set id, a local directory of one, or python-stdlib (no download).")
+    dataset_config: str | None = help_field("Configuration of the Hub data set.")
+    dataset_split: str = help_field("Split of the Hub data set.", "train")
+    text_column: str = help_field("The column that holds the text.", "text")
+    streaming: bool = help_field(
         "Prepare nothing: text becomes tokens as training goes (acorn prepare: copy nothing from the Hub).", False
     )
-    mixture: list[dict] = _say(
+    mixture: list[dict] = help_field(
         "Several sources, each with the keys above and a weight (in a recipe file).", default_factory=list
     )
-    tokenizer: str = _say("byte, char, bpe, or any Hugging Face tokenizer by id or path.", "byte")
-    tokenizer_vocab_size: int | None = _say("Vocabulary size of a bpe tokenizer trained on the text [4096 or fewer].")
-    validation_fraction: float = _say("Share of the text, or of the documents, that validates.", 0.1)
-    validation_by: str = _say("position (the end of the text) or documents (a seeded choice).", "position")
-    validation_seed: int = _say("Seed of the choice of documents.", 2357)
-    validation_characters: int | None = _say("With --streaming: so many, the first of the text, validate [200000].")
-    data_dir: str | None = _say("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
-    shard_size: int = _say("Tokens a shard file.", 100_000_000)
-    num_proc: int = _say("Processes that tokenise; 1 is this one, with the tokenizer's own threads.", 1)
-    on_bad_file: str = _say("A file or row that cannot be read: stop, or skip (what could be read is kept).", "stop")
-    sampling: str = _say("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
+    tokenizer: str = help_field("byte, char, bpe, or any Hugging Face tokenizer by id or path.", "byte")
+    tokenizer_vocab_size: int | None = help_field(
+        "Vocabulary size of a bpe tokenizer trained on the text [4096 or fewer]."
+    )
+    validation_fraction: float = help_field("Share of the text, or of the documents, that validates.", 0.1)
+    validation_by: str = help_field("position (the end of the text) or documents (a seeded choice).", "position")
+    validation_seed: int = help_field("Seed of the choice of documents.", 2357)
+    validation_characters: int | None = help_field(
+        "With --streaming: so many, the first of the text, validate [200000]."
+    )
+    data_dir: str | None = help_field("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
+    shard_size: int = help_field("Tokens a shard file.", 100_000_000)
+    num_proc: int = help_field("Processes that tokenise; 1 is this one, with the tokenizer's own threads.", 1)
+    on_bad_file: str = help_field(
+        "A file or row that cannot be read: stop, or skip (what could be read is kept).", "stop"
+    )
+    sampling: str = help_field("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
 
     def __post_init__(self):
-        check_numbers(self)
         check_names(self)
 
 
@@ -68,23 +72,22 @@ class DataArguments:
 class SampleArguments:
     """What is written at the end of a run, and at each evaluation if `sample_during_training`."""
 
-    prompt: str = _say("Text that the sample continues.", "\n")
-    max_new_tokens: int = _say("Length of the sample in tokens; 0 writes none.", 300)
-    temperature: float = _say("Below one is safer, above one is wilder; 0 is greedy.", 0.8)
-    top_k: int | None = _say("Sample among the k likeliest tokens.", 200)
-    top_p: float | None = _say("Sample among the likeliest tokens that hold this probability.")
-    sample_during_training: bool = _say("Also write a sample at each evaluation.", False)
-
-    def __post_init__(self):
-        check_numbers(self)
+    prompt: str = help_field("Text that the sample continues.", "\n")
+    max_new_tokens: int = help_field("Length of the sample in tokens; 0 writes none.", 300)
+    temperature: float = help_field("Below one is safer, above one is wilder; 0 is greedy.", 0.8)
+    top_k: int | None = help_field("Sample among the k likeliest tokens.", 200)
+    top_p: float | None = help_field("Sample among the likeliest tokens that hold this probability.")
+    sample_during_training: bool = help_field("Also write a sample at each evaluation.", False)
 
 
 @dataclass
 class CardArguments:
     """What the model card cannot know by itself."""
 
-    license: str | None = _say("Licence of the weights, by its Hub name, such as apache-2.0 (default: none chosen).")
-    language: list[str] = _say("ISO 639 codes of the text, such as en; `code` for code.", default_factory=list)
+    license: str | None = help_field(
+        "Licence of the weights, by its Hub name, such as apache-2.0 (default: none chosen)."
+    )
+    language: list[str] = help_field("ISO 639 codes of the text, such as en; `code` for code.", default_factory=list)
 
     def __post_init__(self):
         check_license(self.license)
@@ -98,66 +101,73 @@ _CHECKPOINTING = [(f"activation{name}", f"gradient{name}") for name in ("_checkp
 class GPTTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with nanoGPT's defaults, its overheads off, and a few fields more."""
 
-    optimizer: str = _say(f"One of {', '.join(OPTIMIZERS)}.", "adamw")
-    muon_learning_rate: float = _say("Learning rate of the hidden matrices under muon.", 0.02)
-    muon_momentum: float = _say("Momentum of the hidden matrices under muon.", 0.95)
-    early_stopping_patience: int | None = _say("Stop after so many evaluations without a better validation loss.")
-    precision: str = _say("auto (bf16 where the device multiplies it natively, else fp32), fp32, bf16 or fp16.", "auto")
-    force_precision: bool = _say("Take the precision asked for even where the device only emulates it.", False)
-    bf16: bool | None = _say("The same as --precision bf16; false: as fp32.")
-    fp16: bool | None = _say("The same as --precision fp16.")
-    compile_scope: str = _say("With --torch_compile: blocks (quick to compile) or model.", "blocks")
-    peak_flops: float | None = _say("Peak FLOP/s of the device, for MFU (known GPUs need none).")
+    optimizer: str = help_field(f"One of {', '.join(OPTIMIZERS)}.", "adamw")
+    muon_learning_rate: float = help_field("Learning rate of the hidden matrices under muon.", 0.02)
+    muon_momentum: float = help_field("Momentum of the hidden matrices under muon.", 0.95)
+    early_stopping_patience: int | None = help_field("Stop after so many evaluations without a better validation loss.")
+    precision: str = help_field(
+        "auto (bf16 where the device multiplies it natively, else fp32), fp32, bf16 or fp16.", "auto"
+    )
+    force_precision: bool = help_field("Take the precision asked for even where the device only emulates it.", False)
+    bf16: bool | None = help_field("The same as --precision bf16; false: as fp32.")
+    fp16: bool | None = help_field("The same as --precision fp16.")
+    compile_scope: str = help_field("With --torch_compile: blocks (quick to compile) or model.", "blocks")
+    peak_flops: float | None = help_field("Peak FLOP/s of the device, for MFU (known GPUs need none).")
 
-    tokens_per_step: int | None = _say(
+    tokens_per_step: int | None = help_field(
         "Tokens of one optimizer step, over all processes; gradient accumulation follows from it."
     )
-    per_device_train_batch_size: int = _say("Windows a micro-batch and process.", 12)
-    per_device_eval_batch_size: int = _say("Windows an evaluation batch and process.", 32)
-    max_steps: int = _say("Optimizer steps; -1 takes num_train_epochs passes over the text.", -1)
-    num_train_epochs: float = _say("Passes over the text when max_steps is -1.", 1.0)
-    learning_rate: float = _say("Peak learning rate of AdamW.", 6e-4)
-    lr_scheduler_type: str = _say(
+    per_device_train_batch_size: int = help_field("Windows a micro-batch and process.", 12)
+    per_device_eval_batch_size: int = help_field("Windows an evaluation batch and process.", 32)
+    max_steps: int = help_field("Optimizer steps; -1 takes num_train_epochs passes over the text.", -1)
+    num_train_epochs: float = help_field("Passes over the text when max_steps is -1.", 1.0)
+    learning_rate: float = help_field("Peak learning rate of AdamW.", 6e-4)
+    lr_scheduler_type: str = help_field(
         "cosine_with_min_lr, warmup_stable_decay, constant_with_warmup, or another of transformers' schedules.",
         "cosine_with_min_lr",
     )
-    warmup_steps: float = _say("Steps (or, below one, the share of steps) of linear warm-up.", 100)
-    weight_decay: float = _say("Decay of matrices (under muon: of the hidden ones).", 0.1)
-    adam_beta2: float = _say("AdamW's second beta.", 0.95)
-    max_grad_norm: float = _say("Gradients are clipped to this norm; 0 clips nothing.", 1.0)
-    eval_strategy: str = _say("steps, epoch (passes over the text) or no.", "steps")
-    eval_steps: float | None = _say("Steps between evaluations.", 250)
-    save_strategy: str = _say("steps, epoch, best or no.", "steps")
-    save_steps: float | None = _say("Steps between checkpoints (default: eval_steps).")
-    save_total_limit: int | None = _say("Checkpoints kept; the best and the last are never removed.", 2)
-    logging_steps: float | None = _say("Steps between updates of the loss shown (default: a tenth of eval_steps).")
-    seed: int = _say("Seed of initialisation, data order and dropout.", 1337)
-    metric_for_best_model: str | None = _say(f"What the best is best at: {', '.join(RISING)}.", "loss")
-    greater_is_better: bool | None = _say("Whether more of it is better (default: as the metric is).")
-    report_to: list[str] = _say(
+    warmup_steps: float = help_field("Steps (or, below one, the share of steps) of linear warm-up.", 100)
+    weight_decay: float = help_field("Decay of matrices (under muon: of the hidden ones).", 0.1)
+    adam_beta2: float = help_field("AdamW's second beta.", 0.95)
+    max_grad_norm: float = help_field("Gradients are clipped to this norm; 0 clips nothing.", 1.0)
+    eval_strategy: str = help_field("steps, epoch (passes over the text) or no.", "steps")
+    eval_steps: float | None = help_field("Steps between evaluations.", 250)
+    save_strategy: str = help_field("steps, epoch, best or no.", "steps")
+    save_steps: float | None = help_field("Steps between checkpoints (default: eval_steps).")
+    save_total_limit: int | None = help_field("Checkpoints kept; the best and the last are never removed.", 2)
+    logging_steps: float | None = help_field(
+        "Steps between updates of the loss shown (default: a tenth of eval_steps)."
+    )
+    seed: int = help_field("Seed of initialisation, data order and dropout.", 1337)
+    metric_for_best_model: str | None = help_field(f"What the best is best at: {', '.join(RISING)}.", "loss")
+    greater_is_better: bool | None = help_field("Whether more of it is better (default: as the metric is).")
+    report_to: list[str] = help_field(
         "Trackers, such as tensorboard; none, or all that are installed.", default_factory=_none
     )
-    debug: list[str] = _say("underflow_overflow looks at every activation.", default_factory=list)
-    lr_scheduler_kwargs: dict | None = _say("Settings of the schedule, such as {min_lr_rate: 0.1}.")
-    activation_checkpointing: bool | None = _say("Compute activations again in the backward pass, to save memory.")
-    activation_checkpointing_kwargs: dict | None = _say("Settings of it, such as {use_reentrant: false}.")
-    gradient_checkpointing: bool | None = _say("The name that activation_checkpointing had before transformers 5.23.")
-    gradient_checkpointing_kwargs: dict | None = _say("As activation_checkpointing_kwargs.")
-    do_train: bool = _say("Training is what it does.", True)
-    optim: str = _say("transformers' name of AdamW; `optimizer` decides.", "adamw_torch_fused")
-    logging_nan_inf_filter: bool = _say("transformers' replacement of NaN losses; Acorn stops instead.", False)
-    log_level_replica: str = _say("What other processes than the first say.", "error")
-    remove_unused_columns: bool = _say("Rows have only what the model takes.", False)
-    ignore_data_skip: bool = _say("The data position is computed, not replayed.", True)
-    ddp_find_unused_parameters: bool | None = _say("Every parameter is used.", False)
-    prediction_loss_only: bool = _say("Logits are never gathered.", True)
-    dataloader_drop_last: bool = _say("Every micro-batch is whole.", True)
+    debug: list[str] = help_field("underflow_overflow looks at every activation.", default_factory=list)
+    lr_scheduler_kwargs: dict | None = help_field("Settings of the schedule, such as {min_lr_rate: 0.1}.")
+    activation_checkpointing: bool | None = help_field(
+        "Compute activations again in the backward pass, to save memory."
+    )
+    activation_checkpointing_kwargs: dict | None = help_field("Settings of it, such as {use_reentrant: false}.")
+    gradient_checkpointing: bool | None = help_field(
+        "The name that activation_checkpointing had before transformers 5.23."
+    )
+    gradient_checkpointing_kwargs: dict | None = help_field("As activation_checkpointing_kwargs.")
+    do_train: bool = help_field("Training is what it does.", True)
+    optim: str = help_field("transformers' name of AdamW; `optimizer` decides.", "adamw_torch_fused")
+    logging_nan_inf_filter: bool = help_field("transformers' replacement of NaN losses; Acorn stops instead.", False)
+    log_level_replica: str = help_field("What other processes than the first say.", "error")
+    remove_unused_columns: bool = help_field("Rows have only what the model takes.", False)
+    ignore_data_skip: bool = help_field("The data position is computed, not replayed.", True)
+    ddp_find_unused_parameters: bool | None = help_field("Every parameter is used.", False)
+    prediction_loss_only: bool = help_field("Logits are never gathered.", True)
+    dataloader_drop_last: bool = help_field("Every micro-batch is whole.", True)
 
     def __post_init__(self):
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ["none"])
         check_hub_arguments(self)
         refuse_other_values(self)
-        check_numbers(self)
         settle_metric(self)
         check_choices(self)
         check_needs(self, {f.name: f.default for f in fields(self)})

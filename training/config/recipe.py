@@ -17,9 +17,9 @@ from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from ..model.precision import KEYS as PRECISION_KEYS
 from ..system.addresses import each_text, public_name, public_text
 from ..system.distributed import check_launch, check_partitions
-from ..system.errors import UserError, one_line, refuse_broken_text, unknown
+from ..system.errors import UserError, one_line, unknown
 from ..system.files import check_hash, write_with_hash
-from ..system.ranges import check_number
+from ..system.flags import check_number, refuse_broken_text
 from ..system.shell import shell
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .choices import NEEDS, RISING
@@ -242,7 +242,7 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe
     if key == "preset" and value not in PRESETS:
         raise unknown("preset", value, PRESETS)
     value = coerce(key, value, keys[section][key])
-    check_number(_one_name(key), value, key)
+    check_number(_one_name(key), value)
     refuse_ambiguous(key, value)
     if (value == "" and key in ("output_dir", "data_dir")) or (isinstance(value, str) and "\0" in value):
         raise UserError(f"{key}={value!r}: is not a path; give one, or leave it out")

@@ -18,7 +18,8 @@ from types import SimpleNamespace
 
 from ..data.sources import PYTHON_STDLIB, SOURCE_DEFAULTS, read_documents
 from ..data.tokenizers import load_tokenizer
-from ..system.errors import FlagParser, UserError, run_main, unknown
+from ..system.errors import UserError, run_main, unknown
+from ..system.flags import FlagParser
 from ..system.shell import shell
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -10,7 +10,7 @@ from transformers.generation import BaseStreamer, GenerationConfig
 from ..data.encoding import THE_PROMPT, encode_documents
 from ..data.tokenizers import begin_ids
 from ..system.errors import UserError, one_line
-from ..system.ranges import check_number
+from ..system.flags import check_number
 from .hardware import context_of
 
 # ---- from text to ids and back

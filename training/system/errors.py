@@ -1,6 +1,5 @@
 """The line between a person's mistake (one line, no traceback) and a bug (a traceback)."""
 
-import argparse
 import difflib
 import functools
 import os
@@ -25,37 +24,7 @@ DISK_FULL = (
 
 # Memory that is used up, as torch's allocators tell it: of CPUs, and of GPUs.
 MEMORY_FULL = ("can't allocate memory", "not enough memory", "out of memory", "Unable to allocate")
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse whose refusals are one line, and which guesses no flag from its beginning."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):
-        """As in argparse, but a flag that is given twice is refused: the last one would win in silence."""
-        args = sys.argv[1:] if args is None else args
-        refuse_broken_text(args)
-        words = [word.partition("=")[0] for word in args]
-        twice = [word for word in words if words.count(word) > 1 and self._is_single(word)]
-        if twice:
-            self.error(f"{twice[0]} is given twice; give it once")
-        return super().parse_known_args(args, namespace)
-
-    def _is_single(self, word: str) -> bool:
-        action = self._option_string_actions.get(word)
-        return action is not None and action.nargs != 0 and not isinstance(action, argparse._AppendAction)
-
-    def error(self, message: str):
-        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
-
-
-def refuse_broken_text(words: Iterable[str]) -> None:
-    """Refuse words of a command line that are not UTF-8: no tokenizer and no recipe could hold them."""
-    for word in words:
-        if not word.isascii() and word.encode("utf-8", "replace") != word.encode("utf-8", "surrogatepass"):
-            raise UserError(f"{word!a}: is not UTF-8; write it so, or put a prompt into a file: FILE:path")
+FEW = 8  # names that an error lists beside the nearest one
 
 
 class UserError(Exception):
@@ -73,11 +42,13 @@ class LostProcess(UserError):
 
 
 def unknown(what: str, value: object, known: Iterable[str], mend: str = "") -> UserError:
-    """Say that `value` is none of the `known` names of `what`, naming its nearest neighbour, or else all of them."""
+    """Say that `value` is none of the `known` names of `what`: the nearest one, and all where they are few."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names) or 'nothing: there are none'}."
-    return UserError(f"unknown {what} {str(value)!r}: {advice} {mend}".rstrip())
+    advice = [f"did you mean {near[0]!r}?"] if near else []
+    if len(names) <= FEW or not (near or mend):
+        advice.append(f"choose from {', '.join(names)}." if names else "there are none.")
+    return UserError(" ".join([f"unknown {what} {str(value)!r}:", *advice, *([mend] if mend else [])]))
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,135 @@
+"""Command-line flags: the parser of every verb, and the valid range of every number (of recipes and calls, too)."""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .errors import UserError, unknown
+
+
+class Range(NamedTuple):
+    """The numbers that a field takes: in words, and as a test that NaN does not pass."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+MOST = 10**12  # the largest count; beyond it products of counts leave 64 bits
+
+
+def _whole(low: int, high: int = MOST) -> Range:
+    return Range(f"a whole number from {low} to {high:,}", lambda n: low <= n <= high and n == int(n))
+
+
+def _or(words: str, holds: Callable[[float], bool], other: Range) -> Range:
+    return Range(f"{words}, or {other.words}", lambda n: holds(n) or other.holds(n))
+
+
+def _or_share(steps: Range) -> Range:
+    return _or("a share of the run between 0 and 1", lambda n: 0 < n < 1, steps)
+
+
+_RANGES = {
+    "max_steps": _or("-1", lambda n: n == -1, _whole(1)),
+    "eval_steps save_steps logging_steps": _or_share(_whole(1)),
+    "warmup_steps": _or_share(_whole(0)),
+    "seed data_seed validation_seed": _whole(0, 2**32 - 1),
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps tokens_per_step": _whole(1),
+    "save_total_limit early_stopping_patience dataloader_prefetch_factor torch_empty_cache_steps": _whole(1),
+    "shard_size validation_characters tokenizer_vocab_size block_size num_virtual_tokens": _whole(1),
+    "ddp_timeout ddp_bucket_cap_mb": _whole(1, 10**9),
+    "num_train_epochs peak_flops lora_alpha loraplus_lr_ratio": Range(
+        "a finite number above 0", lambda x: 0 < x < math.inf
+    ),
+    "learning_rate muon_learning_rate weight_decay max_grad_norm adam_epsilon eval_delay": Range(
+        "a finite number of at least 0", lambda x: 0 <= x < math.inf
+    ),
+    "adam_beta1 adam_beta2 muon_momentum lora_dropout label_smoothing_factor": Range(
+        "at least 0 and below 1", lambda x: 0 <= x < 1
+    ),
+    "validation_fraction": Range("above 0 and below 1", lambda x: 0 < x < 1),
+    "mfu top_p": Range("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "dataloader_num_workers": _whole(0, 1024),
+    "num_proc": _whole(1, 1024),
+    "num_gpus": _whole(1, 10**6),
+    "num_samples": _whole(1, 10_000),
+    "max_new_tokens top_k": _whole(0),
+    # logits divided by less, or multiplied by more, leave float32
+    "temperature": Range("0, or a finite number of at least 1e-30", lambda x: x == 0 or 1e-30 <= x < math.inf),
+    "repetition_penalty": Range("from 0.01 to 100", lambda x: 0.01 <= x <= 100),
+    "r": _whole(1, 2**20),
+    # of the model GPTConfig knows the low end; more layers than these would not even be counted in a minute
+    "num_hidden_layers": Range("at most 10,000", lambda n: n <= 10_000),
+    "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size "
+    "max_position_embeddings sliding_window": Range(f"at most {MOST:,}", lambda n: n <= MOST),
+}
+RANGES = {name: range_ for names, range_ in _RANGES.items() for name in names.split()}
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse a number outside the range of the field `name`, and infinity and NaN in any field."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        range_ = RANGES.get(name, Range("a finite number", math.isfinite))
+        if not range_.holds(value):
+            raise UserError(f"{name}={value}: must be {range_.words}")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A flag's name, then its help; no placeholder for its value."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return ", ".join(action.option_strings) or super()._format_action_invocation(action)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose refusals are one line: flags by their whole name, each given once, and numbers in their range."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter} | kwargs)
+        self._negative_number_matcher = re.compile("-(?!-)")  # a value may begin with one dash: `--prompt -x`
+
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse, but a flag that is given twice is refused: the last one would win in silence."""
+        args = sys.argv[1:] if args is None else list(args)
+        refuse_broken_text(args)
+        words = [word.partition("=")[0] for word in args]
+        for word in words:
+            action = self._option_string_actions.get(word)
+            if (
+                words.count(word) > 1
+                and action
+                and action.nargs != 0
+                and not isinstance(action, argparse._AppendAction)
+            ):
+                raise UserError(f"{word} is given twice; give it once")
+        flags, rest = super().parse_known_args(args, namespace)
+        if rest and rest[0].startswith("--"):
+            raise unknown("flag", rest[0].partition("=")[0], self._option_string_actions, self._see_help())
+        if rest:
+            raise UserError(f"{rest[0]!r} is not a flag; flags are written --name value")
+        for name, value in vars(flags).items():
+            check_number(name, value)
+        return flags
+
+    def _takes_one(self, word: str) -> bool:
+        action = self._option_string_actions.get(word)
+        return action is not None and action.nargs != 0 and not isinstance(action, argparse._AppendAction)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; {self._see_help()}")
+
+    def _see_help(self) -> str:
+        return f"`{self.prog} --help` lists the flags."
+
+
+def refuse_broken_text(words: list[str]) -> None:
+    """Refuse words of a command line that are not UTF-8: no tokenizer and no recipe could hold them."""
+    for word in words:
+        if not word.isascii() and word.encode("utf-8", "replace") != word.encode("utf-8", "surrogatepass"):
+            raise UserError(f"{word!a}: is not UTF-8; write it so, or put a prompt into a file: FILE:path")
