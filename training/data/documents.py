@@ -14,8 +14,8 @@ from .rows import (
     Row,
     bad_file_errors,
     format_of,
-    is_named_as_table,
     missing_column,
+    named_format,
     open_parquet,
     read_rows,
     text_of,
@@ -156,7 +156,7 @@ class Tables(Source):
     @cached_property
     def files(self) -> Files:
         """Return (name, local path) of each file, and refuse what is no table."""
-        files = find_files("data_files", self.data.data_files, lambda path: is_named_as_table(path.name), "table")
+        files = find_files("data_files", self.data.data_files, lambda path: bool(named_format(path.name)), "table")
         for name, path in files:
             if not path.stat().st_size:
                 raise UserError(f"data_files={name!r}: the file is empty; name one with rows in it")

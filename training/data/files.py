@@ -67,36 +67,34 @@ def find_files(field: str, entries: list[str] | str, is_wanted: Callable[[Path],
     """
     found: dict[Path, str] = {}
     for entry in [entries] if isinstance(entries, str) else entries:
-        _refuse_no_path(field, entry)
+        if not isinstance(entry, str) or not entry.strip():
+            raise UserError(f"{field}={entry!r}: does not name a file; give one, or leave it out")
         if is_address(entry):
             found.setdefault(download(field, entry), public_name(entry))
             continue
-        paths = _files_below(field, Path(entry), is_wanted, what) if Path(entry).is_dir() else _matches(field, entry)
-        for path in paths:
+        for path in _local_files(field, entry, is_wanted, what):
             found.setdefault(path, str(path))
     return [(name, path) for path, name in found.items()]
 
 
-def _refuse_no_path(field: str, entry: str) -> None:
-    if not isinstance(entry, str) or not entry.strip():
-        raise UserError(f"{field}={entry!r}: does not name a file; give one, or leave it out")
+def _local_files(field: str, entry: str, is_wanted: Callable[[Path], bool], what: str) -> list[Path]:
+    """Return the file of that name, those of the folder, or those that match it as a glob; ** matches at any depth."""
+    path = Path(entry)
     try:
-        with suppress(FileNotFoundError, NotADirectoryError):  # a pattern, or what `_matches` refuses
-            os.stat(entry if not is_address(entry) else os.curdir)
+        with suppress(FileNotFoundError, NotADirectoryError):  # it may be a pattern
+            path.stat()
     except (OSError, ValueError) as error:
         raise UserError(f"{field}={entry[:100]!r}: {getattr(error, 'strerror', error)}; check the path") from error
-
-
-def _matches(field: str, entry: str) -> list[Path]:
-    """Return the file of that name, or else the files that match the name as a glob; ** matches at any depth."""
-    if Path(entry).is_file():
-        return [Path(entry)]
+    if path.is_dir():
+        return _files_below(field, path, is_wanted, what)
+    if path.is_file():
+        return [path]
     if not glob.has_magic(entry):
         raise UserError(f"{field}={entry!r}: there is no such file; check the path (it is taken from {Path.cwd()})")
-    matches = sorted(path for path in glob.glob(entry, recursive=True) if Path(path).is_file())
+    matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if Path(match).is_file()]
     if not matches:
         raise UserError(f"{field}={entry!r}: the pattern matches no file; check it, and quote it in the shell")
-    return [Path(path) for path in matches]
+    return matches
 
 
 def _files_below(field: str, folder: Path, is_wanted: Callable[[Path], bool], what: str) -> list[Path]:

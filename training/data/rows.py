@@ -5,6 +5,7 @@ not of the table's shape is one bad row, and the rows after it are read.
 """
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -33,19 +34,15 @@ class Row(NamedTuple):
     why_bad: str = ""
 
 
-# (path, name, the columns that are wanted or None for all, the first row that is wanted) -> rows
-Reader = Callable[[Path, str, list[str] | None, int], Iterator[Row]]
-
-
-def is_named_as_table(name: str) -> bool:
-    """Say whether a file's name ends as a table's, compressed or not."""
-    return Path(without_compression(name)).suffix.lower() in ENDINGS
+def named_format(name: str) -> str | None:
+    """Return the format that a file's name ends as, compressed or not; None for no table's."""
+    return ENDINGS.get(Path(without_compression(name)).suffix.lower())
 
 
 def format_of(path: Path, name: str) -> str | None:
     """Return the format of a table's file, by the ending of its name or else by its first bytes; None for no table."""
-    if is_named_as_table(name):
-        return ENDINGS[Path(without_compression(name)).suffix.lower()]
+    if named := named_format(name):
+        return named
     try:
         with open_bytes(path) as file:
             head = file.read(1024)
@@ -60,10 +57,8 @@ def read_rows(path: Path, name: str, columns: list[str] | None = None, first: in
 
     Raises UserError for a column that the table lacks, and one of `bad_file_errors` where the file cannot be read on.
     """
-    kind = format_of(path, name)
-    checked = [] if columns is None else columns
-    for row in READERS[kind](path, name, columns, first):
-        missing = [] if row.why_bad else [column for column in checked if column not in row.values]
+    for row in READERS[format_of(path, name)](path, name, columns, first):
+        missing = [] if row.why_bad else [column for column in columns or () if column not in row.values]
         if missing and row.number == 0:
             raise missing_column(missing[0], name, row.values)
         yield row._replace(why_bad=f"has no column {missing[0]!r}") if missing else row
@@ -84,7 +79,7 @@ def bad_file_errors() -> tuple[type[Exception], ...]:
 # --- text: JSON and CSV -----------------------------------------------------------------------------------------------
 
 
-def _open_text(path: Path, newline: str | None) -> io.TextIOWrapper:
+def _open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     """Open as UTF-8 without its byte-order mark; bytes that are none become lone surrogates, to be refused by row."""
     return io.TextIOWrapper(
         io.BufferedReader(open_bytes(path)), encoding="utf-8-sig", errors="surrogateescape", newline=newline
@@ -93,63 +88,48 @@ def _open_text(path: Path, newline: str | None) -> io.TextIOWrapper:
 
 def _json_rows(path: Path, name: str, columns: list[str] | None, first: int) -> Iterator[Row]:
     """Yield the objects of a file: one a line, or one list of them, or a single one over several lines."""
-    if _is_one_value(path):
-        yield from _json_whole(path, first)
-        return
-    number = -1
-    with _open_text(path, newline=None) as file:
-        for line_number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            number += 1
+    with _open_text(path) as file:
+        if _is_one_value(path):
+            content, why = _parse_json(file.read())
+            if why:
+                raise ValueError(f"it {why}")
+            entries = content if isinstance(content, list) else [content]
+            for number, entry in enumerate(entries[first:], start=first):
+                yield _json_row(number, f"entry {number + 1}", entry)
+            return
+        lines = ((line_number, line) for line_number, line in enumerate(file, 1) if line.strip())
+        for number, (line_number, line) in enumerate(lines):
             if number >= first:
-                yield _json_row(number, f"line {line_number}", line)
+                yield _json_row(number, f"line {line_number}", *_parse_json(line))
 
 
 def _is_one_value(path: Path) -> bool:
     """Say whether a file holds one list, or one object over several lines; else it has an object a line."""
-    with _open_text(path, newline=None) as file:
-        start = file.read(1024).lstrip()
-    if not start.startswith("{"):
-        return start.startswith("[")
-    with _open_text(path, newline=None) as file:
-        line = next(line for line in file if line.strip()).rstrip()
+    with _open_text(path) as file:
+        line = next((line for line in file if line.strip()), "").strip()
+    if not line.startswith("{"):
+        return line.startswith("[")
     try:
         json.loads(line)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(line)
-    except (ValueError, RecursionError):
-        return False
+    except (ValueError, RecursionError) as error:
+        return getattr(error, "pos", 0) >= len(line)
     return False
 
 
-def _json_row(number: int, place: str, line: str) -> Row:
+def _parse_json(text: str) -> tuple[Any, str]:
+    """Return (value, why there is none)."""
     try:
-        return _as_row(number, place, json.loads(line))
+        return json.loads(text), ""
     except RecursionError:
-        return Row(number, place, {}, "is nested too deeply")
+        return None, "is nested too deeply"
     except ValueError as error:
-        return Row(number, place, {}, _what_is_wrong(line) or f"is not JSON ({error})")
+        return None, _what_is_wrong(text) or f"is not JSON ({error})"
 
 
-def _as_row(number: int, place: str, value: Any) -> Row:
-    if not isinstance(value, dict):
-        return Row(number, place, {}, f"holds {type(value).__name__}, not an object with columns")
-    return Row(number, place, value)
-
-
-def _json_whole(path: Path, first: int) -> Iterator[Row]:
-    with _open_text(path, newline=None) as file:
-        text = file.read()
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(_what_is_wrong(text) or f"it is not JSON: {error}") from error
-    entries = content if isinstance(content, list) else [content]
-    for number, entry in enumerate(entries[first:], start=first):
-        yield _as_row(number, f"entry {number + 1}", entry)
+def _json_row(number: int, place: str, value: Any, why: str = "") -> Row:
+    if not why and not isinstance(value, dict):
+        why = f"holds {type(value).__name__}, not an object with columns"
+    return Row(number, place, {} if why else value, why)
 
 
 def _csv_rows(path: Path, name: str, columns: list[str] | None, first: int, delimiter: str = ",") -> Iterator[Row]:
@@ -176,10 +156,6 @@ def _csv_rows(path: Path, name: str, columns: list[str] | None, first: int, deli
                 why = f"has {len(cells)} cells, and the header has {len(header)}"
             if number >= first:
                 yield Row(number, f"line {line}", {} if why else dict(zip(header, cells, strict=True)), why)
-
-
-def _tsv_rows(path: Path, name: str, columns: list[str] | None, first: int) -> Iterator[Row]:
-    return _csv_rows(path, name, columns, first, delimiter="\t")
 
 
 def _what_is_wrong(text: str) -> str:
@@ -264,7 +240,7 @@ def _arrow_rows(path: Path, name: str, columns: list[str] | None, first: int) ->
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-        batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         start = 0
         for batch in batches:
             for at in range(0, len(batch), ROWS_AT_ONCE):
@@ -275,6 +251,11 @@ def _arrow_rows(path: Path, name: str, columns: list[str] | None, first: int) ->
                 start += len(few)
 
 
-READERS: dict[str, Reader] = {
-    "json": _json_rows, "csv": _csv_rows, "tsv": _tsv_rows, "parquet": _parquet_rows, "arrow": _arrow_rows,
-}  # fmt: skip
+# (path, name, the columns that are wanted or None for all, the first row that is wanted) -> rows
+READERS: dict[str, Callable[[Path, str, list[str] | None, int], Iterator[Row]]] = {
+    "json": _json_rows,
+    "csv": _csv_rows,
+    "tsv": functools.partial(_csv_rows, delimiter="\t"),
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+}

@@ -1,5 +1,6 @@
 """Where text comes from: the table of sources, mixtures of them, and what the rest of Acorn asks of them."""
 
+import bisect
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
@@ -136,7 +137,7 @@ class Mixture(Source):
         unfinished, draw = set(range(len(self.entries))), 0
         while unfinished:
             point = unit_hash("mixture", self.seed, draw)
-            drawn = next((index for index, bound in enumerate(bounds) if point < bound), len(bounds) - 1)
+            drawn = min(bisect.bisect_right(bounds, point), len(bounds) - 1)
             document, is_last = next(readers[drawn])
             yield document._replace(place=[draw])
             unfinished -= {drawn} if is_last else set()
