@@ -26,6 +26,7 @@ from training.model.loading import with_cache_names, without_warnings
 from training.model.precision import DTYPES
 from training.system.errors import UserError, one_line
 
+LINEAR = nn.Linear | Conv1D
 # (names of what is adapted, those of them that are the MLP's) for IA3: keys, values and the MLP's second layer.
 IA3_NAMES = (
     (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
@@ -53,10 +54,10 @@ class Adapter:
 # ---- what there is to adapt
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of the repeated blocks by its full name (GPT-2's Conv1D is one); the head is in no block."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    return {name: module for name, module in layers.items() if any(part.isdigit() for part in name.split("."))}
+def linear_layers(model: nn.Module) -> list[str]:
+    """The full names of the linear layers in the repeated blocks (GPT-2's Conv1D is one); the head is in no block."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+    return [name for name in layers if any(part.isdigit() for part in name.split("."))]
 
 
 def leaf(name: str) -> str:
@@ -65,21 +66,19 @@ def leaf(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def find_targets(wanted: list[str] | None, model: nn.Module) -> list[str]:
-    """The modules to adapt: those wanted, or every linear layer of the blocks; names that match nothing are refused."""
-    if wanted is None:
-        found = sorted({leaf(name) for name in linear_layers(model)})
-        if not found:
-            raise UserError("target_modules: the model has no linear layers in blocks; name some, or take adapter=full")
-        return found
-    refuse_unmatched("target_modules", wanted, model, nn.Linear | Conv1D | nn.Embedding)
-    refuse_tied_targets(wanted, model)
-    return wanted
-
-
-def names(wanted: str, module: str) -> bool:
+def matches(wanted: str, module: str) -> bool:
     """Whether a wanted name is that of a module, as PEFT reads it: the whole of it or its end."""
     return module == wanted or module.endswith(f".{wanted}")
+
+
+def refuse_unmatched(field: str, wanted: list[str], model: nn.Module, kinds=nn.Module) -> None:
+    """Raise a UserError that lists what there is, where a name matches no module of these kinds."""
+    known = [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
+    for name in wanted:
+        if not any(matches(name, module) for module in known):
+            raise UserError(
+                f"{field}={name!r}: matches nothing in this model; there are {', '.join(sorted(set(map(leaf, known))))}"
+            )
 
 
 def tied_pair(model: nn.Module) -> tuple[str, ...]:
@@ -91,24 +90,24 @@ def tied_pair(model: nn.Module) -> tuple[str, ...]:
     return tuple(known[id(module)] for module in pair)
 
 
-def refuse_tied_targets(wanted: list[str], model: nn.Module) -> None:
-    """Raise a UserError where a target is one of a tied pair: the adapter would change that one and not the other."""
+def find_targets(wanted: list[str] | None, model: nn.Module) -> list[str]:
+    """The modules to adapt: those wanted, or every linear layer of the blocks.
+
+    Refused are names that match nothing, and one of a tied pair: the adapter would change that one and not the other.
+    """
+    if wanted is None:
+        if not (found := sorted(set(map(leaf, linear_layers(model))))):
+            raise UserError("target_modules: the model has no linear layers in blocks; name some, or take adapter=full")
+        return found
+    refuse_unmatched("target_modules", wanted, model, LINEAR | nn.Embedding)
     pair = tied_pair(model)
     for target in wanted:
-        if any(names(target, name) for name in pair):
+        if any(matches(target, name) for name in pair):
             raise UserError(
                 f"target_modules={target!r}: {' and '.join(pair)} are one tensor, and an adapter on one leaves the "
                 f"other as it was; leave it out, or train them whole (adapter=lora, --modules_to_save {leaf(pair[0])})"
             )
-
-
-def refuse_unmatched(field: str, wanted: list[str], model: nn.Module, kinds) -> None:
-    """Raise a UserError that lists what there is, where a name matches no module of these kinds."""
-    known = [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
-    for name in wanted:
-        if not any(names(name, there) for there in known):
-            there = ", ".join(sorted({leaf(there) for there in known}))
-            raise UserError(f"{field}={name!r}: matches nothing in this model; there are {there}")
+    return wanted
 
 
 # ---- PEFT's configurations
@@ -116,36 +115,39 @@ def refuse_unmatched(field: str, wanted: list[str], model: nn.Module, kinds) -> 
 
 def lora(arguments, model: nn.Module, **variant) -> LoraConfig:
     """Low-rank updates of linear layers (arXiv 2106.09685); `variant` is what rsLoRA, DoRA and PiSSA switch on."""
-    targets = find_targets(arguments.target_modules, model)
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=arguments.r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        target_modules=find_targets(arguments.target_modules, model),
+        fan_in_fan_out=has_conv1d(model),
         **trained_whole(arguments, model),
         **variant,
     )
 
 
+def has_conv1d(model: nn.Module) -> bool:
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
 def trained_whole(arguments, model: nn.Module) -> dict:
     """PEFT's arguments for modules that are trained beside the adapter; either name of a tied pair trains the pair."""
     wanted, pair = arguments.modules_to_save or [], tied_pair(model)
-    refuse_unmatched("modules_to_save", wanted, model, nn.Module)
+    refuse_unmatched("modules_to_save", wanted, model)
+    both = " and ".join(pair)
     for name in wanted:
-        around = [f"{module}." for module, _ in model.named_modules() if module and names(name, module)]
-        if any(of_pair.startswith(tuple(around)) for of_pair in pair):
-            both = " and ".join(pair)
+        around = tuple(f"{module}." for module, _ in model.named_modules() if module and matches(name, module))
+        if any(of_pair.startswith(around) for of_pair in pair):
             raise UserError(f"modules_to_save={name!r}: holds one of {both}, which are one tensor; name parts of it")
-    tied = [name for name in wanted if any(names(name, of_pair) for of_pair in pair)]
+    tied = [name for name in wanted if any(matches(name, of_pair) for of_pair in pair)]
     if not tied:
         return {"modules_to_save": wanted} if wanted else {}
-    known = [leaf(name) for name in pair if leaf(name) in EMBEDDING_LAYER_NAMES]
+    known = [name for name in map(leaf, pair) if name in EMBEDDING_LAYER_NAMES]
     if arguments.adapter == "ia3" or not known:
         who = "ia3" if arguments.adapter == "ia3" else "PEFT, for such names,"
         raise UserError(
-            f"modules_to_save={tied[0]!r}: {' and '.join(pair)} are one tensor, and {who} cannot train them as one; "
+            f"modules_to_save={tied[0]!r}: {both} are one tensor, and {who} cannot train them as one; "
             "take adapter=full, or lora on a model that names them embed_tokens and lm_head"
         )
     return {"modules_to_save": [*(name for name in wanted if name not in tied), known[0]], "ensure_weight_tying": True}
@@ -153,44 +155,38 @@ def trained_whole(arguments, model: nn.Module) -> dict:
 
 def ia3(arguments, model: nn.Module) -> IA3Config:
     """Learned factors on keys, values and the MLP's hidden layer (arXiv 2205.05638)."""
-    targets, feedforward = arguments.target_modules, arguments.feedforward_modules
+    targets, feedforward = arguments.target_modules, arguments.feedforward_modules or []
     if targets is None:
         layers = linear_layers(model)
-        fitting = [
-            pair for pair in IA3_NAMES if all(any(names(target, layer) for layer in layers) for target in pair[0])
-        ]
+        fitting = [row for row in IA3_NAMES if all(any(matches(name, layer) for layer in layers) for name in row[0])]
         if not fitting:
-            there = ", ".join(sorted({leaf(layer) for layer in layers}))
             raise UserError(
                 "target_modules: name the keys, the values and the MLP's second layer, the last of them as "
-                f"--feedforward_modules too; there are {there}"
+                f"--feedforward_modules too; there are {', '.join(sorted(set(map(leaf, layers))))}"
             )
         targets, feedforward = fitting[0]
-    refuse_unmatched("target_modules", targets, model, nn.Linear | Conv1D)
-    refuse_tied_targets(targets, model)
-    if not set(feedforward or ()) <= set(targets):
+    find_targets(targets, model)
+    if not set(feedforward) <= set(targets):
         raise UserError(f"feedforward_modules={feedforward}: each must be among target_modules={targets}")
     return IA3Config(
         task_type=TaskType.CAUSAL_LM,
         target_modules=targets,
-        feedforward_modules=feedforward or [],
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        feedforward_modules=feedforward,
+        fan_in_fan_out=has_conv1d(model),
         **trained_whole(arguments, model),
     )
 
 
 def prompt(arguments, model: nn.Module) -> PromptTuningConfig:
     """Trained embeddings in front of the text (arXiv 2104.08691), started from the vocabulary or from a text."""
-    if arguments.prompt_tuning_init_text:
-        start = {
-            "prompt_tuning_init": "TEXT",
-            "prompt_tuning_init_text": arguments.prompt_tuning_init_text,
-            "tokenizer_name_or_path": model.config.name_or_path,
-        }
-    else:
-        start = {"prompt_tuning_init": "SAMPLE_VOCAB"}
-    virtual = arguments.num_virtual_tokens
-    return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=virtual, **start)
+    text = arguments.prompt_tuning_init_text or None
+    return PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=arguments.num_virtual_tokens,
+        prompt_tuning_init="TEXT" if text else "SAMPLE_VOCAB",
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=model.config.name_or_path if text else None,
+    )
 
 
 def prefix(arguments, model: nn.Module) -> PrefixTuningConfig:

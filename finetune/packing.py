@@ -4,7 +4,7 @@ transformers keeps documents apart where positions step back, as long as there i
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -157,36 +157,41 @@ def documents_of(tokens: np.ndarray, end_of_text: int, limit: int) -> list[Examp
 
 
 @torch.no_grad()
-def keeps_documents_apart(model: nn.Module, name: str, batch_size: int = 3, autocast=nullcontext) -> bool:
+def keeps_documents_apart(model: nn.Module, name: str, args=None) -> bool:
     """Whether `position_ids` that start anew hide one document from the next; changes one and looks at the other.
 
-    It is asked as it will be trained: where the model lies, with its attention, so many rows at once (flash attention
-    tells documents apart in single rows only) and in the precision of `autocast`. Raises UserError where later tokens
-    change earlier predictions: such a model is no causal LM.
+    With `args` it is asked as it will be trained: where the model will lie, with its attention, so many rows at once
+    (flash attention tells documents apart in single rows only) and in the run's precision. Raises UserError where later
+    tokens change earlier predictions: such a model is no causal LM.
     """
+    rows, autocast = (3, nullcontext) if args is None else place_as_trained(model, args)
     was_training = model.training
     model.eval()
     size = min(text_config(model.config).vocab_size, 1000)
-    drawn = torch.randint(5, max(6, size), (3, 2 * PROBED), generator=_generator())
+    drawn = torch.randint(5, max(6, size), (3, 2 * PROBED), generator=torch.Generator().manual_seed(0))
     ids = drawn[:1].repeat(3, 1)
     ids[1, :PROBED], ids[2, PROBED:] = drawn[1, :PROBED], drawn[2, PROBED:]  # another first, another second document
     ids = ids.to(next(model.parameters()).device)
     positions = torch.arange(PROBED, device=ids.device).repeat(2).expand(3, -1)
     with autocast():
-        plain = _logits(model, batch_size, input_ids=ids)
+        plain = _logits(model, rows, input_ids=ids)
         try:
-            packed = _logits(model, batch_size, input_ids=ids, position_ids=positions)
+            packed = _logits(model, rows, input_ids=ids, position_ids=positions)
         except TypeError:  # models with ALiBi take no positions
             packed = plain
     model.train(was_training)
     tolerance = 1e-5 if plain.dtype == torch.float32 and autocast is nullcontext else 1e-2
-    if not _same(plain[0, :PROBED], plain[2, :PROBED], tolerance):
+
+    def is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+        return bool((first - second).abs().max() <= tolerance * first.abs().max())
+
+    if not is_same(plain[0, :PROBED], plain[2, :PROBED]):
         raise UserError(f"model {name!r}: is not a causal language model: later tokens change its earlier predictions")
-    return _same(packed[0, PROBED:], packed[1, PROBED:], tolerance)
+    return is_same(packed[0, PROBED:], packed[1, PROBED:])
 
 
-def as_trained(model: nn.Module, args) -> dict:
-    """What `keeps_documents_apart` needs to know of the training that comes; the model goes to its device.
+def place_as_trained(model: nn.Module, args) -> tuple[int, Callable]:
+    """Move the model to its device, and return (rows at once, autocast) of the training that comes.
 
     Weights that will be shared out over devices stay where they are, unless their attention runs on a GPU alone.
     """
@@ -196,17 +201,9 @@ def as_trained(model: nn.Module, args) -> dict:
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     device = next(model.parameters()).device.type
     autocast = nullcontext if dtype is None else partial(torch.autocast, device, dtype)
-    return {"batch_size": max(args.train_batch_size, args.eval_batch_size), "autocast": autocast}
+    return max(args.train_batch_size, args.eval_batch_size), autocast
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _logits(model: nn.Module, batch_size: int, **inputs) -> torch.Tensor:
-    batches = zip(*(value.split(batch_size) for value in inputs.values()), strict=True)
+def _logits(model: nn.Module, rows: int, **inputs) -> torch.Tensor:
+    batches = zip(*(value.split(rows) for value in inputs.values()), strict=True)
     return torch.cat([model(**dict(zip(inputs, batch, strict=True)), use_cache=False).logits for batch in batches])
-
-
-def _same(first: torch.Tensor, second: torch.Tensor, tolerance: float) -> bool:
-    return bool((first - second).abs().max() <= tolerance * first.abs().max())

@@ -36,7 +36,7 @@ from training.system.files import read_json, write_whole
 from .adapters import attach, count_parameters, quantization, virtual_tokens
 from .arguments import FinetuneRecipe
 from .data import Examples, read_data
-from .packing import as_trained, held_out_rows, keeps_documents_apart
+from .packing import held_out_rows, keeps_documents_apart
 from .trainer import FinetuneTrainer, refuse_optimizer
 
 DEFAULT_BLOCK = 1024
@@ -89,7 +89,7 @@ class FinetuneRun(Run):
         """The trainer of base, adapter and rows put together."""
         args, data = self.args, self.recipe.data_arguments()
         base, name, known = self.load_base(checkpoint)
-        is_apart = keeps_documents_apart(base, name, **as_trained(base, args))
+        is_apart = keeps_documents_apart(base, name, args)
         refuse_optimizer(args, self.adapter, base)
         packing = data.packing and is_apart and not virtual_tokens(self.adapter)
         if data.packing and not packing and self.is_main_process:

@@ -6,7 +6,7 @@ import torch
 
 from finetune.arguments import FinetuneTrainingArguments
 from finetune.data import Example
-from finetune.packing import ExampleRows, SeparatedRows, as_trained, documents_of, keeps_documents_apart, pack
+from finetune.packing import ExampleRows, SeparatedRows, documents_of, keeps_documents_apart, pack
 from training.data.dataset import IGNORED, EvaluationRows, TrainingRows, collate_rows
 from training.system.errors import UserError
 
@@ -124,7 +124,7 @@ def test_the_probe_asks_as_training_will(monkeypatch, tmp_path) -> None:
     for size, precision in ((1, "fp32"), (4, "bf16")):
         options = {"per_device_train_batch_size": size, "per_device_eval_batch_size": 1, "force_precision": True}
         args = FinetuneTrainingArguments(str(tmp_path), use_cpu=True, precision=precision, **options)
-        assert keeps_documents_apart(model, "base", **as_trained(model, args))
+        assert keeps_documents_apart(model, "base", args)
         assert {rows for rows, _, _ in seen} == {min(size, 3)}
         assert {where[1:] for where in seen} == {(precision == "bf16", "cpu")}
         seen.clear()
