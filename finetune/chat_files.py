@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from training.data.documents import HubSet, Tables, TextFiles
-from training.data.files import DAMAGED, damaged, open_bytes, read_text, skip_file, skip_row
+from training.data.files import DAMAGED, damaged, open_bytes, read_text
 from training.data.rows import Row
 from training.system.errors import UserError
 
@@ -72,9 +72,10 @@ def find_format(data) -> str:
     if data.data_format != "auto":
         return data.data_format
     if data.text_files:
-        return "chat" if all(starts_as_chat(data, *file) for file in TextFiles(data).files) else "text"
+        source = TextFiles(data)
+        return "chat" if all(starts_as_chat(source, *file) for file in source.files) else "text"
     if data.data_files or (data.dataset and data.dataset != "python-stdlib"):
-        values = next((row.values for _, _, row in tables(data).rows({})), {})
+        values = next((row.values for _, _, row in tables(data).rows()), {})
         if data.messages_column in values or has_messages(values):
             return "chat"
         if pair_columns(data, values):
@@ -97,31 +98,31 @@ def pair_columns(data, values: dict) -> tuple[str, str | None, str] | None:
     )
 
 
-def starts_as_chat(data, name: str, path) -> bool:
-    """Whether a text file's first line with words opens a turn, and an answer follows; one to be left out may."""
+def starts_as_chat(source: TextFiles, name: str, path) -> bool:
+    """Whether a text file's first line with words opens a turn, and an answer follows; one to be skipped may."""
     try:
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace") as file:
             first = next((line for line in file if line.strip()), "")
             match = SPEAKER.match(first)
             return bool(match and match[1] != "Assistant" and any(line.startswith("Assistant:") for line in file))
     except DAMAGED as error:
-        skip_file(data, {}, name, damaged(name, error))
+        source.skip_file(name, damaged(name, error))
         return True
 
 
-def tables(data) -> Tables:
+def tables(data, skipped: dict | None = None) -> Tables:
     """The tables or the data set that the data arguments name."""
-    return Tables(data) if data.data_files else HubSet(data)
+    return (Tables if data.data_files else HubSet)(data, skipped)
 
 
 def rows_as(make, data, skipped: dict) -> Iterator:
     """Yield what `make(values, where)` makes of each row; where it says BadRow, the row is refused or skipped."""
-    source = tables(data)
-    for name, _, row in source.rows(skipped):
+    source = tables(data, skipped)
+    for name, _, row in source.rows():
         try:
             yield make(row.values, f"{name}, {row.place}")
         except BadRow as error:
-            skip_row(data, skipped, source.field, name, row, str(error))
+            source.skip_row(name, row, str(error))
 
 
 # ---- pairs
@@ -167,8 +168,8 @@ def read_conversations(data, skipped: dict) -> Iterator[Conversation]:
     """Yield the conversations of the text files or tables, checked."""
     if not data.text_files:
         return rows_as(lambda values, where: conversation_of(data, values, where), data, skipped)
-    files = TextFiles(data).files
-    return chain.from_iterable(conversations_of_file(path, name, data, skipped) for name, path in files)
+    source = TextFiles(data, skipped)
+    return chain.from_iterable(conversations_of_file(source, *file) for file in source.files)
 
 
 def conversation_of(data, values: dict, where: str) -> Conversation:
@@ -186,19 +187,19 @@ def read_cell(value: Any) -> Any:
     return value
 
 
-def conversations_of_file(path, name: str, data, skipped: dict) -> Iterator[Conversation]:
+def conversations_of_file(source: TextFiles, name: str, path) -> Iterator[Conversation]:
     """Yield the conversations of a text file, checked."""
     try:
         text = "".join(text for text, _ in read_text(path, name))
     except UserError as error:
-        skip_file(data, skipped, name, error)
+        source.skip_file(name, error)
         return
     for number, conversation in enumerate(conversations_of_text(text, name)):
         try:
             yield check_turns(conversation)
         except BadRow as error:
             place = conversation.where.removeprefix(f"{name}, ")
-            skip_row(data, skipped, "text_files", name, Row(number, place, {}), str(error))
+            source.skip_row(name, Row(number, place, {}), str(error))
 
 
 def conversations_of_text(text: str, name: str) -> Iterator[Conversation]:

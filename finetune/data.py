@@ -18,8 +18,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from training.data.corpus import Corpus, load_corpus, prepare
+from training.data.documents import skipped_in_words
 from training.data.encoding import encode_documents
-from training.data.files import skipped_in_words
 from training.data.inputs import Inputs
 from training.data.sources import unit_hash
 from training.data.splitting import check_split_options

@@ -1,5 +1,6 @@
 """Documents, and the three kinds of source that hold them: text files, tables of rows, and data sets of the Hub."""
 
+import bisect
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -7,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from ..system.errors import UserError, one_line, unknown
-from .files import Files, find_files, fingerprint_files, is_compressed, looks_like_text, read_text, skip_file, skip_row
+from ..system.errors import UserError, log_once, one_line, unknown
+from .files import Files, find_files, fingerprint_files, is_compressed, looks_like_text, read_text
 from .rows import (
     ENDINGS,
     Row,
@@ -22,7 +23,7 @@ from .rows import (
 )  # fmt: skip
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion, which also exists where a script was the data set
-MEND = "fix the file, or skip what is bad with --on_bad_file skip"
+FIX = "fix it, or skip what is bad with --on_bad_file skip"
 GO_ON = "the same command goes on from where it was"
 
 
@@ -65,6 +66,7 @@ class Position(NamedTuple):
 
 
 START = Position()
+PlacedRow = tuple[str, list[int], Row]  # the name of its file, its place, and itself
 
 
 class Size(NamedTuple):
@@ -75,15 +77,38 @@ class Size(NamedTuple):
 
 
 class Source:
-    """A source of documents, as `data` (the data arguments) names it.
+    """A source of documents, as `data` (the data arguments) names it in `field`.
 
-    `skipped` gets what on_bad_file=skip leaves out: a dict of name and reason, see `files.skip_file`.
+    skipped: what on_bad_file=skip leaves out, a dict fit for JSON: of a file why, and of rows why the first is, and
+    their numbers. It may hold what was skipped before a preparation was stopped.
     """
 
-    def __init__(self, data):
-        self.data = data
+    field = ""
 
-    def read(self, after: list[int] | None, skipped: dict) -> Iterator[Document]:
+    def __init__(self, data, skipped: dict | None = None):
+        self.data, self.skipped = data, {} if skipped is None else skipped
+
+    def skip_file(self, name: str, error: UserError) -> None:
+        """Raise the error about a file, or, with on_bad_file=skip, log it once and remember it."""
+        if self.data.on_bad_file == "stop":
+            raise error
+        if name not in self.skipped:
+            self.skipped[name] = str(error)
+            log_once(f"skipped: {error}")
+
+    def skip_row(self, name: str, row: Row, why: str) -> None:
+        """Raise what is wrong with a row, or, with on_bad_file=skip, remember its number; a file's first is logged."""
+        error = UserError(f"{self.field}={name!r}: {row.place}: {why}; {FIX}")
+        if self.data.on_bad_file == "stop":
+            raise error
+        entry = self.skipped.setdefault(f"rows of {name}", {"why": f"{row.place}: {why}", "rows": []})
+        numbers, place = entry["rows"], bisect.bisect_left(entry["rows"], row.number)
+        if not numbers:
+            log_once(f"skipped: {error}")
+        if numbers[place : place + 1] != [row.number]:  # it is read several times
+            numbers.insert(place, row.number)
+
+    def read(self, after: list[int] | None = None) -> Iterator[Document]:
         """Yield the documents behind the one whose place is `after`, in an order that never changes."""
         raise NotImplementedError
 
@@ -96,18 +121,26 @@ class Source:
         raise NotImplementedError
 
 
+def skipped_in_words(skipped: dict) -> dict[str, str]:
+    """Return what was skipped, and why."""
+    counted = {name: entry for name, entry in skipped.items() if isinstance(entry, dict)}
+    return skipped | {name: f"{len(entry['rows']):,}, the first: {entry['why']}" for name, entry in counted.items()}
+
+
 # --- text files: one file, one document -------------------------------------------------------------------------------
 
 
 class TextFiles(Source):
     """Files, folders, globs and addresses; of a folder those that are no binaries, which their first 8 kB show."""
 
+    field = "text_files"
+
     @cached_property
     def files(self) -> Files:
         """Return (name, local path) of each file."""
-        return find_files("text_files", self.data.text_files, looks_like_text, "text file")
+        return find_files(self.field, self.data.text_files, looks_like_text, "text file")
 
-    def read(self, after: list[int] | None, skipped: dict) -> Iterator[Document]:
+    def read(self, after: list[int] | None = None) -> Iterator[Document]:
         """Yield the files in stretches of about STRETCH_BYTES."""
         first = after[0] + 1 if after else 0
         for index, (name, path) in enumerate(self.files[first:], start=first):
@@ -116,7 +149,7 @@ class TextFiles(Source):
                     for _ in read_text(path, name):  # all of it, before any of it is used
                         pass
                 except UserError as error:
-                    skip_file(self.data, skipped, name, error)
+                    self.skip_file(name, error)
                     continue
             for text, ends in read_text(path, name):
                 yield Document(name, text, [index], ends=ends)
@@ -174,9 +207,7 @@ class Tables(Source):
         """Return where a file lies on this machine."""
         return self.files[index][1]
 
-    def rows(
-        self, skipped: dict, columns: list[str] | None = None, after: list[int] | None = None
-    ) -> Iterator[tuple[str, list[int], Row]]:
+    def rows(self, columns: list[str] | None = None, after: list[int] | None = None) -> Iterator[PlacedRow]:
         """Yield (file, place, row) of all rows that can be read, with all columns or those that are wanted."""
         first, last = after or (0, -1)
         for index, name in enumerate(self.names[first:], start=first):
@@ -185,20 +216,20 @@ class Tables(Source):
                 for row in read_rows(path, name, columns, number + 1):
                     number = row.number
                     if row.why_bad:
-                        skip_row(self.data, skipped, self.field, name, row, row.why_bad)
+                        self.skip_row(name, row, row.why_bad)
                     else:
                         yield name, [index, number], row
             except bad_file_errors() as error:
                 what = f"{self.field}={name!r}: cannot be read ({one_line(error)}), from row {number + 1} on"
-                skip_file(self.data, skipped, name, UserError(f"{what}; {MEND}"))
+                self.skip_file(name, UserError(f"{what}; {FIX}"))
 
-    def read(self, after: list[int] | None, skipped: dict) -> Iterator[Document]:
+    def read(self, after: list[int] | None = None) -> Iterator[Document]:
         """Yield a document a row; a row without any text is none."""
         column = self.data.text_column
-        for name, place, row in self.rows(skipped, [column], after):
+        for name, place, row in self.rows([column], after):
             text, why = text_of(row.values[column], column)
             if why:
-                skip_row(self.data, skipped, self.field, name, row, why)
+                self.skip_row(name, row, why)
             elif text:
                 yield Document(f"{name}:{row.number}", text, place)
 
@@ -227,7 +258,7 @@ class Tables(Source):
         except bad_file_errors() as error:
             if self.data.on_bad_file == "skip":
                 return Size(0, 0)  # reading it says so
-            raise UserError(f"{self.field}={name!r}: cannot be read ({one_line(error)}); {MEND}") from error
+            raise UserError(f"{self.field}={name!r}: cannot be read ({one_line(error)}); {FIX}") from error
 
 
 # --- data sets of the Hub, or in local folders ------------------------------------------------------------------------
@@ -268,12 +299,10 @@ class HubSet(Tables):
             why = f"dataset={self.data.dataset!r}: {name} cannot be downloaded ({one_line(error)})"
             raise UserError(f"{why}; {GO_ON}") from error
 
-    def rows(
-        self, skipped: dict, columns: list[str] | None = None, after: list[int] | None = None
-    ) -> Iterator[tuple[str, list[int], Row]]:
+    def rows(self, columns: list[str] | None = None, after: list[int] | None = None) -> Iterator[PlacedRow]:
         """Yield (file or data set, place, row)."""
         if self.names is not None:
-            yield from super().rows(skipped, columns, after)
+            yield from super().rows(columns, after)
             return
         name, first = self.data.dataset, after[0] + 1 if after else 0
         rows = self._load_rows()

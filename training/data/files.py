@@ -1,6 +1,5 @@
 """Files of text: found, downloaded, opened plain or compressed (their first bytes tell), known by their hashes."""
 
-import bisect
 import bz2
 import codecs
 import functools
@@ -21,40 +20,6 @@ from ..system.errors import UserError, log_once, one_line
 from ..system.files import hash_file
 
 Files = list[tuple[str, Path]]  # the name that is shown and stored, and where the file lies on this machine
-
-
-# --- skipping what is bad ---------------------------------------------------------------------------------------------
-
-
-def skip_file(data, skipped: dict, name: str, error: UserError) -> None:
-    """Raise the error about a file, or, with on_bad_file=skip, say it once and remember it in `skipped`."""
-    if data.on_bad_file == "stop":
-        raise error
-    if name not in skipped:
-        skipped[name] = str(error)
-        log_once(f"skipped: {error}")
-
-
-def skip_row(data, skipped: dict, field: str, name: str, row, why: str) -> None:
-    """Raise what is wrong with one row, or, with on_bad_file=skip, remember its number; the first of a file is said.
-
-    The rows of a file are one entry in `skipped`, however often they are read: why the first is, and their numbers.
-    """
-    error = UserError(f"{field}={name!r}: {row.place}: {why}; fix it, or skip what is bad with --on_bad_file skip")
-    if data.on_bad_file == "stop":
-        raise error
-    entry = skipped.setdefault(f"rows of {name}", {"why": f"{row.place}: {why}", "rows": []})
-    rows, place = entry["rows"], bisect.bisect_left(entry["rows"], row.number)
-    if not rows:
-        log_once(f"skipped: {error}")
-    if rows[place : place + 1] != [row.number]:
-        rows.insert(place, row.number)
-
-
-def skipped_in_words(skipped: dict) -> dict[str, str]:
-    """Return what was left out, and why, in words."""
-    counted = {name: entry for name, entry in skipped.items() if isinstance(entry, dict)}
-    return skipped | {name: f"{len(entry['rows']):,}, the first: {entry['why']}" for name, entry in counted.items()}
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

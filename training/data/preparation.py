@@ -18,8 +18,7 @@ from ..system.files import write_whole
 from . import files, splitting
 from .building import CORPUS, STATE, disk_full
 from .dataset import ShardWriter
-from .documents import Position
-from .files import skipped_in_words
+from .documents import Position, skipped_in_words
 from .sources import named_sources, open_source, read_stretches
 from .splitting import SPLITS, Piece, cutting_rule, encodable, find_rule, split
 from .tokenizers import load_tokenizer

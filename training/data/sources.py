@@ -45,7 +45,7 @@ def read_stretches(data, position: Position = START, skipped: dict | None = None
     What on_bad_file=skip leaves out is added to `skipped`, a dict of name and reason. To go on in tables of parquet,
     in text files and in Hub data sets takes no time; JSON and mixtures are read again up to the position.
     """
-    stretches = open_source(data).read(position.place, {} if skipped is None else skipped)
+    stretches = open_source(data, skipped).read(position.place)
     return islice(_numbered(stretches, position.documents), position.stretches, None)
 
 
@@ -58,9 +58,9 @@ def _numbered(stretches: Iterator[Document], number: int) -> Iterator[Document]:
         at = 0 if starts else at + len(stretch.text)
 
 
-def open_source(data) -> Source:
+def open_source(data, skipped: dict | None = None) -> Source:
     """Return the source that the data arguments name."""
-    return SOURCES[source_kind(data)](data)
+    return SOURCES[source_kind(data)](data, skipped)
 
 
 def source_kind(data) -> str:
@@ -118,8 +118,8 @@ class Mixture(Source):
     starts over, so small sources repeat.
     """
 
-    def __init__(self, data):
-        super().__init__(data)
+    def __init__(self, data, skipped: dict | None = None):
+        super().__init__(data, skipped)
         self.seed = getattr(data, "validation_seed", 0)
         defaults = SOURCE_DEFAULTS | {"on_bad_file": data.on_bad_file}  # decided for all entries at once
         self.weights, self.entries = zip(
@@ -127,13 +127,13 @@ class Mixture(Source):
         )
         self.shares = [weight / sum(self.weights) for weight in self.weights]
 
-    def read(self, after: list[int] | None, skipped: dict) -> Iterator[Document]:
+    def read(self, after: list[int] | None = None) -> Iterator[Document]:
         """Yield the documents that are drawn after a draw, which is their place."""
-        return islice(self._draw(skipped), after[0] + 1 if after else 0, None)
+        return islice(self._draw(), after[0] + 1 if after else 0, None)
 
-    def _draw(self, skipped: dict) -> Iterator[Document]:
+    def _draw(self) -> Iterator[Document]:
         bounds = [sum(self.weights[: index + 1]) / sum(self.weights) for index in range(len(self.weights))]
-        readers = [self._endless(index, skipped) for index in range(len(self.entries))]
+        readers = [self._endless(index) for index in range(len(self.entries))]
         unfinished, draw = set(range(len(self.entries))), 0
         while unfinished:
             point = unit_hash("mixture", self.seed, draw)
@@ -143,11 +143,11 @@ class Mixture(Source):
             unfinished -= {drawn} if is_last else set()
             draw += 1
 
-    def _endless(self, index: int, skipped: dict) -> Iterator[tuple[Document, bool]]:
+    def _endless(self, index: int) -> Iterator[tuple[Document, bool]]:
         """Yield (document, is it the source's last) for ever; numbers are made distinct between the sources."""
         while True:
             ahead = None
-            for document in read_documents(self.entries[index], skipped):
+            for document in read_documents(self.entries[index], self.skipped):
                 if ahead is not None:
                     yield ahead, False
                 ahead = document._replace(number=document.number * len(self.entries) + index)
