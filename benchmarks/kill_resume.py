@@ -33,8 +33,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from training.data.tokenizers import build_tokenizer
 from training.share.metrics_file import read_metrics
-from training.system.checkpoints import damage, list_checkpoints
+from training.system.checkpoints import list_checkpoints
 from training.system.errors import run_main
+from training.system.run_files import damage
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -13,7 +13,7 @@ from training.share.report import facts_of
 from training.share.uploads import Upload, is_own_file, refuse_no_model, sort_files
 from training.system.errors import UserError, one_line, quiet_libraries, run_main
 from training.system.flags import FlagParser
-from training.system.root import verify
+from training.system.run_files import verify
 from training.system.shell import shell
 
 EPILOG = """examples:

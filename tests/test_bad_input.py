@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from inference import evaluate, generate
 from training import pretrain, resume
 from training.share.metrics_file import read_metrics
-from training.system.checkpoints import damage
 from training.system.errors import run_main
+from training.system.run_files import damage
 
 from .tiny_runs import TEXT, checkpoints, contents, go_on, grow, refused, tiny_argv, weights, write_text
 

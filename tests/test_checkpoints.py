@@ -14,18 +14,9 @@ from safetensors.torch import save as safetensors_bytes
 
 from training import resume
 from training.share.metrics_file import ROW, append_metrics, mend_metrics, read_metrics
-from training.system.checkpoints import (
-    MANIFEST,
-    STATE,
-    damage,
-    find_checkpoint,
-    list_checkpoints,
-    rotate,
-    seal,
-    sweep,
-    write_beside,
-)
+from training.system.checkpoints import find_checkpoint, list_checkpoints, rotate, seal, sweep, write_beside
 from training.system.errors import UserError
+from training.system.run_files import MANIFEST, STATE, damage
 
 from .foreign import Trap
 from .tiny_runs import checkpoints, contents, go_on, grow, metrics, refused, same_weights

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.config.fields import TAKES_EFFECT
-from training.system.checkpoints import STATE
+from training.system.run_files import STATE
 
 from .tiny_runs import checkpoints, grow, metrics, same_weights
 

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler
 from benchmarks import kill_resume
 from training.data.dataset import StepSampler
 from training.share.metrics_file import read_metrics
-from training.system.checkpoints import damage
+from training.system.run_files import damage
 
 from .test_resume import back_to, rows
 from .tiny_runs import checkpoints, grow, metrics, same_weights, tiny_argv, weights, write_text

@@ -10,8 +10,8 @@ from inference import evaluate, generate, push
 from training import resume
 from training.model.loading import load_causal_lm
 from training.share.metrics_file import read_metrics
-from training.system.checkpoints import MANIFEST, damage
-from training.system.root import move_in, read_manifest
+from training.system.checkpoints import move_in
+from training.system.run_files import MANIFEST, damage, read_manifest
 
 from .tiny_runs import checkpoints, contents, go_on, grow, refused, same_weights
 

@@ -9,10 +9,11 @@ from .config.recipe import Recipe, parse_flags
 from .config.values import coerce
 from .run import open_run
 from .system.addresses import public_name
-from .system.checkpoints import find_checkpoint, missing_state
+from .system.checkpoints import find_checkpoint
 from .system.distributed import check_writer, from_main_process
 from .system.errors import UserError, quiet_libraries, run_main
 from .system.lock import claimed
+from .system.run_files import missing_state
 from .system.shell import shell
 
 

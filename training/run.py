@@ -29,6 +29,7 @@ from .share.metrics_file import mend_metrics, read_metrics
 from .share.model_card import CardFacts, write_card
 from .share.report import draw_losses, facts_of_run, next_steps
 from .system.checkpoints import (
+    follow_course,
     list_checkpoints,
     read_state,
     reading,
@@ -47,7 +48,6 @@ from .system.distributed import (
 from .system.errors import UserError
 from .system.files import refuse_used, write_whole
 from .system.lock import claimed
-from .system.root import follow_course
 from .system.shell import shell
 
 # A section that one kind of run alone has in its recipe: where its subclass of Run is, imported to open such a run.

@@ -13,7 +13,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from training.data.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
 from training.system.errors import UserError, one_line
 from training.system.pickles import UNREADABLE, read_pickle, why_unreadable
-from training.system.root import verify
+from training.system.run_files import verify
 
 CHECKPOINT = "ckpt.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")

@@ -22,19 +22,9 @@ from ..data.inputs import Inputs
 from ..model.hardware import flops_per_token
 from ..model.optimizers import build_optimizer
 from ..model.precision import allow_tf32
-from ..system.checkpoints import (
-    SAVING,
-    STATE,
-    missing_state,
-    processes_of,
-    read_state,
-    reading,
-    rotate,
-    seal,
-    write_beside,
-)
+from ..system.checkpoints import SAVING, move_in, processes_of, read_state, reading, rotate, seal, write_beside
 from ..system.errors import UserError, is_disk_full
-from ..system.root import move_in
+from ..system.run_files import STATE, missing_state
 from ..system.shell import shell
 from .callbacks import ConsoleTable, StopOnSignal
 from .evaluation import evaluate_rows

@@ -20,7 +20,7 @@ from ..data.tokenizers import add_nothing, load_tokenizer
 from ..system.errors import UserError, one_line, unknown
 from ..system.files import read_json
 from ..system.pickles import UNREADABLE, why_unreadable
-from ..system.root import verify
+from ..system.run_files import verify
 from .hardware import best_device, text_config
 from .precision import is_native, refuse_emulated
 

@@ -1,6 +1,6 @@
 """The way to the Hub: files as they are sent, one commit that holds them all, failures in words."""
 
-import fnmatch
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,9 +14,9 @@ from huggingface_hub.utils import disable_progress_bars
 from ..config.publishing import NOT_CHOSEN, TOKENS_PAGE, check_license, is_hub_id
 from ..system.errors import UserError, one_line
 from ..system.files import read_json
+from ..system.run_files import Use, kind_of
 from .model_card import NAME_PLACEHOLDER
 from .uploads import (
-    GOES_UP,
     Upload,
     paths_in_recipe,
     portable_recipe,
@@ -25,7 +25,6 @@ from .uploads import (
     without_paths,
 )
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # RuntimeError: what huggingface_hub wraps uploads in
 # status of an answer: what it means
 ANSWERS = {
@@ -77,9 +76,9 @@ def finish_files(
         if not is_hub_id(known_as):
             card = card.replace(known_as, base_model)  # a path says nothing to others
     text = finish_card(replace_paths(card, paths), license, base_model, is_adapter=adapter is not None)
-    files["README.md"] = Upload("README.md", text.encode(), GOES_UP["README.md"])
+    files["README.md"] = Upload("README.md", text.encode(), "model card")
     if "recipe.yaml" in files:
-        files["recipe.yaml"] = Upload("recipe.yaml", portable_recipe(directory), GOES_UP["recipe.yaml"])
+        files["recipe.yaml"] = dataclasses.replace(files["recipe.yaml"], content=portable_recipe(directory))
     return [files[name] for name in sorted(files)]
 
 
@@ -137,9 +136,8 @@ def send(
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     operations: list = [CommitOperationAdd(file.name, _sent(file, repo_id)) for file in files]
-    names = {file.name for file in files}
-    there = [name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name]
-    stale = [name for name in there if name not in names and any(fnmatch.fnmatchcase(name, w) for w in WEIGHTS)]
+    there = set(api.list_repo_files(repo_id, revision=revision)) - {file.name for file in files}
+    stale = [name for name in there if "/" not in name and Use.WEIGHTS in kind_of(name)[1]]
     operations += [CommitOperationDelete(name) for name in stale]
     api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return Pushed(repo_id, f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
@@ -165,7 +163,7 @@ def why_push_failed(error: BaseException, repo_id: str) -> str:
         cause = next(e for e in chain if isinstance(e, HTTPError))
         return f"{constants.ENDPOINT} cannot be reached ({one_line(cause)}): nothing is lost, push again later"
     if response is None or (isinstance(error, ValueError) and str(error).startswith("Invalid metadata")):
-        return " ".join(str(error).split())[:300] or type(error).__name__
+        return " ".join(str(error).split())[:300] or type(error).__name__  # it names the field of the card
     status = response.status_code
     return ANSWERS.get(status, ANSWERS[None]).format(repo_id=repo_id, status=status, said=_said(response))
 
@@ -179,6 +177,3 @@ def _said(response) -> str:
         except (ValueError, AttributeError):
             words = None
     return " ".join(str(words or response.reason_phrase).split())[:200]
-
-
-# ---- push_to_hub in a recipe

@@ -1,11 +1,10 @@
 """Which files of a directory go to the Hub: those that a model is made of, and none that merely lies beside them."""
 
-import fnmatch
+import dataclasses
 import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,52 +12,19 @@ import yaml
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..config.strict_yaml import dump, load
+from ..system.addresses import each_text
 from ..system.checkpoints import run_of
 from ..system.errors import UserError, one_line
 from ..system.files import digest, read_json
+from ..system.run_files import MANIFEST, NO_PART, Use, kind_of, read_manifest
 
-# Exact names, of files that Acorn, transformers and PEFT write; weights and code are found by what names them.
-GOES_UP = {
-    "README.md": "model card",
-    "LICENSE": "licence",
-    "LICENSE.md": "licence",
-    "LICENSE.txt": "licence",
-    "NOTICE": "licence",
-    "adapter_config.json": "what the adapter is, and its base",
-    "config.json": "architecture",
-    "generation_config.json": "how generate() samples",
-    "tokenizer.json": "tokenizer",
-    "tokenizer_config.json": "tokenizer",
-    "special_tokens_map.json": "tokenizer",
-    "added_tokens.json": "tokenizer",
-    "chat_template.jinja": "chat template",
-    "chat_template.json": "chat template",
-    "recipe.yaml": "recipe, without paths of this machine",
-    "metrics.jsonl": "a line an evaluation",
-    "loss.png": "picture",
-    "sample.txt": "sample",
-}
 # Beside a tokenizer_config.json only: the files of slow tokenizers.
 VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
-# What resuming reads beside the model; training_args.bin it does not read.
-RESUME_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "base_model.json")
-# Why the others stay, where there is more to say than that they are no part of a model.
-STAYS = {
-    ".*": "hidden or temporary",
-    "*.tmp": "temporary",
-    "*.lock": "lock",
-    "checkpoint-*": "resume state; `acorn push` takes one by its name",
-    "abandoned-checkpoint-*": "resume state of a course the run left",
-    **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"), "pickle: loading one can run code"),
-    **dict.fromkeys(("trainer_state.json", "manifest.json", "inputs.json", "finetune.json"), "resume state"),
-    "base_model.json": "the base's place on this machine",
-}
-NO_PART = "no part of a model"
 LINK_OUT = "a link that leads outside"
 
 
-@dataclass
+@dataclasses.dataclass
 class Upload:
     """A file and its place in the repository; `content` is a path, or bytes that are sent instead of a file's own."""
 
@@ -86,11 +52,12 @@ def sort_files(directory: Path) -> tuple[list[Upload], list[Upload]]:
 
 def _chosen(directory: Path) -> Iterator[tuple[str, str]]:
     """The names that may go up, of which some may not be there, and why."""
-    yield from GOES_UP.items()
+    kinds = {path.name: kind_of(path.name) for path in directory.iterdir()}
+    yield from ((name, what) for name, (what, uses) in kinds.items() if Use.SHARED in uses)
     for stem in ("model", "adapter_model"):
         yield from ((name, "weights") for name in weight_files(directory, stem))
     yield from ((name, "modeling code, for trust_remote_code") for name in code_files(directory))
-    if (directory / "tokenizer_config.json").is_file():
+    if "tokenizer_config.json" in kinds:
         yield from ((name, "tokenizer") for name in VOCABULARIES)
     for path in (directory / TEMPLATES).glob("[!.]*.jinja"):
         yield f"{TEMPLATES}/{path.name}", "chat template"
@@ -104,7 +71,8 @@ def is_own_file(path: Path, directory: Path) -> bool:
 def _why_it_stays(path: Path, directory: Path) -> str:
     if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
         return LINK_OUT
-    return next((why for pattern, why in STAYS.items() if fnmatch.fnmatchcase(path.name, pattern)), NO_PART)
+    what, uses = kind_of(path.name)
+    return NO_PART if Use.SHARED in uses or what == "weights" else what  # in name alone, or it would have been chosen
 
 
 def weight_files(directory: Path, stem: str) -> list[str]:
@@ -167,18 +135,13 @@ def refuse_no_model(directory: Path) -> None:
 def resume_state(checkpoint: Path, folder: str) -> list[Upload]:
     """A checkpoint as it can be gone on from, below `folder`: the model, the state, and a manifest of just these."""
     going, staying = sort_files(checkpoint)
-    state = [
-        file
-        for file in staying
-        if any(fnmatch.fnmatchcase(file.name, name) for name in RESUME_STATE)
-        and is_own_file(checkpoint / file.name, checkpoint)
-    ]
-    files = [without_machine(Upload(file.name, file.content, "resume state")) for file in (*going, *state)]
-    listed = read_json(checkpoint / "manifest.json").get("files")
+    state = [file for file in staying if Use.RESUMED in kind_of(file.name)[1] and is_own_file(file.content, checkpoint)]
+    files = [without_machine(file) for file in (*going, *state)]
+    listed = read_manifest(checkpoint).get("files")
     if listed:
         facts = {file.name: _facts(file, listed) for file in files}
-        files.append(Upload("manifest.json", json.dumps({"files": facts}, indent=1).encode(), "resume state"))
-    return [Upload(f"{folder}/{file.name}", file.content, file.why) for file in files]
+        files.append(Upload(MANIFEST, json.dumps({"files": facts}, indent=1).encode(), "resume state"))
+    return [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in files]
 
 
 def _facts(file: Upload, listed: dict) -> dict:
@@ -199,7 +162,7 @@ def without_machine(file: Upload) -> Upload:
         return file
     content = read_json(file.content)
     portable = without_paths(content)
-    return file if portable == content else Upload(file.name, json.dumps(portable, indent=2).encode(), file.why)
+    return file if portable == content else dataclasses.replace(file, content=json.dumps(portable, indent=2).encode())
 
 
 def read_recipe(directory: Path) -> dict:
@@ -234,11 +197,7 @@ def portable_recipe(directory: Path) -> bytes:
 
 def without_paths(value: Any) -> Any:
     """The same structure with the last part only of each text that is an absolute path."""
-    if isinstance(value, dict):
-        return {key: without_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_paths(entry) for entry in value]
-    return last_part(value) if isinstance(value, str) and is_absolute(value) else value
+    return each_text(value, lambda text: last_part(text) if is_absolute(text) else text)
 
 
 def paths_in(value: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run directory: written whole or not at all, verified before a run goes on from one, rotated."""
+"""The checkpoints of a run directory and the best model at its root: written whole, rotated, chosen to go on from."""
 
 import json
 import shutil
@@ -9,19 +9,13 @@ from pathlib import Path
 
 from .distributed import on_all_processes
 from .errors import UserError, unknown
-from .files import hash_files, publish, write_json
-from .pickles import UNREADABLE, refuse_unreadable, why_unreadable
+from .files import publish, sync, write_json
+from .pickles import UNREADABLE, why_unreadable
+from .run_files import MANIFEST, STATE, Use, damage, files_below, kind_of, list_files, read_manifest
 from .shell import shell
 
-STATE, MANIFEST = "trainer_state.json", "manifest.json"
 # What a killed process leaves: folders that grow, that gave way to a new one of their name, that are on their way out.
 SAVING, REPLACED, REMOVING = ".saving-", ".replaced-", ".removing-"
-# What is read of a checkpoint that a run goes on from, beside JSON; training_args.bin is written and never read.
-STATE_FILES = ("*.safetensors", "*.pt", "*.pth", "optimizer*.bin", "pytorch_model*.bin", "adapter_model.bin")
-# The files of a run that write_whole makes, under another name first.
-WRITTEN_WHOLE = """
-recipe.yaml inputs.json finetune.json metrics.jsonl loss.png sample.txt README.md manifest.json
-""".split()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -44,14 +38,6 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def read_state(checkpoint: Path) -> dict:
     """Trainer's own record of a checkpoint."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-
-
-def missing_state(checkpoint: Path) -> list[str]:
-    """What a checkpoint lacks of all that a run goes on exactly by, in words."""
-    kinds = {"optimizer state": "optimizer.pt", "schedule": "scheduler.pt", "random state": "rng_state*.pth"}
-    if (checkpoint / "latest").is_file():  # DeepSpeed's own folder holds the first two
-        kinds = {"random state": kinds["random state"]}
-    return [what for what, pattern in kinds.items() if not any(checkpoint.glob(pattern))]
 
 
 def processes_of(checkpoint: Path) -> int:
@@ -83,23 +69,33 @@ def write_beside(aside: Path, write: Callable[[], object], finish: Callable[[], 
 
 def seal(aside: Path, checkpoint: Path) -> None:
     """Write the manifest of `aside`, then give the folder its name; an older one of that step stands until then."""
-    write_json(aside / MANIFEST, {"files": facts_of_files(aside, files_of(aside))})
-    replaced = checkpoint.with_name(REPLACED + checkpoint.name)
-    publish(aside, checkpoint, replaced)
+    write_json(aside / MANIFEST, {"files": list_files(aside, files_below(aside))})
+    publish(aside, checkpoint, replaced := checkpoint.with_name(REPLACED + checkpoint.name))
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def files_of(folder: Path) -> list[Path]:
-    """Every file below a folder, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def move_in(aside: Path, root: Path, step: int, leave_out: tuple[str, ...] = ()) -> None:
+    """Move the files of `aside` into `root`, each over its namesake, and remove `aside`.
 
-
-def facts_of_files(folder: Path, files: list[Path]) -> dict[str, dict]:
-    """Name to size and hash, as a manifest lists them."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hash_files(files), strict=True)
-    }
+    The manifest is written before, with the hashes from before too, and after: a kill in between leaves nothing that
+    is taken for damage.
+    """
+    files = [path for path in files_below(aside) if path.name not in leave_out]
+    for path in files:
+        sync(path)
+    new = {"step": step, "files": list_files(aside, files)}
+    try:
+        before = read_manifest(root).get("files", {})
+    except UserError:  # damaged; it gives way now
+        before = {}
+    write_json(root / MANIFEST, new | {"before": before})
+    for path in files:
+        place = root / path.relative_to(aside)
+        place.parent.mkdir(exist_ok=True)
+        path.replace(place)
+    sync(root)
+    write_json(root / MANIFEST, new)
+    shutil.rmtree(aside)
 
 
 def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
@@ -109,14 +105,8 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
     for path in kept[:]:
         if limit and len(kept) > max(limit, len(protected)) and path.name not in protected:
             kept.remove(path)
-            remove(path)
-
-
-def remove(checkpoint: Path) -> None:
-    """Take a checkpoint away: first its name, so that a half-removed one is never taken for one."""
-    leaving = checkpoint.with_name(REMOVING + checkpoint.name)
-    checkpoint.rename(leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
+            nameless = path.rename(path.with_name(REMOVING + path.name))  # half-removed, it is never taken for one
+            shutil.rmtree(nameless, ignore_errors=True)
 
 
 def sweep(run_dir: Path) -> None:
@@ -128,61 +118,11 @@ def sweep(run_dir: Path) -> None:
     for pattern in (".saving", f"{SAVING}*", f"{REPLACED}*", f"{REMOVING}*"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for name in WRITTEN_WHOLE:
-        for path in run_dir.glob(f".{name}.*.tmp"):
-            path.unlink()
+    for path in run_dir.glob(".*.[0-9]*.tmp"):  # as files.replace_whole calls a file until it is whole
+        path.unlink()
 
 
 # ---- reading
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None when each file is what was written."""
-    what = (
-        _damage_by_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else _damage_without_manifest(checkpoint)
-    )
-    return what or _unreadable(checkpoint)
-
-
-def _damage_by_manifest(checkpoint: Path) -> str | None:
-    try:
-        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        sizes = {checkpoint / name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    for path, (size, _) in sizes.items():
-        if not path.is_file():
-            return f"{path.relative_to(checkpoint)} is missing"
-        if path.stat().st_size != size:
-            return f"{path.relative_to(checkpoint)} has {path.stat().st_size:,} of {size:,} bytes"
-    for path, digest in zip(sizes, hash_files(list(sizes)), strict=True):
-        if digest != sizes[path][1]:
-            return f"{path.relative_to(checkpoint)} is not what was written (its sha256 differs)"
-    return None
-
-
-def _damage_without_manifest(checkpoint: Path) -> str | None:
-    """Checkpoints of an Acorn that wrote none, or of plain Trainer: the state was written last."""
-    try:
-        is_whole = {"global_step", "best_model_checkpoint"} <= read_state(checkpoint).keys()
-    except FileNotFoundError:
-        return f"it has neither {MANIFEST} nor {STATE}"
-    except (ValueError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        return f"{STATE} cannot be read"
-    print(f"{checkpoint} has no {MANIFEST}, as an earlier Acorn left it: taken unverified", file=sys.stderr)
-    return None
-
-
-def _unreadable(checkpoint: Path) -> str | None:
-    """A manifest vouches for what it lists alone: what training will read must open, and run no code."""
-    try:
-        for path in sorted(path for pattern in STATE_FILES for path in checkpoint.glob(pattern)):
-            refuse_unreadable(path)
-    except UserError as error:
-        return str(error).removeprefix(f"{checkpoint}/")
-    return None
 
 
 @contextmanager
@@ -233,6 +173,9 @@ def newest_whole(found: list[Path]) -> Path:
     )
 
 
+# ---- going back to an earlier checkpoint
+
+
 def set_aside_later(checkpoint: Path) -> None:
     """Rename the checkpoints after the one that a run goes back to: they are of another course."""
     for path in list_checkpoints(checkpoint.parent):
@@ -241,6 +184,34 @@ def set_aside_later(checkpoint: Path) -> None:
             while aside.exists():
                 aside = aside.with_name(f"abandoned-{aside.name}")
             path.rename(aside)
+
+
+def follow_course(checkpoint: Path) -> bool:
+    """Put the best model of a checkpoint's course at the root, where another one's is; whether it is known as the best.
+
+    Where the best of that time is gone, the checkpoint's own model is put there, and the next evaluation decides anew.
+    """
+    root, best = checkpoint.parent, read_state(checkpoint).get("best_global_step")
+    try:
+        there = read_manifest(root)
+        is_whole = "before" not in there and damage(root) is None if there else None
+    except UserError:
+        there, is_whole = {}, False
+    if is_whole is None or (is_whole and there.get("step") == best):
+        return True  # a root without a manifest is an earlier Acorn's
+    source = root / f"checkpoint-{best}"
+    is_best = best is not None and source.is_dir() and damage(source) is None
+    _take_over(source if is_best else checkpoint, root)
+    return is_best
+
+
+def _take_over(checkpoint: Path, root: Path) -> None:
+    """Copy a checkpoint's model to the root."""
+    aside, step = root / ".saving", step_of(checkpoint)
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(checkpoint, aside, ignore=lambda _, names: [n for n in names if Use.NO_MODEL in kind_of(n)[1]])
+    move_in(aside, root, step)
+    print(f"the model of step {step:,} is at the root again: the run goes on from before a later best", file=sys.stderr)
 
 
 # ---- runs with nothing left to do
