@@ -161,13 +161,14 @@ class Run:
         recipe, args, trainer, best_is_gone = self.recipe, self.args, self.trainer, False
         if checkpoint is not None:
             refuse_finished(checkpoint, args)
-        mend_metrics(self.directory, -1 if checkpoint is None else step_of(checkpoint))
-        if checkpoint is not None:
+            mend_metrics(self.directory, step_of(checkpoint))
             set_aside_later(checkpoint)
             best_is_gone = not follow_course(checkpoint)
         elif list_checkpoints(self.directory):  # another process grew a run here while this one prepared its corpus
             resume = shell("acorn", "resume", self.directory)
             raise UserError(f"output_dir={self.directory} exists: continue it with `{resume}`")
+        else:
+            mend_metrics(self.directory, -1)
         (self.directory / "README.md").unlink(missing_ok=True)  # written last, it says that the run is finished
         if trainer.corpus.directory is not None:  # a stream has none
             recipe.data["data_dir"] = str(trainer.corpus.directory.absolute())
