@@ -58,8 +58,9 @@ KINDS = {
     "chats": "base --text_files chat.txt --adapter lora --r 4 --packing false",
     "prompt": "base --text_files text.txt --adapter prompt --num_virtual_tokens 4",
 }
-MODULES = {"pretrain": ("training.pretrain", "training.resume"), "finetune": ("finetune.finetune", "training.resume")}
-PRELOADED = [*MODULES["pretrain"], *MODULES["finetune"], "matplotlib.figure", "matplotlib.backends.backend_agg"]
+RESUME = "training.resume"
+MODULES = {"pretrain": "training.pretrain", "finetune": "finetune.finetune"}
+PRELOADED = [*MODULES.values(), RESUME, "matplotlib.figure", "matplotlib.backends.backend_agg"]
 TIMED = ("tokens_per_second", "mfu", "seconds")  # of a metrics row: the clock's, not the model's
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
 
@@ -203,7 +204,7 @@ class Experiment:
         self.kind, self.workspace, self.processes, self.launcher = kind, workspace, processes, LAUNCHERS[flags.launcher]
         self.steps, self.chance = flags.steps, random.Random(f"{flags.seed} {processes}")
         self.argv = [*KINDS[kind].split(), *FLAGS.split(), "--max_steps", str(flags.steps)]
-        self.modules = MODULES["pretrain" if kind == "pretrain" else "finetune"]
+        self.modules = (MODULES["pretrain" if kind == "pretrain" else "finetune"], RESUME)
         workspace.mkdir(parents=True, exist_ok=True)
         (workspace / "text.txt").write_text(some_text(), encoding="utf-8")
         if kind == "pretrain":
