@@ -45,15 +45,15 @@ def check_error(rank: int) -> None:
 
 
 def check_word(rank: int, folder) -> None:
-    """The others make their result of the first one's word; who does not find what it speaks of works itself."""
+    """The others make their result of what the first one sends; who does not find what it speaks of works itself."""
     worked = folder / f"{rank}-worked"
 
     def work() -> str:
         worked.touch()
         return f"by {rank}"
 
-    def first(take) -> str:
-        return main_process_first(arguments_of(rank), work, "prepare", word=lambda made: f"made {made}", take=take)
+    def first(receive) -> str:
+        return main_process_first(arguments_of(rank), work, "prepare", send="made {}".format, receive=receive)
 
     assert first(lambda word: f"taken: {word}") == ("by 0" if rank == 0 else "taken: made by 0")
     assert worked.exists() == (rank == 0)

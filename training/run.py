@@ -116,7 +116,7 @@ class Run:
     def open_data(self, is_resumed: bool = False) -> None:
         """Read the data in every process; what the first one has prepared the others load, and need not hash again."""
         self.corpus = main_process_first(
-            self.args, lambda: self.read_data(is_resumed), "prepare", word=whereabouts, take=corpus_at
+            self.args, lambda: self.read_data(is_resumed), "prepare", send=whereabouts, receive=corpus_at
         )
 
     def read_data(self, is_resumed: bool) -> Corpus:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def from_main_process(args, decide: Callable[[], T]) -> T:
-    """What `decide()` returns in the first process, in every process; its UserError is raised in all of them."""
+    """What `decide()` returns on the main process, on every process; its UserError is raised on all of them."""
     if args.world_size == 1:
         return decide()
     answer: list = [None, None]
@@ -38,22 +38,24 @@ def on_all_processes(args, act: Callable[[], object]) -> None:
     try:
         act()
     except Exception as error:
-        if args.world_size == 1:
-            raise
         failure = error
-    if args.world_size == 1:
-        return
-    failures: list[str | None] = [None] * args.world_size
-    dist.all_gather_object(failures, None if failure is None else one_line(failure))
+    if args.world_size > 1:
+        failures = enumerate(gather(args, failure and one_line(failure)))
+        elsewhere = next((f"process {rank}: {words}" for rank, words in failures if words), None)
+        failure = failure or (elsewhere and RuntimeError(elsewhere))
     if failure is not None:
         raise failure
-    for rank, words in enumerate(failures):
-        if words is not None:
-            raise RuntimeError(f"process {rank}: {words}")
+
+
+def gather(args, value: object, group=None) -> list:
+    """What each process brings, by rank, on every process."""
+    values: list = [None] * args.world_size
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def max_over_processes(number: int, group) -> int:
-    """The highest of the numbers that the processes of a (gloo) group bring."""
+    """The largest of the numbers that the processes of a (gloo) group bring."""
     shared = torch.tensor(number)
     dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
     return int(shared)
@@ -127,90 +129,61 @@ def main_process_first(
     args,
     work: Callable[[], T],
     what: str,
-    word: Callable[[T], object] = lambda result: None,
-    take: Callable[[object], T | None] = lambda word: None,
+    send: Callable[[T], object] = lambda result: None,
+    receive: Callable[[object], T | None] = lambda sent: None,
 ) -> T:
     """Let process 0 do `work`, then the first process of every other machine, then all the rest, who find it done.
 
-    word: what is said of the first one's result; take: makes a result of it, or None where this machine has not what it
-    speaks of, which then works itself. args: TrainingArguments; a process that shows no life for `ddp_timeout` seconds
-    is lost, however long the work of one that does takes. Returns each process's own result. Raises LostProcess in
-    those who waited in vain, and UserError in all when one failed.
+    send: what the others are told of the first one's result; receive: makes a result of that, or None where this
+    machine has not what it speaks of, and so works itself. args: TrainingArguments; a process that shows no life for
+    `ddp_timeout` seconds is lost, however long the work of one that does takes. Returns each process's own result.
+    Raises LostProcess in those who waited in vain, and UserError in all when one failed.
     """
     if args.world_size == 1:
         return work()
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
     own_turn = 0 if args.process_index == 0 else 1 if args.local_process_index == 0 else 2
-    told = result = None
+    sent = result = None
     for turn in range(3):
-        is_mine = turn == own_turn
-
-        def act(told=told):
-            taken = take(told) if told is not None else None
-            return work() if taken is None else taken
-
-        done, failure = _in_step(args, what, act if is_mine else None, group)
-        result = done if is_mine else result
-        told = _agree(args, what, failure, word(done) if turn == 0 and is_mine and not failure else told, group)
+        failure, done = None, Event()
+        with ThreadPoolExecutor(1) as beside:
+            signs = beside.submit(_show_life, done, group, args.ddp_timeout)
+            try:
+                if turn == own_turn:
+                    received = None if sent is None else receive(sent)
+                    result = work() if received is None else received
+            except BaseException as error:
+                failure = error
+            done.set()
+        if failure is not None and signs.exception() is not None:
+            raise failure
+        try:
+            signs.result()
+            told = send(result) if turn == args.process_index == 0 and failure is None else None
+            answers = gather(args, (failure and one_line(failure), told), group)
+        except RuntimeError as error:  # gloo's only kind, for a silent process as for a dead one
+            why = f"waited for the other processes, without a sign of life for ddp_timeout={args.ddp_timeout} s"
+            raise lost_process_error(args, f"{what}: {why}") from error
+        if failure is not None:
+            raise failure
+        if words := next((words for words, _ in answers if words), None):
+            raise UserError(words)
+        sent = answers[0][1] if turn == 0 else sent
     return result
 
 
-def _in_step(args, what: str, work: Callable[[], T] | None, group) -> tuple[T | None, BaseException | None]:
-    """(result, error) of `work`, once every process is done with its own; None is for those who only wait.
-
-    Every few seconds all compare who is at work still: that is the sign of life, given by a thread beside the work.
-    """
-    done, result, failure = Event(), None, None
-
-    def compare() -> None:
-        pause = 0.01
-        while max_over_processes(0 if done.is_set() else 1, group):
-            done.wait(pause)
-            pause = min(2 * pause, LIFE_SIGN, args.ddp_timeout / 4)
-
-    if work is None:
-        done.set()
-        _wait(args, what, compare)
-        return None, None
-    with ThreadPoolExecutor(1) as beside:
-        signs = beside.submit(compare)
-        try:
-            result = work()
-        except BaseException as error:
-            failure = error
-        done.set()
-    if failure is not None and signs.exception() is not None:
-        raise failure
-    _wait(args, what, signs.result)
-    return result, failure
-
-
-def _agree(args, what: str, failure: BaseException | None, word: object, group) -> object:
-    """The first process's word, in all of them; where one has failed each raises its own error, or that one's words."""
-    said: list = [None] * args.world_size
-    words = None if failure is None else one_line(failure)
-    _wait(args, what, lambda: dist.all_gather_object(said, (words, word), group=group))
-    if failure is not None:
-        raise failure
-    for words, _ in said:
-        if words is not None:
-            raise UserError(words)
-    return said[0][1]
+def _show_life(done: Event, group, ddp_timeout: float) -> None:
+    """Return once every process is `done` with its work; until then all compare, every few seconds, who is not."""
+    pause = 0.01
+    while max_over_processes(0 if done.is_set() else 1, group):
+        done.wait(pause)
+        pause = min(2 * pause, LIFE_SIGN, ddp_timeout / 4)
 
 
 def close_process_group() -> None:
     """End this process's part in the group: its threads, left to the interpreter's exit, now and then abort there."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _wait(args, what: str, wait: Callable[[], object]) -> None:
-    try:
-        wait()
-    except RuntimeError as error:  # gloo's only kind, for a silent process as for a dead one
-        raise lost_process_error(
-            args, f"{what}: waited for the other processes, without a sign of life for ddp_timeout={args.ddp_timeout} s"
-        ) from error
 
 
 def lost_process_error(args, what: str) -> LostProcess:

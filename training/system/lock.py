@@ -23,7 +23,7 @@ class InUse(UserError):
     """Another process holds the lock: `holder` says which."""
 
     def __init__(self, directory: Path, holder: str):
-        super().__init__(f"output_dir={directory}: {holder} is using it; wait until it ends, or stop it first")
+        super().__init__(f"output_dir={directory}: locked by {holder}; wait until it ends, or stop it")
         self.holder = holder
 
 
