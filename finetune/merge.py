@@ -1,7 +1,6 @@
 """`acorn merge ADAPTER OUT [--dtype …]`: fold an adapter into its base, and prove that nothing else changed."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from training.model.hardware import context_of, text_config
 from training.model.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
 from training.share.model_card import CardFacts, write_card
 from training.system.errors import UserError, one_line, quiet_libraries, run_main
-from training.system.files import new_directory
+from training.system.files import new_directory, read_json
 from training.system.flags import FlagParser
 from training.system.shell import shell
 
@@ -50,9 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         kind = str(config.peft_type).split(".")[-1].lower()
         raise UserError(f"{directory}: {kind} adds virtual tokens and changes no weights, so there is nothing to merge")
     untie_adapted(adapted)
-    ids = torch.randint(
-        text_config(adapted.config).vocab_size, (2, min(TOKENS, context_of(adapted.config))), generator=seeded()
-    )
+    vocab_size, length = text_config(adapted.config).vocab_size, min(TOKENS, context_of(adapted.config))
+    ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(1337))
     was_tied = bool(getattr(adapted.config, "tie_word_embeddings", False))
     try:
         unmerged = logits(adapted, ids)
@@ -74,10 +72,6 @@ def check(flags, directory: Path, out: Path) -> None:
         raise UserError(f"{directory}: {what} (no adapter_config.json); name a run of `acorn finetune` with an adapter")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"out={out}: is not empty; name a directory that is, or that does not exist")
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(1337)
 
 
 @torch.no_grad()
@@ -122,7 +116,7 @@ def write(model, out: Path, directory: Path, flags, compare) -> float:
 def card(directory: Path, out: Path) -> CardFacts:
     """What the plain model says of itself."""
     base = base_of(directory)
-    kind = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type", "adapter")
+    kind = read_json(directory / "adapter_config.json").get("peft_type", "adapter")
     about = f"`{base}` with the {kind} adapter `{directory.name}` merged into its weights by Acorn."
     return CardFacts(out.name, about, base_model=base, base_model_relation="finetune", tags=["acorn", kind.lower()])
 

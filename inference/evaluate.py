@@ -65,8 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     if flags.text_files or flags.data_files or flags.dataset:
         length, (tokens, num_bytes) = sequence_length(model, flags.block_size), tokens_of_text(flags, tokenizer)
         rows, counted = EvaluationRows(tokens, length), len(tokens) - 1
+    elif (run_dir := run_of(Path(flags.model))) is not None:
+        rows, counted, num_bytes = open_run(run_dir).held_out(model, tokenizer, flags.block_size)
     else:
-        rows, counted, num_bytes = open_run(run_dir_of(flags)).held_out(model, tokenizer, flags.block_size)
+        raise UserError(f"{flags.model} belongs to no run, so nothing is held out; give --text_files or --dataset")
     batch_size = flags.per_device_eval_batch_size
     device = next(model.parameters()).device.type
     autocast = (lambda: torch.autocast(device, torch.bfloat16)) if flags.bf16 else nullcontext
@@ -74,16 +76,6 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=batches, unit="batch", leave=False, file=sys.stderr, disable=None) as bar:
         results = evaluate_rows(model, rows, num_bytes, batch_size, autocast, on_batch=bar.update)
     print(json.dumps({**results, "tokens": counted, "bytes": num_bytes}))
-
-
-def run_dir_of(flags: argparse.Namespace) -> Path:
-    """The directory of the run that the model belongs to."""
-    run_dir = run_of(Path(flags.model))
-    if run_dir is None:
-        raise UserError(
-            f"{flags.model} is not a run directory, so it has no validation split; give --text_files or --dataset"
-        )
-    return run_dir
 
 
 def tokens_of_text(flags: argparse.Namespace, tokenizer) -> tuple[TokenArray, int]:

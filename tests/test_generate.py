@@ -92,6 +92,17 @@ def test_narrow_sampling_is_greedy(write, flags: list[str]) -> None:
     assert write(*flags) == write("--temperature", "0")
 
 
+@pytest.mark.parametrize("settings", [{"stop_strings": ["a"]}, {"num_beams": "x"}, {"num_beams": 2}], ids=str)
+def test_of_a_foreign_generation_config_the_tokens_alone_are_read(run, write, settings: dict) -> None:
+    path = run / "generation_config.json"
+    kept, expected = path.read_text(), write("--temperature", "0")
+    try:
+        path.write_text(json.dumps(json.loads(kept) | settings))
+        assert write("--temperature", "0") == expected
+    finally:
+        path.write_text(kept)
+
+
 def test_a_prompt_from_a_file(write, tmp_path) -> None:
     path = write_text(tmp_path, "the lazy\ndog", "prompt.txt")
     assert write("--temperature", "0", prompt=f"FILE:{path}") == write("--temperature", "0", prompt="the lazy\ndog")

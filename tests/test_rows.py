@@ -15,11 +15,13 @@ import pytest
 
 from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import find_format, read_conversations, read_pairs
+from finetune.data import render, with_template
 from training.data import workers
 from training.data.corpus import prepare
 from training.data.documents import Position
 from training.data.rows import format_of
 from training.data.sources import read_documents, read_stretches
+from training.data.tokenizers import build_tokenizer
 from training.system.errors import UserError
 
 from .small_corpora import arguments, killed_after, prepared
@@ -257,6 +259,30 @@ def test_a_bad_conversation_of_a_text_is_left_out():
     data = FinetuneDataArguments(text_files=["chat.txt"], on_bad_file="skip")
     assert [found.where for found in read_conversations(data, left_out)] == ["chat.txt, line 1", "chat.txt, line 7"]
     assert left_out["rows of chat.txt"]["rows"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("tools", "read"),
+    [
+        ([{"name": "add"}], [{"name": "add"}]),
+        ('[{"name": "add"}]', [{"name": "add"}]),
+        ("", None),
+        (None, None),
+        ("x", ""),
+    ],
+)
+def test_a_row_says_which_tools_there_are(tmp_path, tools, read) -> None:
+    turns = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns, "tools": tools}), encoding="utf-8")
+    found = read_conversations(FinetuneDataArguments(data_files=[str(tmp_path / "chat.jsonl")]), {})
+    if read == "":
+        with pytest.raises(UserError, match="'tools': 'x' is not a list of JSON schemas"):
+            list(found)
+        return
+    (conversation,) = found
+    assert conversation.tools == read
+    shown = render(with_template(build_tokenizer("byte")), conversation)
+    assert ('"name": "add"' in shown) == bool(read)
 
 
 # --- the cases that were handed over ----------------------------------------------------------------------------------

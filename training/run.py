@@ -251,14 +251,14 @@ class Run:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             received = trainer.stop_on_signal.agreed
             if received is not None and trainer.state.global_step < self.args.max_steps:
-                self.leave_resumable(received)
+                self.exit_resumable(received)
             trainer.evaluate_unless_done()
         except RuntimeError as error:
             if self.args.world_size > 1 and is_lost_process_error(error):
                 raise lost_process_error(self.args, "training") from error
             raise
 
-    def leave_resumable(self, received: int) -> None:
+    def exit_resumable(self, received: int) -> None:
         """Say where the run stopped and how it goes on, and exit as the signal would have."""
         if self.is_main_process:
             where = f"stopped by {signal.Signals(received).name} at step {self.trainer.state.global_step:,}"
