@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from modeling import GPTForCausalLM
-from training.config.recipe import load_recipe
+from training.config.command_line import load_recipe
 from training.costs import config_of, estimate_recipe
 from training.data.dataset import EvaluationRows, TokenArray
 from training.loop.evaluation import evaluate_rows

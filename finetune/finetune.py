@@ -9,7 +9,6 @@ from training.system.errors import UserError, quiet_libraries, run_main
 
 from .arguments import load_finetune_recipe
 from .data import Example, Examples
-from .help import help_text
 from .run import FinetuneRun
 
 PREVIEWED = 60  # tokens of a text
@@ -17,14 +16,11 @@ PREVIEWED = 60  # tokens of a text
 
 def main(argv: list[str] | None = None) -> None:
     """Finetune a model."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(argv):
-        print(help_text())
-        return
+    argv = sys.argv[1:] if argv is None else argv
     if "--resume" in argv:
         raise UserError("--resume: a run of any kind goes on with `acorn resume RUN_DIR`")
     quiet_libraries()
-    recipe = load_finetune_recipe([word for word in argv if word != "--preview"])
+    recipe = load_finetune_recipe(argv)
     run = FinetuneRun(recipe)
     if "--preview" not in argv:
         run.start()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from training.config.choices import check_attention
+from training.config.checks import check_attention
 from training.costs import refuse_large_batch
 from training.data.corpus import Corpus
 from training.data.inputs import refuse_other_inputs

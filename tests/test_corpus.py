@@ -14,7 +14,7 @@ import pytest
 
 from training import prepare as prepare_main
 from training.config.arguments import DataArguments
-from training.config.recipe import load_recipe
+from training.config.command_line import load_recipe
 from training.data import corpus as corpus_module
 from training.data.corpus import load_corpus, prepare
 from training.data.sources import SOURCE_DEFAULTS

@@ -8,9 +8,9 @@ from shlex import split as words
 import pytest
 import torch
 
-from training.config.fields import TAKES_EFFECT
 from training.system.run_files import STATE
 
+from .test_fields import TAKES_EFFECT
 from .tiny_runs import checkpoints, grow, metrics, same_weights
 
 SHORT = words("--max_steps 4 --eval_steps 2 --warmup_steps 0 --max_new_tokens 0 --dropout 0.1 --use_cpu true")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from training import costs, pretrain
-from training.config.recipe import load_recipe
+from training.config.command_line import load_recipe
 
 from .tiny_runs import refused, tiny_argv, write_text
 

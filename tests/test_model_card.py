@@ -8,8 +8,9 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from training.config.command_line import load_recipe
 from training.config.publishing import is_hub_id
-from training.config.recipe import RECIPES_DIR, load_recipe, load_recipe_file
+from training.config.recipe import RECIPES_DIR, load_recipe_file
 from training.data.sources import PYTHON_STDLIB
 from training.share.hub import finish_card
 from training.share.model_card import CardFacts, model_card, write_card

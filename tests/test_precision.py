@@ -12,7 +12,7 @@ from inference import evaluate, generate
 from modeling import GPTForCausalLM
 from training import pretrain, resume
 from training.config.arguments import GPTTrainingArguments
-from training.config.recipe import load_recipe_file, load_run_recipe, parse_flags
+from training.config.recipe import load_recipe_file, load_run_recipe
 from training.data.tokenizers import load_tokenizer
 from training.model import loading, precision
 from training.model.loading import load_model_and_tokenizer
@@ -20,7 +20,7 @@ from training.model.optimizers import Muon, orthogonalize
 from training.run import Run
 from training.system.errors import UserError
 
-from .tiny_runs import grow, refused, tiny_argv, weights, words
+from .tiny_runs import grow, parse_flags, refused, tiny_argv, weights, words
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -283,16 +283,16 @@ def test_mode_and_backend_reach_the_compiler_once(folder, compiled, scope: str, 
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "named"),
     [
-        ({"torch_compile_mode": "fast"}, "torch_compile_mode 'fast': did you mean 'default'"),
-        ({"torch_compile_backend": "inducter"}, "torch_compile_backend 'inducter': did you mean 'inductor'"),
-        ({"torch_compile": True, "compile_scope": "all"}, "compile_scope 'all'"),
+        ("--torch_compile_mode fast", "torch_compile_mode 'fast': did you mean 'default'"),
+        ("--torch_compile_backend inducter", "torch_compile_backend 'inducter': did you mean 'inductor'"),
+        ("--torch_compile true --compile_scope all", "compile_scope 'all'"),
     ],
 )
-def test_a_wrong_compilation_is_refused(tmp_path, flags: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        arguments(tmp_path, **flags)
+def test_a_wrong_compilation_is_refused(flags: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        parse_flags(words(flags))
 
 
 def test_what_the_launcher_compiles_is_not_compiled_again(tmp_path, monkeypatch) -> None:

@@ -156,7 +156,7 @@ def test_the_last_step_is_evaluated_and_saved(folder) -> None:
 def test_the_recipe_is_kept_with_its_flags(grown) -> None:
     recipe = yaml.safe_load((grown / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe["training"]["max_steps"] == 8
-    assert recipe["model"]["n_embd"] == 32
+    assert recipe["model"]["hidden_size"] == 32
     assert recipe["data"]["text_files"] == ["text.txt"]
     assert load_corpus(recipe["data"]["data_dir"]).manifest["format"] == "acorn-corpus"
 

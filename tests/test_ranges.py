@@ -8,7 +8,8 @@ import yaml
 
 from finetune.arguments import FinetuneRecipe, load_finetune_recipe
 from inference import generate
-from training.config.recipe import Recipe, known_keys, load_recipe
+from training.config.command_line import load_recipe
+from training.config.recipe import Recipe, known_keys
 from training.system.errors import UserError
 from training.system.flags import RANGES, check_number
 

@@ -10,17 +10,18 @@ import yaml
 from finetune.arguments import FinetuneRecipe
 from modeling import PRESETS, GPTForCausalLM
 from training.config.arguments import DataArguments
+from training.config.command_line import load_recipe
 from training.config.recipe import (
     RECIPES_DIR,
     Recipe,
-    coerce,
     known_keys,
-    load_recipe,
     load_recipe_file,
-    parse_flags,
     shipped_recipes,
 )
+from training.config.values import coerce
 from training.system.errors import UserError
+
+from .tiny_runs import parse_flags
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 VOCABULARIES = {"byte": 257, "char": 66, "gpt2": 50257, "openai-community/gpt2": 50257}  # char: Shakespeare's
@@ -186,7 +187,7 @@ def test_flags_take_every_form() -> None:
     assert parse_flags(shlex.split(flags)) == {
         "training": {"bf16": True, "early_stopping_patience": 3},
         "model": {
-            "n_layer": 3,
+            "num_hidden_layers": 3,
             "layer_types": ["full_attention", "sliding_attention"],
             "rope_parameters": {"rope_type": "linear", "factor": 2.0},
         },
@@ -209,9 +210,10 @@ def test_negative_numbers_are_values() -> None:
         (["--prompt"], "--prompt: needs a value"),
         (["--text_files"], "--text_files: needs a value"),
         (["--n_layer", "2", "--n_layer", "3"], "--n_layer is given twice"),
-        (["--n_embd", "64", "--hidden_size", "64"], "--hidden_size is given twice (as --n_embd)"),
+        (["--n_embd", "64", "--hidden_size", "64"], "n_embd and hidden_size are two names"),
         (["--lr_scheduler_kwargs", "[1"], "lr_scheduler_kwargs='[1': expected dict"),
         (["--lr_scheduler_kwargs", "{a: no}"], "lr_scheduler_kwargs.a='no': write true or false"),
+        (["--lr_scheduler_kwargs", "{a: .nan}"], "lr_scheduler_kwargs.a=nan: must be a finite number"),
         (["--n_layer", "2", "3"], "n_layer='2 3': expected int"),
         (["stray"], "'stray' is not a flag"),
         (["--layer_types", "[full_attention"], "layer_types"),
@@ -300,7 +302,7 @@ def test_the_smoothing_of_an_older_recipe_is_training_s(tmp_path) -> None:
     path = tmp_path / "old.yaml"
     path.write_text("model: {n_layer: 1, label_smoothing: 0.1}\n", encoding="utf-8")
     recipe = load_recipe_file(str(path))
-    assert (recipe.model, recipe.training) == ({"n_layer": 1}, {"label_smoothing_factor": 0.1})
+    assert (recipe.model, recipe.training) == ({"num_hidden_layers": 1}, {"label_smoothing_factor": 0.1})
 
 
 def test_another_text_or_tokenizer_is_not_held_to_the_recipes_vocabulary() -> None:

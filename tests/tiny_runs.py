@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from modeling import GPTConfig
 from training import pretrain, resume
+from training.config.command_line import given_values, recipe_parser
+from training.config.recipe import Recipe
 from training.share.metrics_file import read_metrics
 from training.system.errors import UserError
 
@@ -33,6 +35,11 @@ TINY = words(
 def tiny_argv(*flags: str, name: str = "run", recipe: str = RECIPE) -> list[str]:
     """What comes after `acorn pretrain` for a tiny run on text.txt; later flags win."""
     return [recipe, *latest("--text_files", "text.txt", *TINY, "--output_dir", name, *flags)]
+
+
+def parse_flags(argv: list[str], kind: type[Recipe] = Recipe) -> dict[str, dict]:
+    """The checked values of a recipe's flags, by section."""
+    return given_values(recipe_parser("pretrain", kind=kind).parse_args(["quickstart", *argv]), kind)
 
 
 def latest(*argv: str) -> list[str]:

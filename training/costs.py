@@ -10,7 +10,7 @@ import torch
 from modeling import GPTConfig, GPTForCausalLM
 from modeling.loss import CHUNK_ELEMENTS
 
-from .config.choices import check_attention
+from .config.checks import check_attention
 from .config.recipe import Recipe
 from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from .loop.chunked_logits import chunk_elements

@@ -1,33 +1,28 @@
 """`acorn estimate RECIPE [--gpu NAME] [--num_gpus N] [--sharding HOW] [--mfu SHARE]`: what a recipe will cost."""
 
-import sys
-
-from .config.help import wants_help
-from .config.recipe import Recipe, load_recipe
+from .config.command_line import recipe_of, recipe_parser
+from .config.recipe import Recipe
 from .costs import SHARDED, Estimate, estimate_recipe
 from .model.hardware import GPUS
 from .model.precision import fit_precision
 from .system.errors import run_main, unknown
-from .system.flags import FlagParser, check_number
+
+EXAMPLES = "  acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print parameters, FLOPs, memory and time of a recipe."""
-    if wants_help("estimate", argv):
-        return
-    parser = FlagParser(prog="acorn estimate", add_help=False)
-    parser.add_argument("--gpu", default="a100-40gb")
-    parser.add_argument("--num_gpus", type=int, default=1)
-    parser.add_argument("--mfu", type=float, default=0.3)
-    parser.add_argument("--sharding", default="none")
-    flags, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    for name, value in vars(flags).items():
-        check_number(name, value)
+    """Print the parameters, FLOPs, memory and time of a recipe, before it costs anything."""
+    parser = recipe_parser("estimate", main.__doc__, EXAMPLES)
+    parser.add_argument("--gpu", default="a100-40gb", help=f"GPU: {', '.join(GPUS)} (default: %(default)s)")
+    parser.add_argument("--num_gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.3, help="model FLOPs utilization (default: %(default)s)")
+    parser.add_argument("--sharding", default="none", help=f"{', '.join(SHARDED)} (default: %(default)s)")
+    flags = parser.parse_args(argv)
     if flags.gpu not in GPUS:
         raise unknown("gpu", flags.gpu, GPUS)
     if flags.sharding not in SHARDED:
         raise unknown("sharding", flags.sharding, SHARDED)
-    recipe = load_recipe("estimate", others)
+    recipe = recipe_of(flags, "estimate")
     fit_precision(recipe.training, GPUS[flags.gpu].has_bf16)
     estimate = estimate_recipe(recipe, flags.num_gpus, flags.sharding)
     print(report(recipe, estimate, flags.gpu, flags.num_gpus, flags.mfu))

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .config.help import wants_help
-from .config.recipe import Recipe, parse_flags
+from .config.command_line import given_values, recipe_parser
+from .config.recipe import Recipe
 from .config.values import coerce
 from .run import open_run
 from .system.addresses import public_name
@@ -20,13 +20,14 @@ from .system.shell import shell
 def main(argv: list[str] | None = None) -> None:
     """Continue a run from its last, its best or a named checkpoint, or from its beginning where it has none yet."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if wants_help("resume", argv):
-        return
     quiet_libraries()
-    if not argv or argv[0].startswith("-"):
+    run = open_run(Path(argv[0])) if argv and not argv[0].startswith("-") else None
+    kind = Recipe if run is None else run.recipe_type
+    wanted = parse(argv, kind)
+    if run is None:
         raise UserError("acorn resume needs a RUN_DIR, such as runs/quickstart")
-    run = open_run(Path(argv[0]))
-    wanted, flags = parse(argv[1:], run.recipe)
+    flags = given_values(wanted, kind)
+    give_addresses_again(run.recipe, flags.get("data", {}))
     run.recipe.command += f" && {shell('acorn', 'resume', *map(public_name, argv))}"
     run.change(flags)
     run.check()
@@ -39,18 +40,16 @@ def main(argv: list[str] | None = None) -> None:
         run.train(checkpoint)
 
 
-def parse(argv: list[str], recipe: Recipe) -> tuple[argparse.Namespace, dict[str, dict]]:
-    """(the verb's own flags, the checked flags of the recipe's sections)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoint", nargs="?", default="last")
-    parser.add_argument("--fresh_state", nargs="?", default="false", const="true")
-    wanted, others = parser.parse_known_args(argv)
-    if not wanted.checkpoint:
-        raise UserError("--checkpoint: needs a value: last, best or checkpoint-N")
-    wanted.fresh_state = coerce("fresh_state", wanted.fresh_state, bool)
-    flags = parse_flags(others, type(recipe))
-    give_addresses_again(recipe, flags.get("data", {}))
-    return wanted, flags
+def parse(argv: list[str], kind: type[Recipe]) -> argparse.Namespace:
+    """The verb's flags, and those of the run's kind of recipe."""
+    about = "Continue a run exactly where it stopped; flags change what can change, such as --max_steps."
+    examples = "  acorn resume runs/quickstart --max_steps 1200"
+    takes = ("RUN_DIR", "directory of a run of `acorn pretrain` or `acorn finetune`; with it --help shows its flags")
+    parser = recipe_parser("resume", about, examples, kind, takes=takes)
+    parser.add_argument("--checkpoint", default="last", help="last, best or checkpoint-N (default: %(default)s)")
+    switch = {"nargs": "?", "default": False, "const": True, "type": lambda word: coerce("fresh_state", word, bool)}
+    parser.add_argument("--fresh_state", help="start a state that the checkpoint does not hold afresh", **switch)
+    return parser.parse_args(argv)
 
 
 def give_addresses_again(recipe: Recipe, data: dict) -> None:

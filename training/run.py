@@ -59,7 +59,7 @@ class Run:
 
     verb = "pretrain"
     recipe_type: type[Recipe] = Recipe
-    changeable_model: tuple[str, ...] = ("block_size", "max_position_embeddings", "attn_implementation")
+    changeable_model: tuple[str, ...] = ("max_position_embeddings", "attn_implementation")
     fixed_training = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these
 
     trainer: GPTTrainer  # from `build_trainer` on
@@ -140,8 +140,7 @@ class Run:
 
     def load_model(self, checkpoint: Path) -> GPTForCausalLM:
         """The checkpoint's model, with a changed context length or attention backend if the flags say so."""
-        names, recipe = {"block_size": "max_position_embeddings"}, self.recipe
-        changes = {names.get(key, key): recipe.model[key] for key in self.changeable_model if key in recipe.model}
+        changes = {key: self.recipe.model[key] for key in self.changeable_model if key in self.recipe.model}
         with reading(checkpoint, "config.json"):
             config = GPTConfig.from_pretrained(checkpoint)
         context = changes.get("max_position_embeddings", config.max_position_embeddings)
@@ -225,7 +224,7 @@ class Run:
             mend = f"start another with `acorn {self.verb}`"
             raise UserError(f"--{fixed[0]} cannot change in a run that has begun: {mend}")
         tokens = None if "tokens_per_step" in training else recipe.training.get("tokens_per_step")
-        is_longer = bool(tokens and {"block_size", "max_position_embeddings"} & model.keys())
+        is_longer = bool(tokens and "max_position_embeddings" in model)
         sequences = tokens // recipe.model_config().max_position_embeddings if is_longer else 0
         recipe.update(flags)
         recipe.check()

@@ -1,23 +1,28 @@
 """`acorn tokenizer [RECIPE] [--flag value …]`: train a byte, character or BPE tokenizer on a text."""
 
-import sys
 from pathlib import Path
 
-from .config.help import wants_help
-from .config.recipe import Recipe, load_recipe, parse_flags
+from .config.command_line import given_values, recipe_of, recipe_parser
+from .config.recipe import Recipe
 from .data.sources import named_sources, read_documents
 from .data.tokenizers import build_tokenizer
 from .system.errors import quiet_libraries, run_main
 from .system.files import new_directory
 from .system.shell import shell
 
+EXAMPLES = """  acorn tokenizer --tokenizer bpe --tokenizer_vocab_size 8192 --text_files my.txt --output_dir my_bpe
+  acorn tokenizer quickstart"""
+
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the tokenizer of a recipe on its text, and save it as a Hugging Face tokenizer."""
-    if wants_help("tokenizer", argv):
-        return
+    """Train a tokenizer on the text of a recipe or of flags, and save it as a Hugging Face tokenizer."""
     quiet_libraries()
-    recipe = recipe_or_flags(sys.argv[1:] if argv is None else argv)
+    flags = recipe_parser("tokenizer", main.__doc__, EXAMPLES, sections=("data",)).parse_args(argv)
+    if flags.recipe is None and given_values(flags):  # flags alone say what to do
+        recipe = Recipe(name="text")
+        recipe.update(given_values(flags))
+    else:
+        recipe = recipe_of(flags, "tokenizer")
     data = recipe.data_arguments()
     directory = Path(recipe.training.get("output_dir") or f"tokenizers/{recipe.name}")
     with new_directory(directory) as folder:  # whole or not at all: half a tokenizer would bar the way of the next
@@ -28,15 +33,6 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.save_pretrained(folder)
     print(f"{directory}: a {data.tokenizer} tokenizer, vocabulary {len(tokenizer):,}.")
     print(f"Type next: {shell('acorn', 'prepare', 'RECIPE', tokenizer=directory)}")
-
-
-def recipe_or_flags(argv: list[str]) -> Recipe:
-    """Return the recipe that is named first, or, where flags alone say what to do, an empty one with them."""
-    if not argv or not argv[0].startswith("--"):
-        return load_recipe("tokenizer", argv)
-    recipe = Recipe(name="text")
-    recipe.update(parse_flags(argv))
-    return recipe
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The dataclasses that recipes and flags fill; what each field means is its `help`."""
+"""The dataclasses that recipes and flags fill; a field with a help text is one that `--help` shows."""
 
 import math
 import sys
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from accelerate.utils import patch_environment
 from transformers import TrainingArguments
@@ -12,81 +13,65 @@ from ..model.compiling import plan_compilation
 from ..model.optimizers import OPTIMIZERS
 from ..model.precision import ACCELERATE, choose
 from ..system.errors import UserError
-from .choices import RISING, check_choices, check_names, check_needs, check_schedule, settle_metric
-from .fields import refuse_other_values
+from .checks import RISING, check_installed, check_needs, check_schedule, settle_metric
 from .publishing import check_hub_arguments, check_language, check_license
 
 
-def _none() -> list[str]:
-    return ["none"]
-
-
-def help_field(help_text: str, default=None, **kwargs):
-    kwargs = kwargs or {"default": default}
-    return field(metadata={"help": help_text}, **kwargs)
+def help_field(text: str, default: Any = None, **kwargs) -> Any:
+    """A dataclass field with a help text, as HfArgumentParser reads them."""
+    return field(metadata={"help": text}, **(kwargs or {"default": default}))
 
 
 @dataclass
 class DataArguments:
-    """Where the text comes from, how it becomes tokens and which part of it validates."""
+    """Where the text comes from, how it becomes tokens, and which part of it is held out for validation."""
 
     text_files: list[str] = help_field(
-        "Text files, folders, globs or http(s) addresses; a file is a document.", default_factory=list
+        "Text files, directories, globs or URLs; each file is one document.", default_factory=list
     )
     data_files: list[str] = help_field(
-        "JSON, CSV, parquet or arrow files, globs or addresses, compressed or not.", default_factory=list
+        "JSON, CSV, Parquet or Arrow files, globs or URLs; each row is one document.", default_factory=list
     )
-    dataset: str | None = help_field("A Hub data set id, a local directory of one, or python-stdlib (no download).")
-    dataset_config: str | None = help_field("Configuration of the Hub data set.")
-    dataset_split: str = help_field("Split of the Hub data set.", "train")
-    text_column: str = help_field("The column that holds the text.", "text")
-    streaming: bool = help_field(
-        "Prepare nothing: text becomes tokens as training goes (acorn prepare: copy nothing from the Hub).", False
-    )
+    dataset: str | None = help_field("Dataset on the Hub, local dataset directory, or python-stdlib (no download).")
+    dataset_config: str | None = help_field("Configuration of the Hub dataset.")
+    dataset_split: str = help_field("Split of the Hub dataset.", "train")
+    text_column: str = help_field("Column that holds the text.", "text")
+    streaming: bool = help_field("Tokenize during training instead of preparing the corpus first.", False)
     mixture: list[dict] = help_field(
-        "Several sources, each with the keys above and a weight (in a recipe file).", default_factory=list
+        "List of sources, each with the keys above and a weight (best in a recipe file).", default_factory=list
     )
-    tokenizer: str = help_field("byte, char, bpe, or any Hugging Face tokenizer by id or path.", "byte")
-    tokenizer_vocab_size: int | None = help_field(
-        "Vocabulary size of a bpe tokenizer trained on the text [4096 or fewer]."
-    )
-    validation_fraction: float = help_field("Share of the text, or of the documents, that validates.", 0.1)
-    validation_by: str = help_field("position (the end of the text) or documents (a seeded choice).", "position")
-    validation_seed: int = help_field("Seed of the choice of documents.", 2357)
+    tokenizer: str = help_field("byte, char, bpe, or the Hub id or path of a Hugging Face tokenizer.", "byte")
+    tokenizer_vocab_size: int | None = help_field("Vocabulary size of a bpe tokenizer (default: up to 4096).")
+    validation_fraction: float = help_field("Fraction of the text or documents held out for validation.", 0.1)
+    validation_by: str = help_field("Hold out the end of the text (position) or random documents.", "position")
+    validation_seed: int = help_field("Seed of the random choice of validation documents.", 2357)
     validation_characters: int | None = help_field(
-        "With --streaming: so many, the first of the text, validate [200000]."
+        "With --streaming: characters at the start of the text held out for validation (default: 200000)."
     )
-    data_dir: str | None = help_field("Where the prepared tokens live (default: corpora/NAME-FINGERPRINT).")
-    shard_size: int = help_field("Tokens a shard file.", 100_000_000)
-    num_proc: int = help_field("Processes that tokenise; 1 is this one, with the tokenizer's own threads.", 1)
-    on_bad_file: str = help_field(
-        "A file or row that cannot be read: stop, or skip (what could be read is kept).", "stop"
-    )
-    sampling: str = help_field("How training windows are drawn: random (as nanoGPT), or shuffled: each once.", "random")
-
-    def __post_init__(self):
-        check_names(self)
+    data_dir: str | None = help_field("Directory of the prepared tokens (default: corpora/NAME-FINGERPRINT).")
+    shard_size: int = help_field("Tokens per shard file.", 100_000_000)
+    num_proc: int = help_field("Number of tokenizing processes; 1 uses the tokenizer's own threads.", 1)
+    on_bad_file: str = help_field("What to do about an unreadable file or row: stop or skip.", "stop")
+    sampling: str = help_field("Draw training sequences random (as nanoGPT) or shuffled (each once).", "random")
 
 
 @dataclass
 class SampleArguments:
-    """What is written at the end of a run, and at each evaluation if `sample_during_training`."""
+    """The text generated at the end of a run, and at each evaluation if `sample_during_training`."""
 
     prompt: str = help_field("Text that the sample continues.", "\n")
-    max_new_tokens: int = help_field("Length of the sample in tokens; 0 writes none.", 300)
-    temperature: float = help_field("Below one is safer, above one is wilder; 0 is greedy.", 0.8)
-    top_k: int | None = help_field("Sample among the k likeliest tokens.", 200)
-    top_p: float | None = help_field("Sample among the likeliest tokens that hold this probability.")
-    sample_during_training: bool = help_field("Also write a sample at each evaluation.", False)
+    max_new_tokens: int = help_field("Length of the sample in tokens; 0 generates none.", 300)
+    temperature: float = help_field("Sampling temperature; 0 is greedy.", 0.8)
+    top_k: int | None = help_field("Sample from the k most likely tokens.", 200)
+    top_p: float | None = help_field("Sample from the most likely tokens whose probabilities add up to this.")
+    sample_during_training: bool = help_field("Also generate a sample at each evaluation.", False)
 
 
 @dataclass
 class CardArguments:
     """What the model card cannot know by itself."""
 
-    license: str | None = help_field(
-        "Licence of the weights, by its Hub name, such as apache-2.0 (default: none chosen)."
-    )
+    license: str | None = help_field("License of the weights by its Hub name, such as apache-2.0.")
     language: list[str] = help_field("ISO 639 codes of the text, such as en; `code` for code.", default_factory=list)
 
     def __post_init__(self):
@@ -101,76 +86,72 @@ _CHECKPOINTING = [(f"activation{name}", f"gradient{name}") for name in ("_checkp
 class GPTTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with nanoGPT's defaults, its overheads off, and a few fields more."""
 
-    optimizer: str = help_field(f"One of {', '.join(OPTIMIZERS)}.", "adamw")
-    muon_learning_rate: float = help_field("Learning rate of the hidden matrices under muon.", 0.02)
-    muon_momentum: float = help_field("Momentum of the hidden matrices under muon.", 0.95)
-    early_stopping_patience: int | None = help_field("Stop after so many evaluations without a better validation loss.")
-    precision: str = help_field(
-        "auto (bf16 where the device multiplies it natively, else fp32), fp32, bf16 or fp16.", "auto"
-    )
-    force_precision: bool = help_field("Take the precision asked for even where the device only emulates it.", False)
-    bf16: bool | None = help_field("The same as --precision bf16; false: as fp32.")
-    fp16: bool | None = help_field("The same as --precision fp16.")
-    compile_scope: str = help_field("With --torch_compile: blocks (quick to compile) or model.", "blocks")
-    peak_flops: float | None = help_field("Peak FLOP/s of the device, for MFU (known GPUs need none).")
-
+    output_dir: str | None = help_field("Run directory (default: runs/RECIPE).")
+    max_steps: int = help_field("Number of optimizer steps; -1 trains for num_train_epochs.", -1)
+    num_train_epochs: float = help_field("Number of epochs if max_steps is -1.", 1.0)
     tokens_per_step: int | None = help_field(
-        "Tokens of one optimizer step, over all processes; gradient accumulation follows from it."
+        "Tokens per optimizer step over all processes; sets gradient_accumulation_steps."
     )
-    per_device_train_batch_size: int = help_field("Windows a micro-batch and process.", 12)
-    per_device_eval_batch_size: int = help_field("Windows an evaluation batch and process.", 32)
-    max_steps: int = help_field("Optimizer steps; -1 takes num_train_epochs passes over the text.", -1)
-    num_train_epochs: float = help_field("Passes over the text when max_steps is -1.", 1.0)
+    per_device_train_batch_size: int = help_field("Sequences per device in one forward pass.", 12)
+    per_device_eval_batch_size: int = help_field("Sequences per device in one forward pass of evaluation.", 32)
+    optimizer: str = help_field(f"Optimizer: {' or '.join(OPTIMIZERS)}.", "adamw")
     learning_rate: float = help_field("Peak learning rate of AdamW.", 6e-4)
+    muon_learning_rate: float = help_field("Peak learning rate of the hidden matrices under muon.", 0.02)
+    muon_momentum: float = 0.95
     lr_scheduler_type: str = help_field(
-        "cosine_with_min_lr, warmup_stable_decay, constant_with_warmup, or another of transformers' schedules.",
-        "cosine_with_min_lr",
+        "Learning rate schedule: any of transformers', such as warmup_stable_decay.", "cosine_with_min_lr"
     )
-    warmup_steps: float = help_field("Steps (or, below one, the share of steps) of linear warm-up.", 100)
-    weight_decay: float = help_field("Decay of matrices (under muon: of the hidden ones).", 0.1)
-    adam_beta2: float = help_field("AdamW's second beta.", 0.95)
-    max_grad_norm: float = help_field("Gradients are clipped to this norm; 0 clips nothing.", 1.0)
-    eval_strategy: str = help_field("steps, epoch (passes over the text) or no.", "steps")
-    eval_steps: float | None = help_field("Steps between evaluations.", 250)
-    save_strategy: str = help_field("steps, epoch, best or no.", "steps")
-    save_steps: float | None = help_field("Steps between checkpoints (default: eval_steps).")
-    save_total_limit: int | None = help_field("Checkpoints kept; the best and the last are never removed.", 2)
-    logging_steps: float | None = help_field(
-        "Steps between updates of the loss shown (default: a tenth of eval_steps)."
-    )
-    seed: int = help_field("Seed of initialisation, data order and dropout.", 1337)
-    metric_for_best_model: str | None = help_field(f"What the best is best at: {', '.join(RISING)}.", "loss")
-    greater_is_better: bool | None = help_field("Whether more of it is better (default: as the metric is).")
-    report_to: list[str] = help_field(
-        "Trackers, such as tensorboard; none, or all that are installed.", default_factory=_none
-    )
-    debug: list[str] = help_field("underflow_overflow looks at every activation.", default_factory=list)
     lr_scheduler_kwargs: dict | None = help_field("Settings of the schedule, such as {min_lr_rate: 0.1}.")
-    activation_checkpointing: bool | None = help_field(
-        "Compute activations again in the backward pass, to save memory."
+    warmup_steps: float = help_field("Steps of linear warmup; below 1, the fraction of all steps.", 100)
+    weight_decay: float = help_field("Weight decay of matrices (under muon: of the hidden matrices).", 0.1)
+    adam_beta2: float = help_field("Second beta of AdamW.", 0.95)
+    max_grad_norm: float = help_field("Maximum gradient norm; 0 does not clip.", 1.0)
+    precision: str = help_field("auto (bf16 if the device supports it, else fp32), fp32, bf16 or fp16.", "auto")
+    force_precision: bool = help_field("Train in this precision even if the device only emulates it.", False)
+    bf16: bool | None = None  # of transformers, and fp16: the same as --precision
+    fp16: bool | None = None
+    torch_compile: bool = help_field("Compile the model with torch.compile.", False)
+    compile_scope: str = help_field("With --torch_compile: compile each block (blocks) or the whole model.", "blocks")
+    activation_checkpointing: bool | None = help_field("Recompute activations in the backward pass to save memory.")
+    activation_checkpointing_kwargs: dict | None = None
+    gradient_checkpointing: bool | None = None  # the name before transformers 5.23
+    gradient_checkpointing_kwargs: dict | None = None
+    peak_flops: float | None = help_field("Peak FLOP/s of the device, for MFU (default: known for common GPUs).")
+    eval_strategy: str = help_field("When to evaluate: steps, epoch or no.", "steps")
+    eval_steps: float | None = help_field("Steps between evaluations; below 1, the fraction of all steps.", 250)
+    save_strategy: str = help_field("When to save checkpoints: steps, epoch, best or no.", "steps")
+    save_steps: float | None = help_field("Steps between checkpoints (default: eval_steps).")
+    save_total_limit: int | None = help_field("Number of checkpoints kept, the best and the last among them.", 2)
+    logging_steps: float | None = help_field("Steps between updates of the loss (default: eval_steps / 10).")
+    metric_for_best_model: str | None = help_field(
+        f"Metric that selects the best checkpoint: {', '.join(RISING)}.", "loss"
     )
-    activation_checkpointing_kwargs: dict | None = help_field("Settings of it, such as {use_reentrant: false}.")
-    gradient_checkpointing: bool | None = help_field(
-        "The name that activation_checkpointing had before transformers 5.23."
+    greater_is_better: bool | None = None  # as the metric is
+    early_stopping_patience: int | None = help_field("Stop after this many evaluations without a better metric.")
+    seed: int = help_field("Seed of initialization, data order and dropout.", 1337)
+    report_to: list[str] = help_field(
+        "Trackers, such as tensorboard; none, or all that are installed.", default_factory=lambda: ["none"]
     )
-    gradient_checkpointing_kwargs: dict | None = help_field("As activation_checkpointing_kwargs.")
-    do_train: bool = help_field("Training is what it does.", True)
-    optim: str = help_field("transformers' name of AdamW; `optimizer` decides.", "adamw_torch_fused")
-    logging_nan_inf_filter: bool = help_field("transformers' replacement of NaN losses; Acorn stops instead.", False)
-    log_level_replica: str = help_field("What other processes than the first say.", "error")
-    remove_unused_columns: bool = help_field("Rows have only what the model takes.", False)
-    ignore_data_skip: bool = help_field("The data position is computed, not replayed.", True)
-    ddp_find_unused_parameters: bool | None = help_field("Every parameter is used.", False)
-    prediction_loss_only: bool = help_field("Logits are never gathered.", True)
-    dataloader_drop_last: bool = help_field("Every micro-batch is whole.", True)
+    push_to_hub: bool = help_field("Upload the run to the Hub at every save.", False)
+    hub_model_id: str | None = help_field("Repository on the Hub (default: the name of output_dir).")
+    debug: list[str] = field(default_factory=list)
+    log_level_replica: str = "error"
+    # What Acorn's loop decides; `REFUSED` says where.
+    do_train: bool = True
+    optim: str = "adamw_torch_fused"
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    ignore_data_skip: bool = True
+    ddp_find_unused_parameters: bool | None = False
+    prediction_loss_only: bool = True
+    dataloader_drop_last: bool = True
 
     def __post_init__(self):
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ["none"])
         check_hub_arguments(self)
-        refuse_other_values(self)
         settle_metric(self)
-        check_choices(self)
-        check_needs(self, {f.name: f.default for f in fields(self)})
+        check_installed(self)
+        check_needs(self)
         self._settle_checkpointing()
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
@@ -256,7 +237,7 @@ def fitting_micro_batches(rows: int, processes: int) -> list[int]:
 def _does_not_divide(args: GPTTrainingArguments, rows: int, context_length: int, processes: int) -> str:
     """The refusal that names the nearest micro-batches that would do, or the nearest numbers of processes."""
     size = args.per_device_train_batch_size
-    what = f"tokens_per_step={args.tokens_per_step} ({rows} windows of {context_length})"
+    what = f"tokens_per_step={args.tokens_per_step} ({rows} sequences of {context_length})"
     fitting = fitting_micro_batches(rows, processes)
     if not fitting:
         counts = sorted((n for n in range(1, 2 * processes) if rows % n == 0), key=lambda n: abs(n - processes))[:2]

@@ -9,7 +9,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from ..system.errors import UserError, one_line, unknown
-from .fields import REFUSED
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 NO_TOKEN = f"no Hugging Face token: create one at {TOKENS_PAGE} with write access, then `hf auth login` or set HF_TOKEN"
@@ -62,20 +61,11 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_hub_arguments(args: TrainingArguments) -> None:
-    """Refuse hub_* arguments that would do nothing, leak, or fail after hours of training."""
-    if args.hub_token is not None:
-        raise UserError(f"hub_token: {REFUSED['hub_token']}")  # and not the token itself
-    if not args.push_to_hub:
-        idle = {"hub_model_id": None, "hub_revision": None, "hub_always_push": False, "hub_strategy": "every_save"}
-        for name, default in idle.items():
-            if getattr(args, name) != default:
-                raise UserError(f"{name}={getattr(args, name)}: has no effect without push_to_hub: true")
-        if args.hub_private_repo is not None and "trackio" not in (args.report_to or ()):
-            raise UserError(f"hub_private_repo={args.hub_private_repo}: has no effect without push_to_hub: true")
-        return
-    check_repo_id(repo_of(args))
-    if get_token() is None:
-        raise UserError(f"push_to_hub: {NO_TOKEN}")
+    """Refuse a push that would fail after hours of training: to a repository that cannot be, or without a token."""
+    if args.push_to_hub:
+        check_repo_id(repo_of(args))
+        if get_token() is None:
+            raise UserError(f"push_to_hub: {NO_TOKEN}")
 
 
 def repo_of(args: TrainingArguments) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,24 +18,21 @@ from ..system.addresses import each_text, public_name, public_text
 from ..system.distributed import check_launch, check_partitions
 from ..system.errors import UserError, one_line, unknown
 from ..system.files import check_hash, write_with_hash
-from ..system.flags import check_number, refuse_broken_text
-from ..system.shell import shell
+from ..system.flags import check_number
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
-from .choices import NEEDS, RISING
+from .checks import NEEDS, REFUSED, RISING, check_name
 from .strict_yaml import dump, load
-from .values import coerce, from_words, refuse_ambiguous
+from .values import coerce
 
 RECIPES_DIR = Path(__file__).parents[1] / "recipes"
-FLAG_ORDER = ("data", "training", "model", "adapter", "sample", "card")  # where a flag that two sections know belongs
 SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")
 SECTIONS = {"data": DataArguments, "training": GPTTrainingArguments, "sample": SampleArguments, "card": CardArguments}
 # What a recipe says for one choice alone, and the key of the choice: a flag that chooses otherwise drops it.
-GOES_WITH = {name: other for name, (other, _) in NEEDS.items()} | {
+GOES_WITH = {name: need.argument for name, need in NEEDS.items()} | {
     "lr_scheduler_kwargs": "lr_scheduler_type",
     "greater_is_better": "metric_for_best_model",
 }
-MOVED = {("model", "label_smoothing"): ("training", "label_smoothing_factor")}  # keys of older recipes
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model section: the tokenizer knows them
+TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer knows its special tokens")
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 # Keys of the model section that are not fields of GPTConfig.
 MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
@@ -57,6 +53,7 @@ class Recipe:
     # What a kind of recipe is made of; finetuning has its own.
     directory: typing.ClassVar[Path] = RECIPES_DIR
     sections: typing.ClassVar[dict[str, type]] = SECTIONS
+    refused: typing.ClassVar[dict[str, dict[str, str]]] = {"training": REFUSED, "model": TOKEN_IDS}
 
     @property
     def output_dir(self) -> Path:
@@ -100,9 +97,8 @@ class Recipe:
     def model_config(self, **overrides) -> GPTConfig:
         """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""
         keys = {key: value for key, value in self.model.items() if key != "preset"}
-        preset = PRESETS.get(self.model.get("preset"), {})
         try:
-            return GPTConfig(**{**_canonical(preset), **_canonical(keys), **overrides})
+            return GPTConfig(**{**PRESETS.get(self.model.get("preset"), {}), **keys, **overrides})
         except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
             raise UserError(f"model: {one_line(error)}") from error
 
@@ -122,13 +118,8 @@ class Recipe:
                     self.data.pop(key, None)
         self._drop_size_of_another(overrides.get("data", {}), names_source)
         self._drop_what_goes_with_another(overrides.get("training", {}))
-        for key in DROPOUTS if "dropout" in overrides.get("model", {}) else ():
-            self.model.pop(key, None)
         for section, values in overrides.items():
-            ours, named = getattr(self, section), {_one_name(key) for key in values}
-            for key in [key for key in ours if _one_name(key) in named]:
-                del ours[key]  # nanoGPT's name and ours are one key
-            ours.update(values)
+            getattr(self, section).update(values)
 
     def _drop_size_of_another(self, flags: dict, names_source: bool) -> None:
         """The recipe's size of vocabulary is its own tokenizer's; the usual one is no demand on another text either."""
@@ -151,19 +142,6 @@ class Recipe:
         write_with_hash(path, dump(dataclasses.asdict(self) | public))
 
 
-def load_recipe(verb: str, argv: list[str] | None) -> Recipe:
-    """The recipe that `argv` names (a shipped name or a YAML path), with its flags laid over."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0].startswith("-"):
-        raise UserError(f"acorn {verb} needs a RECIPE: one of {', '.join(shipped_recipes())}, or a YAML file")
-    name = argv.pop(0)
-    recipe = load_recipe_file(name)
-    recipe.update(parse_flags(argv), data_dir_is_source=verb != "prepare")
-    recipe.check()
-    recipe.command = shell("acorn", verb, name, *map(public_name, argv))
-    return recipe
-
-
 def shipped_recipes(kind: type[Recipe] = Recipe) -> list[str]:
     return sorted(path.stem for path in kind.directory.glob("*.yaml"))
 
@@ -184,6 +162,9 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
         raise UserError(f"{path}: is of `acorn finetune`; use `acorn resume RUN_DIR`")
+    if isinstance(content.get("model"), dict) and "label_smoothing" in content["model"]:  # a key of older recipes
+        smoothing = {"label_smoothing_factor": content["model"].pop("label_smoothing")}
+        content["training"] = smoothing | (content.get("training") or {})
     recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
     for section, values in content.items():
         if section not in known_keys(kind):
@@ -191,15 +172,10 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
         values = {} if values is None else values
         if not isinstance(values, dict):
             raise UserError(f"{path}: section {section} must hold `key: value` lines")
-        for key, value in values.items():
-            section, key = MOVED.get((section, key), (section, key))
-            try:
-                getattr(recipe, section)[key] = check(section, key, value, kind)
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from error
-    names = [_one_name(key) for key in recipe.model]
-    if doubled := [key for key in recipe.model if names.count(_one_name(key)) > 1]:
-        raise UserError(f"{path}: {' and '.join(doubled)} are two names for one key; give only one")
+        try:
+            getattr(recipe, section).update(read_section(section, values, kind))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return recipe
 
 
@@ -232,60 +208,51 @@ def architecture_keys() -> dict[str, typing.Any]:
     return {**own, **aliases, **MODEL_EXTRAS}
 
 
-def check(section: str, key: str, value: typing.Any, kind: type[Recipe] = Recipe) -> typing.Any:
-    """The value in its field's type; raises UserError for unknown keys and wrong types."""
-    keys = known_keys(kind)
-    if key not in keys[section]:
-        raise unknown(f"key in {section}", key, keys[section])
-    if key in TOKEN_IDS and section == "model":
-        raise UserError(f"{key}={value!r} has no effect here; the tokenizer knows its special tokens")
-    if key == "preset" and value not in PRESETS:
-        raise unknown("preset", value, PRESETS)
-    value = coerce(key, value, keys[section][key])
-    check_number(_one_name(key), value)
-    refuse_ambiguous(key, value)
+def read_section(section: str, values: dict[str, typing.Any], kind: type[Recipe] = Recipe) -> dict[str, typing.Any]:
+    """Checked values in their fields' types; the model's keys under GPTConfig's names, `dropout` as all three."""
+    read, given = {}, {}
+    for key, value in values.items():
+        name = GPTConfig.attribute_map.get(key, key) if section == "model" else key
+        if name in read:
+            raise UserError(f"{given[name]} and {key} are two names for one key; give only one")
+        read[name], given[name] = check(section, key, value, kind), key
+        check_number(name, read[name])
+    if section == "model" and "dropout" in read:
+        read = dict.fromkeys(DROPOUTS, read.pop("dropout")) | read
+    return read
+
+
+def check(section: str, key: str, value: typing.Any, kind: type[Recipe]) -> typing.Any:
+    """The value in its field's type; raises UserError for unknown keys, wrong types and values that cannot be."""
+    hints = known_keys(kind)[section]
+    if key not in hints:
+        raise unknown(f"key in {section}", key, hints)
+    if key in kind.refused.get(section, ()) and not is_default(kind.sections.get(section), key, value, hints[key]):
+        shown = key if key == "hub_token" else f"{key}={value!r}"
+        raise UserError(f"{shown} has no effect here; {kind.refused[section][key]}")
+    value = coerce(key, value, hints[key])
+    check_name(key, value)
+    check_settings(key, value)
     if (value == "" and key in ("output_dir", "data_dir")) or (isinstance(value, str) and "\0" in value):
         raise UserError(f"{key}={value!r}: is not a path; give one, or leave it out")
     return value
 
 
-def parse_flags(argv: list[str], kind: type[Recipe] = Recipe) -> dict[str, dict]:
-    """`--key value …` and `--key=value` to checked values by section; a list that is given twice is one list."""
-    keys, found, given = known_keys(kind), {}, {}
-    refuse_broken_text(argv)
-    for flag, words in _split_flags(argv):
-        section = next((s for s in FLAG_ORDER if flag in keys.get(s, ())), None)
-        if section is None:
-            raise unknown("flag", f"--{flag}", [f"--{key}" for s in keys.values() for key in s])
-        value = check(section, flag, from_words(flag, words, keys[section][flag]), kind)
-        before = given.setdefault(_one_name(flag), flag)
-        values = found.setdefault(section, {})
-        if flag in values and isinstance(value, list):
-            value = values[flag] + value
-        elif flag in values or before != flag:
-            raise UserError(f"--{flag} is given twice{'' if before == flag else f' (as --{before})'}; give it once")
-        values[flag] = value
-    return found
+def is_default(section: type | None, key: str, value: typing.Any, hint: typing.Any) -> bool:
+    """Whether a value is the one that holds without it; GPTConfig's, which has no section, is None."""
+    field = {field.name: field for field in dataclasses.fields(section)}[key] if section else None
+    default = None if field is None else field.default
+    if field is not None and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    try:
+        return coerce(key, value, hint) == default
+    except UserError:
+        return False
 
 
-def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
-    flags: list[tuple[str, list[str]]] = []
-    for token in argv:
-        if token.startswith("--") and len(token) > 2:
-            name, equals, value = token[2:].partition("=")
-            flags.append((name, [value] if equals else []))
-        elif flags:
-            flags[-1][1].append(token)
-        else:
-            raise UserError(f"{token!r} is not a flag; flags are written --name value")
-    return flags
-
-
-def _canonical(keys: dict) -> dict:
-    """nanoGPT's names to ours, so that a flag overrides a preset whatever name either uses; `dropout` is all three."""
-    all_three = dict.fromkeys(DROPOUTS, keys["dropout"]) if "dropout" in keys else {}
-    return all_three | {_one_name(key): value for key, value in keys.items() if key != "dropout"}
-
-
-def _one_name(key: str) -> str:
-    return GPTConfig.attribute_map.get(key, key)
+def check_settings(key: str, settings: typing.Any) -> None:
+    """Refuse `no` among settings, which have no types to go by and where it would count as true, and infinity."""
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+            raise UserError(f"{key}.{name}={value!r}: write true or false")
+        check_number(f"{key}.{name}", value)

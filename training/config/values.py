@@ -69,13 +69,6 @@ def _number(value: typing.Any, kind: type) -> int | float | None:
     return value if isinstance(value, int) else int(number) if number.is_integer() else None
 
 
-def refuse_ambiguous(key: str, settings: typing.Any) -> None:
-    """Refuse `no` among settings, which have no types to go by: it would be a text that counts as true."""
-    for name, value in settings.items() if isinstance(settings, dict) else ():
-        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
-            raise UserError(f"{key}.{name}={value!r}: write true or false")
-
-
 def _shortened(value: typing.Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:77]}…"
