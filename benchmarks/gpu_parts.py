@@ -16,7 +16,7 @@ from benchmarks import placement as placing
 from benchmarks.gpu_training import sizes, stand_in_for_metrics
 from modeling import GPTConfig, GPTForCausalLM
 from tests.variants import VARIANTS, randomize, tiny_config
-from training.model.hardware import known_gpu
+from training.model.devices import known_gpu
 
 
 def machine(device: str) -> dict:

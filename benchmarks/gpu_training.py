@@ -19,7 +19,8 @@ from benchmarks import placement as placing
 from modeling import GPTConfig, GPTForCausalLM
 from modeling.presets import PRESETS
 from tests.variants import VARIANTS, tiny_config
-from training.model.hardware import flops_per_token, known_gpu
+from training.model.devices import known_gpu
+from training.model.sizes import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 

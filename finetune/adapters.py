@@ -22,8 +22,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from training.model.devices import DTYPES
 from training.model.loading import with_cache_names, without_warnings
-from training.model.precision import DTYPES
 from training.system.errors import UserError, one_line
 
 LINEAR = nn.Linear | Conv1D

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from training.data.tokenizers import load_tokenizer
-from training.model.hardware import context_of, text_config
 from training.model.loading import DTYPES, base_of, is_adapter, load_adapter, load_causal_lm, tokenizer_home
+from training.model.sizes import context_of, text_config
 from training.share.model_card import CardFacts, write_card
 from training.system.errors import UserError, one_line, quiet_libraries, run_main
 from training.system.files import new_directory, read_json

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from training.data.corpus import Corpus
 from training.data.dataset import IGNORED, EvaluationRows, Rows, shuffled_starts
-from training.model.hardware import text_config
+from training.model.sizes import text_config
 from training.system.distributed import shares_weights_out
 from training.system.errors import UserError
 

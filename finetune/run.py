@@ -15,7 +15,7 @@ from training.config.checks import check_attention
 from training.costs import refuse_large_batch
 from training.data.corpus import Corpus
 from training.data.inputs import refuse_other_inputs
-from training.model.hardware import context_of, peak_memory
+from training.model.devices import peak_memory
 from training.model.loading import (
     fingerprint,
     in_native_dtype,
@@ -26,6 +26,7 @@ from training.model.loading import (
     refuse_emulated_dtype,
 )
 from training.model.sampling import prompt_tensor, sample_text
+from training.model.sizes import context_of
 from training.run import Run, sequence_length
 from training.share.metrics_file import read_metrics
 from training.share.model_card import CardFacts

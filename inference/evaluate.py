@@ -16,9 +16,8 @@ from training.data.dataset import EvaluationRows, TokenArray
 from training.data.encoding import encode_documents
 from training.data.sources import named_sources, read_documents
 from training.loop.evaluation import evaluate_rows
-from training.model.hardware import best_device
+from training.model.devices import best_device, refuse_emulated
 from training.model.loading import load_model_and_tokenizer
-from training.model.precision import refuse_emulated
 from training.run import open_run, sequence_length
 from training.system.checkpoints import run_of
 from training.system.errors import UserError, quiet_libraries, run_main

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from training.model.hardware import best_device
+from training.model.devices import best_device
 from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
 from training.model.sampling import (
     TextPrinter,

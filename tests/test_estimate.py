@@ -10,7 +10,8 @@ from training.config.recipe import load_recipe_file
 from training.costs import estimate_recipe, evaluation_bytes, memory
 from training.estimate import duration, main
 from training.loop.chunked_logits import chunk_elements
-from training.model.hardware import GPUS, device_peak_flops, flops_per_token, known_gpu, matrix_parameters
+from training.model.devices import GPUS, device_peak_flops, known_gpu
+from training.model.sizes import flops_per_token, matrix_parameters
 from training.system.errors import UserError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "block_size": 32}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.model import hardware
+from training.model import devices
 from training.system import files
 
 from .test_imports import FILES, ROOT
@@ -125,14 +125,14 @@ def test_peak_memory_is_in_bytes(system, bytes_held, monkeypatch) -> None:
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=5))
     monkeypatch.setitem(sys.modules, "resource", usage)
     monkeypatch.setattr(sys, "platform", system)
-    assert hardware.peak_memory(torch.device("cpu")) == bytes_held
+    assert devices.peak_memory(torch.device("cpu")) == bytes_held
 
 
 def test_peak_memory_without_the_module(monkeypatch) -> None:
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
-    assert hardware.peak_memory(torch.device("cpu")) == 7
+    assert devices.peak_memory(torch.device("cpu")) == 7
 
 
 def test_where_directories_cannot_be_opened_only_files_are_flushed(tmp_path, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from training import pretrain, resume
 from training.config.arguments import GPTTrainingArguments
 from training.config.recipe import load_recipe_file, load_run_recipe
 from training.data.tokenizers import load_tokenizer
-from training.model import loading, precision
+from training.model import devices, loading
 from training.model.loading import load_model_and_tokenizer
 from training.model.optimizers import Muon, orthogonalize
 from training.run import Run
@@ -30,9 +30,9 @@ def native(monkeypatch):
     """Decide what the CPU multiplies natively: `native(True)`; its speeds are made up."""
 
     def decide(is_native: bool) -> None:
-        for module in (precision, loading):
+        for module in (devices, loading):
             monkeypatch.setattr(module, "is_native", lambda device, dtype: is_native or dtype == FP32)
-        monkeypatch.setattr(precision, "measured", lambda device, dtype: 65.0 if dtype == FP32 else 1.3)
+        monkeypatch.setattr(devices, "measured", lambda device, dtype: 65.0 if dtype == FP32 else 1.3)
 
     return decide
 
@@ -45,11 +45,11 @@ def arguments(tmp_path, **changes) -> GPTTrainingArguments:
 
 
 def test_an_x86_cpu_has_bf16_where_its_instructions_do_however_busy_it_is(monkeypatch) -> None:
-    ask = precision.is_native.__wrapped__
-    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(precision, "measured", lambda device, dtype: pytest.fail("measured"))
+    ask = devices.is_native.__wrapped__
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(devices, "measured", lambda device, dtype: pytest.fail("measured"))
     for says, amx, avx512, expected in ((1, 1, 1, True), (1, 0, 1, True), (1, 0, 0, False), (0, 1, 1, False)):
-        monkeypatch.setattr(precision, "_torch_says_so", lambda dtype, says=says: bool(says))
+        monkeypatch.setattr(devices, "_torch_says_so", lambda dtype, says=says: bool(says))
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: bool(avx512))
         assert ask("cpu", BF16) is expected
@@ -57,11 +57,11 @@ def test_an_x86_cpu_has_bf16_where_its_instructions_do_however_busy_it_is(monkey
 
 
 def test_another_cpu_is_measured(monkeypatch) -> None:
-    monkeypatch.setattr(precision.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "arm64")
     for says, speed, expected in ((True, 400.0, True), (False, 400.0, False), (True, 12.0, False)):
-        monkeypatch.setattr(precision, "_torch_says_so", lambda dtype, says=says: says)
-        monkeypatch.setattr(precision, "measured", lambda device, dtype, speed=speed: 60.0 if dtype == FP32 else speed)
-        assert precision.is_native.__wrapped__("cpu", BF16) is expected
+        monkeypatch.setattr(devices, "_torch_says_so", lambda dtype, says=says: says)
+        monkeypatch.setattr(devices, "measured", lambda device, dtype, speed=speed: 60.0 if dtype == FP32 else speed)
+        assert devices.is_native.__wrapped__("cpu", BF16) is expected
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
@@ -69,17 +69,17 @@ def test_a_gpu_has_bf16_from_ampere_on(monkeypatch, capability: tuple, expected:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0) if number else capability)
-    assert precision.is_native.__wrapped__("cuda", BF16) is expected
-    assert precision.is_native.__wrapped__("cuda", torch.float16)
+    assert devices.is_native.__wrapped__("cuda", BF16) is expected
+    assert devices.is_native.__wrapped__("cuda", torch.float16)
 
 
 def test_another_device_is_measured(monkeypatch) -> None:
-    monkeypatch.setattr(precision, "measured", lambda device, dtype: 100.0 if dtype == FP32 else 180.0)
-    assert precision.is_native.__wrapped__("mps", BF16)
+    monkeypatch.setattr(devices, "measured", lambda device, dtype: 100.0 if dtype == FP32 else 180.0)
+    assert devices.is_native.__wrapped__("mps", BF16)
 
 
 def test_the_two_variables_make_a_cpu_without_bf16() -> None:
-    script = "import torch; from training.model.precision import is_native; print(is_native('cpu', torch.bfloat16))"
+    script = "import torch; from training.model.devices import is_native; print(is_native('cpu', torch.bfloat16))"
     variables = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": "."}
     assert subprocess.check_output([sys.executable, "-c", script], env=variables, text=True).strip() == "False"
 
@@ -150,7 +150,7 @@ def test_a_flag_replaces_what_the_recipe_says_by_another_key() -> None:
     recipe = load_recipe_file("quickstart")
     for flags in ("--bf16 true", "--precision fp32", "--bf16 false"):
         recipe.update(parse_flags(words(flags)))
-        given = {key: value for key, value in recipe.training.items() if key in precision.KEYS}
+        given = {key: value for key, value in recipe.training.items() if key in devices.PRECISION_KEYS}
         assert list(given) == [flags.split()[0][2:]]
 
 
@@ -309,6 +309,6 @@ def test_what_the_launcher_compiles_is_not_compiled_again(tmp_path, monkeypatch)
 def test_tf32_is_on_where_a_gpu_multiplies_fp32(monkeypatch, device: str, tf32: bool | None, expected: str) -> None:
     set_to = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
-    precision.allow_tf32(SimpleNamespace(device=torch.device(device), tf32=tf32))
-    precision.allow_tf32(SimpleNamespace(device=torch.device("cpu"), tf32=None))
+    devices.allow_tf32(SimpleNamespace(device=torch.device(device), tf32=tf32))
+    devices.allow_tf32(SimpleNamespace(device=torch.device("cpu"), tf32=None))
     assert set_to == [expected]

@@ -11,8 +11,8 @@ from finetune.data import as_prompt, encode_conversation, encode_pair, with_temp
 from inference import evaluate, generate
 from training.data.encoding import encode_documents
 from training.data.tokenizers import add_nothing, begin_ids
-from training.model.hardware import context_of
 from training.model.sampling import Rendered, TextPrinter, continuations, decode_continuation, encode_prompt
+from training.model.sizes import context_of
 
 from .tiny_runs import grow, metrics
 from .tokenizer_matrix import BEGINNING, LOSSY, TEXT, TOKENIZERS

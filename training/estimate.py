@@ -3,8 +3,7 @@
 from .config.command_line import recipe_of, recipe_parser
 from .config.recipe import Recipe
 from .costs import SHARDED, Estimate, estimate_recipe
-from .model.hardware import GPUS
-from .model.precision import fit_precision
+from .model.devices import GPUS, fit_precision
 from .system.errors import run_main, unknown
 
 EXAMPLES = "  acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8"

@@ -22,8 +22,7 @@ from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing, encoding_hash
 from .loop.trainer import GPTTrainer
-from .model.precision import record as record_precision
-from .model.precision import trained_in
+from .model.devices import record_precision, trained_in
 from .model.sampling import context_left, prompt_tensor, sample_text
 from .share.metrics_file import mend_metrics, read_metrics
 from .share.model_card import CardFacts, write_card

@@ -9,9 +9,8 @@ from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..model.compiling import plan_compilation
+from ..model.devices import ACCELERATE_PRECISIONS, choose_precision, plan_compilation
 from ..model.optimizers import OPTIMIZERS
-from ..model.precision import ACCELERATE, choose
 from ..system.errors import UserError
 from .checks import RISING, check_installed, check_needs, check_schedule, settle_metric
 from .publishing import check_hub_arguments, check_language, check_license
@@ -163,10 +162,10 @@ class GPTTrainingArguments(TrainingArguments):
         self.compile_blocks = plan_compilation(self)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file has no use for a bar
-        self.precision, self.precision_reason = choose(self)
+        self.precision, self.precision_reason = choose_precision(self)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         # transformers takes the launcher's word where neither of the two is set.
-        with patch_environment(ACCELERATE_MIXED_PRECISION=ACCELERATE[self.precision]):
+        with patch_environment(ACCELERATE_MIXED_PRECISION=ACCELERATE_PRECISIONS[self.precision]):
             super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one GPU; DataParallel would be slower than it and split every batch

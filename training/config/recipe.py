@@ -13,7 +13,7 @@ from modeling import PRESETS, GPTConfig
 
 from ..data.corpus import DECIDED
 from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
-from ..model.precision import KEYS as PRECISION_KEYS
+from ..model.devices import PRECISION_KEYS
 from ..system.addresses import each_text, public_name, public_text
 from ..system.distributed import check_launch, check_partitions
 from ..system.errors import UserError, one_line, unknown

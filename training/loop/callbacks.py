@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..model.hardware import ACCELERATE_NAMES, device_peak_flops
+from ..model.devices import ACCELERATE_NAMES, device_peak_flops
 from ..model.sampling import sample_text
 from ..share.metrics_file import append_metrics
 from ..system.distributed import max_over_processes

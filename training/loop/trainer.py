@@ -19,9 +19,9 @@ from ..config.arguments import DataArguments, GPTTrainingArguments, SampleArgume
 from ..data.corpus import Corpus
 from ..data.dataset import EvaluationRows, Rows, StepSampler, collate_rows
 from ..data.inputs import Inputs
-from ..model.hardware import flops_per_token
+from ..model.devices import allow_tf32
 from ..model.optimizers import build_optimizer
-from ..model.precision import allow_tf32
+from ..model.sizes import flops_per_token
 from ..system.checkpoints import SAVING, move_in, processes_of, read_state, reading, rotate, seal, write_beside
 from ..system.errors import UserError, is_disk_full
 from ..system.run_files import STATE, missing_state

@@ -21,8 +21,8 @@ from ..system.errors import UserError, one_line, unknown
 from ..system.files import read_json
 from ..system.pickles import UNREADABLE, why_unreadable
 from ..system.run_files import verify
-from .hardware import best_device, text_config
-from .precision import is_native, refuse_emulated
+from .devices import best_device, is_native, refuse_emulated
+from .sizes import text_config
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUR_TYPES = (GPTConfig.model_type, OLD_MODEL_TYPE)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .precision import newton_schulz_dtype
+from .devices import newton_schulz_dtype
 
 # Coefficients of the quintic Newton–Schulz iteration, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

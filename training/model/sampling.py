@@ -11,7 +11,7 @@ from ..data.encoding import THE_PROMPT, encode_documents
 from ..data.tokenizers import begin_ids
 from ..system.errors import UserError, one_line
 from ..system.flags import check_number
-from .hardware import context_of
+from .sizes import context_of
 
 # ---- from text to ids and back
 

@@ -7,8 +7,8 @@ from safetensors import safe_open
 
 from ..config.recipe import Recipe, load_run_recipe
 from ..data.sources import PYTHON_STDLIB
-from ..model.hardware import context_of
 from ..model.loading import OUR_TYPES
+from ..model.sizes import context_of
 from ..system.addresses import public_name
 from ..system.checkpoints import run_of, step_of
 from ..system.errors import UserError

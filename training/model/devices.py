@@ -1,20 +1,66 @@
-"""Precision is the device's: bf16 where it multiplies natively, else fp32; what a device only emulates is refused."""
+"""What a device can do, and what a run makes of it: peak FLOP/s, memory, precision and compilation."""
 
 import functools
 import os
 import platform
+import re
+import sys
 import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 from ..system.errors import UserError, unknown
-from .hardware import ACCELERATE_NAMES, best_device
 
+
+class GPU(NamedTuple):
+    """Peaks of dense matmuls in FLOP/s, and bytes of memory, from the makers' data sheets."""
+
+    half: float  # inputs of 16 bits, summed in float32
+    single: float  # float32 inputs: by the TF32 cores of those that have them, which is since they have bf16
+    memory: float
+    has_bf16: bool = True
+
+    def peak(self, precision: str, tf32: bool = True) -> float | None:
+        """The peak in fp32, bf16 or fp16; None where the device has no units for it, or only others were recorded."""
+        if precision == "fp32":
+            return self.single if tf32 or not self.has_bf16 else None
+        return self.half if precision == "fp16" or (precision == "bf16" and self.has_bf16) else None
+
+
+GPUS = {
+    "v100-16gb": GPU(125e12, 15.7e12, 16e9, has_bf16=False),
+    "v100-32gb": GPU(125e12, 15.7e12, 32e9, has_bf16=False),
+    "v100-pcie-32gb": GPU(112e12, 14e12, 32e9, has_bf16=False),
+    "t4": GPU(65e12, 8.1e12, 16e9, has_bf16=False),
+    "a10": GPU(125e12, 62.5e12, 24e9),
+    "a10g": GPU(70e12, 35e12, 24e9),
+    "l4": GPU(121e12, 60.5e12, 24e9),
+    "l40s": GPU(362e12, 181e12, 48e9),
+    "rtx-3090": GPU(71e12, 35.5e12, 24e9),
+    "rtx-4090": GPU(165e12, 82.6e12, 24e9),
+    "rtx-5090": GPU(209.5e12, 104.8e12, 32e9),
+    "a100-40gb": GPU(312e12, 156e12, 40e9),
+    "a100-80gb": GPU(312e12, 156e12, 80e9),
+    "h100": GPU(989e12, 494.5e12, 80e9),
+    "h100-pcie": GPU(756e12, 378e12, 80e9),
+    "h100-nvl": GPU(835e12, 417.5e12, 94e9),
+    "h200": GPU(989e12, 494.5e12, 141e9),
+    "h200-nvl": GPU(835e12, 417.5e12, 141e9),
+    "b200": GPU(2250e12, 1125e12, 180e9),
+}
+# Words in a device's name that make it another than the one of the table: a part of it, or one with other clocks.
+OTHERS = {"mig", "laptop", "d", "ti"}
+ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
-KEYS = ("precision", "bf16", "fp16")  # of a recipe, all about one thing: a flag that names one replaces them all
-ACCELERATE = {ours: theirs for theirs, ours in ACCELERATE_NAMES.items()}  # our names to its
+PRECISION_KEYS = (
+    "precision",
+    "bf16",
+    "fp16",
+)  # of a recipe, all about one thing: a flag that names one replaces them all
+ACCELERATE_PRECISIONS = {ours: theirs for theirs, ours in ACCELERATE_NAMES.items()}  # our names to its
 # NVIDIA's compute capabilities whose tensor cores multiply the type: Volta and Ampere.
 CUDA_FROM = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
 # torch.cpu's names for the instructions that multiply the type. oneDNN alone is no judge: it says yes for bf16 on every
@@ -26,6 +72,42 @@ X86 = {
 
 
 # ---- what a device can do
+
+
+def best_device() -> torch.device:
+    """The accelerator, where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def known_gpu(name: str) -> GPU | None:
+    """The table's entry for a device by the name that its driver gives it, such as "NVIDIA A100-SXM4-40GB".
+
+    Whole words are compared (an L40S is no L4), and the entry with the most of them is taken.
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    found = {key: set(re.sub(r"-\d+gb$", "", key).split("-")) for key in GPUS}
+    matching = [key for key, needed in found.items() if needed <= words and not words & OTHERS]
+    return GPUS[max(matching, key=lambda key: len(found[key]))] if matching else None
+
+
+def device_peak_flops(device: torch.device, precision: str, tf32: bool = True) -> float | None:
+    """Peak FLOP/s of the device in fp32, bf16 or fp16; None where it is not known (CPUs, unlisted GPUs)."""
+    gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.peak(precision, tf32) if gpu else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of the GPU, or else of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # the one system that counts in bytes
 
 
 @functools.cache
@@ -92,7 +174,7 @@ def device_of(args) -> str:
     return "cpu" if args.use_cpu else best_device().type
 
 
-def choose(args) -> tuple[str, str]:
+def choose_precision(args) -> tuple[str, str]:
     """(fp32, bf16 or fp16, why): what the arguments ask for, else what the launcher does, else what the device does.
 
     Raises UserError where two of them contradict each other, and where the device only emulates what is asked for,
@@ -121,7 +203,7 @@ def _asked(args) -> str | None:
     wanted = {args.precision} - {"auto"} | {name for name in ("bf16", "fp16") if getattr(args, name)}
     unwanted = {name for name in ("bf16", "fp16") if getattr(args, name) is False}
     if len(wanted) > 1 or wanted & unwanted:
-        given = {key: getattr(args, key) for key in KEYS if getattr(args, key) not in (None, "auto")}
+        given = {key: getattr(args, key) for key in PRECISION_KEYS if getattr(args, key) not in (None, "auto")}
         raise UserError(
             f"{', '.join(f'{key}={value}' for key, value in given.items())}: contradict each other; give one of them"
         )
@@ -131,7 +213,7 @@ def _asked(args) -> str | None:
 def _launcher_asks() -> str | None:
     """bf16 or fp16 where `accelerate launch` was told so; its "no" is also what it says when it was told nothing."""
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if said not in ACCELERATE.values():
+    if said not in ACCELERATE_PRECISIONS.values():
         raise UserError(f"mixed_precision={said}: Acorn trains in fp32, bf16 or fp16; launch with --mixed_precision no")
     return None if said == "no" else said
 
@@ -145,9 +227,9 @@ def fit_precision(training: dict, has_bf16: bool) -> None:
     training |= {"precision": "bf16" if is_half else "fp32", "bf16": None, "fp16": None, "force_precision": True}
 
 
-def record(training: dict, args) -> None:
+def record_precision(training: dict, args) -> None:
     """Note in a recipe's training section what was chosen, so that a resume on another device keeps it."""
-    for key in KEYS:
+    for key in PRECISION_KEYS:
         training.pop(key, None)
     training["precision"] = args.precision
 
@@ -172,3 +254,22 @@ def trained_in(trainer) -> str:
 def newton_schulz_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What Muon orthogonalises in: bf16 where the device multiplies it natively, unless the run is fp32."""
     return torch.bfloat16 if precision != "fp32" and is_native(device.type, torch.bfloat16) else torch.float32
+
+
+def plan_compilation(args) -> dict | None:
+    """What each block's `compile` is to be given, or None; then `args` leave nothing to Accelerate.
+
+    `torch_compile_mode` and `torch_compile_backend` ask for compilation too, as in transformers.
+    """
+    mode, backend = args.torch_compile_mode, args.torch_compile_backend
+    args.torch_compile = bool(args.torch_compile or mode or backend)
+    if not args.torch_compile or args.compile_scope == "model":
+        return None
+    launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if launcher != "no":
+        raise UserError(
+            f"torch_compile: accelerate launch compiles the whole model already (dynamo_backend={launcher}); "
+            "leave it out there, or take --compile_scope model"
+        )
+    args.torch_compile, args.torch_compile_mode, args.torch_compile_backend = False, None, None
+    return {"backend": backend or "inductor", "mode": mode}

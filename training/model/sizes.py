@@ -1,0 +1,54 @@
+"""What a model's configuration says of its size: FLOPs a token, weights that multiply, context."""
+
+from modeling import GPTConfig
+
+
+def flops_per_token(config: GPTConfig, context_length: int | None = None) -> float:
+    """FLOPs of one forward and backward pass a token: 6 a matrix parameter, and 12 a head element and key seen.
+
+    Counts as PaLM does (arXiv 2204.02311, appendix B), the whole attention square included, with sliding windows and
+    shared keys taken into account; embeddings look up and do not multiply.
+    """
+    context = context_length or config.max_position_embeddings
+    attended = {
+        "full_attention": context,
+        "sliding_attention": min(config.sliding_window or context, context),
+    }
+    heads_size = config.num_attention_heads * config.head_dim
+    scores = sum(12 * heads_size * attended[layer_type] for layer_type in config.layer_types)
+    return 6 * matrix_parameters(config) + scores
+
+
+def matrix_parameters(config: GPTConfig) -> int:
+    """Weights that multiply every token: the blocks' projections and the head."""
+    heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    reusing = sum(mode == "reuse" for mode in config.kv_sharing_modes or [])
+    attention = config.num_hidden_layers * 2 * config.hidden_size * heads_size
+    keys_and_values = (config.num_hidden_layers - reusing) * 2 * config.hidden_size * kv_size
+    mlp = config.num_hidden_layers * (3 if config.gated_mlp else 2) * config.hidden_size * config.intermediate_size
+    return attention + keys_and_values + mlp + config.vocab_size * config.hidden_size
+
+
+# What configurations call the context length, the commonest first.
+CONTEXT_NAMES = (
+    "max_position_embeddings n_positions n_ctx max_seq_len seq_length seq_len max_seq_length max_sequence_length "
+    "context_length max_context_length model_max_length block_size"
+).split()
+
+
+def context_of(config, unsaid: int | None = 2048) -> int | None:
+    """How many tokens a model was made to read; `unsaid` where its configuration does not say.
+
+    config: a configuration, or what its config.json holds. A model of more than text keeps that of its text apart.
+    """
+    if isinstance(config, dict):
+        text = config.get("text_config") or config
+        lengths = (text.get(name) for name in CONTEXT_NAMES)
+    else:
+        lengths = (getattr(text_config(config), name, None) for name in CONTEXT_NAMES)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), unsaid)
+
+
+def text_config(config):
+    """The part of a configuration that is about text: all of it, for most models."""
+    return config.get_text_config(decoder=True)
