@@ -78,17 +78,17 @@ def convert(source: Source, found: Format, target: Format, building: Path, flags
     At no time are there more than two copies of the weights in memory.
     """
     bar.set_description(STAGES[0])
-    loaded = found.load(source)
-    loaded.tokenizer = tokenizer = found.tokenizer(source, loaded, flags.tokenizer, flags.meta)
-    config = found.config(loaded)
+    theirs = found.load(source)
+    tokenizer = found.tokenizer(source, theirs, flags.tokenizer, flags.meta)
+    config = found.config(theirs, tokenizer)
     refuse_obstacles(flags.src, target, config)
     refuse_tokenizer(flags.src, tokenizer, config)
     ids = random_ids(config)
     step(bar, 1)
-    expected = found.logits(loaded, ids)
+    expected = found.logits(theirs, ids)
     step(bar, 2)
-    model = found.to_acorn(loaded)
-    del loaded
+    model = found.to_acorn(theirs, tokenizer)
+    del theirs
     notes = target.write(model, tokenizer, building, flags.dst)
     summary = f"{found.title} → {target.title}: {describe(model)}"
     del model

@@ -180,7 +180,7 @@ def refusal(src, tmp_path, *flags: str, to: str = "acorn") -> str:
 def test_a_proof_that_fails_leaves_nothing(stock, tmp_path, monkeypatch) -> None:
     acorn = type(FORMATS["acorn"])
     honest = acorn.logits
-    monkeypatch.setattr(acorn, "logits", lambda self, loaded, ids: honest(self, loaded, ids) + 1e-2)
+    monkeypatch.setattr(acorn, "logits", lambda self, theirs, ids: honest(self, theirs, ids) + 1e-2)
     assert "largest logit difference 1.0e-02" in refusal(stock, tmp_path)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from inference.formats import FORMATS
-from inference.formats.base import Loaded, open_source
+from inference.formats.base import open_source
 from modeling import GPTForCausalLM
 from training.system.errors import UserError
 
@@ -156,4 +156,4 @@ def test_weights_say_whether_they_are_tied(tmp_path) -> None:
 )
 def test_what_we_have_no_place_for(field: str, value) -> None:
     with pytest.raises(UserError, match=field):
-        GPT2.config(Loaded(stock_gpt2(**{field: value})))
+        GPT2.config(stock_gpt2(**{field: value}))

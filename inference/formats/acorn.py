@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
 from modeling import GPTConfig, GPTForCausalLM
 from training.model.loading import OUR_TYPES
 
-from .base import Format, Loaded, Source, load_strictly, save_tokenizer
+from .base import Format, Source, load_strictly, save_tokenizer
 
 
 class Acorn(Format):
@@ -18,18 +16,14 @@ class Acorn(Format):
     def recognises(self, source: Source) -> bool:
         return source.config.get("model_type") in OUR_TYPES
 
-    def load(self, source: Source) -> Loaded:
-        return Loaded(load_strictly(GPTForCausalLM, source.name))
+    def load(self, source: Source) -> GPTForCausalLM:
+        return load_strictly(GPTForCausalLM, source.name)
 
-    @torch.no_grad()
-    def logits(self, loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
-        return loaded.model(ids, use_cache=False).logits
+    def config(self, theirs: GPTForCausalLM, tokenizer=None) -> GPTConfig:
+        return theirs.config
 
-    def config(self, loaded: Loaded) -> GPTConfig:
-        return loaded.model.config
-
-    def to_acorn(self, loaded: Loaded) -> GPTForCausalLM:
-        return loaded.model
+    def to_acorn(self, theirs: GPTForCausalLM, tokenizer=None) -> GPTForCausalLM:
+        return theirs
 
     def obstacles(self, config: GPTConfig) -> list[str]:
         return []

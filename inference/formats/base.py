@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from modeling import GPTConfig, GPTForCausalLM
@@ -30,19 +30,11 @@ class Source:
     directory: Path = Path()
 
 
-@dataclass
-class Loaded:
-    """A model in its format's own terms, and what travels beside the weights."""
-
-    model: object
-    tokenizer: PreTrainedTokenizerFast | None = None
-    generation_config: GenerationConfig | None = None
-
-
 class Format:
     """A way to keep a GPT. Our own GPTForCausalLM is what every format is turned into and made from.
 
-    `title` names it in messages; `is_written` says that `--to` takes it. All weights are float32.
+    `title` names it in messages; `is_written` says that `--to` takes it. `theirs` is a model in the format's own terms,
+    as `load` returns it; all weights are float32.
     """
 
     title: str
@@ -52,26 +44,20 @@ class Format:
         """Whether the source is of this format."""
         raise NotImplementedError
 
-    def load(self, source: Source) -> Loaded:
+    def load(self, source: Source):
         """Read the weights; UserError where they are not just those of the architecture."""
         raise NotImplementedError
 
-    def tokenizer(self, source: Source, loaded: Loaded, name: str | None, meta: str | None):
-        """The tokenizer called `name`, else the one beside the weights, or None; only nanoGPT has a `meta`."""
-        if meta:
-            what = f"is for checkpoints of nanoGPT's, and {source.name} is {self.title}"
-            raise UserError(f"--meta {meta}: {what}; leave it out")
-        return named_tokenizer(name) if name else tokenizer_beside(source)
-
-    def logits(self, loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, theirs, ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, tokens, vocabulary) of ids (batch, tokens), as the format itself defines them."""
-        raise NotImplementedError
+        with torch.no_grad():
+            return theirs(ids, use_cache=False).logits
 
-    def config(self, loaded: Loaded) -> GPTConfig:
+    def config(self, theirs, tokenizer: PreTrainedTokenizerFast | None = None) -> GPTConfig:
         """The architecture in our terms; UserError where we have none for it."""
         raise NotImplementedError
 
-    def weights(self, loaded: Loaded) -> dict[str, torch.Tensor]:
+    def weights(self, theirs) -> dict[str, torch.Tensor]:
         """The weights under our names."""
         raise NotImplementedError
 
@@ -83,14 +69,20 @@ class Format:
         """Write our model into `directory`, which will be renamed to `destination`; lines to tell the person."""
         raise NotImplementedError
 
-    def to_acorn(self, loaded: Loaded) -> GPTForCausalLM:
+    def tokenizer(self, source: Source, theirs, name: str | None, meta: str | None):
+        """The tokenizer called `name`, else the one beside the weights, or None; only nanoGPT has a `meta`."""
+        if meta:
+            what = f"is for checkpoints of nanoGPT's, and {source.name} is {self.title}"
+            raise UserError(f"--meta {meta}: {what}; leave it out")
+        return named_tokenizer(name) if name else tokenizer_beside(source)
+
+    def to_acorn(self, theirs, tokenizer: PreTrainedTokenizerFast | None = None) -> GPTForCausalLM:
         """Our model with its weights, in eval mode."""
         with no_init_weights():
-            model = GPTForCausalLM(self.config(loaded))
+            model = GPTForCausalLM(self.config(theirs, tokenizer))
         model.tie_weights()  # which comes with the initialisation otherwise
-        model.load_state_dict(self.weights(loaded))  # strict: every weight has its place
-        if loaded.generation_config is not None:
-            model.generation_config = loaded.generation_config
+        model.load_state_dict(self.weights(theirs))  # strict: every weight has its place
+        model.generation_config = getattr(theirs, "generation_config", model.generation_config)
         return model.eval()
 
 
@@ -110,9 +102,8 @@ def open_source(name: str) -> Source:
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name}: is not a local directory, and config.json cannot be read: {one_line(error)}"
-        ) from error
+        why = f"is not a local directory, and config.json cannot be read: {one_line(error)}"
+        raise UserError(f"{name}: {why}") from error
     if not config:
         raise UserError(f"{name}: is not a local directory, and no model of that name has a config.json")
     return Source(name, config=config, directory=path)
@@ -198,8 +189,3 @@ def config_of(where: str, **fields) -> GPTConfig:
         return GPTConfig(**fields)
     except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
         raise UserError(f"{where}: {one_line(error)}") from error
-
-
-def special_ids(tokenizer) -> dict[str, int | None]:
-    """The tokenizer's special ids under the config's names."""
-    return {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}

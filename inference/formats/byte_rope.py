@@ -2,11 +2,8 @@
 
 import torch
 
-from modeling import GPTConfig, GPTForCausalLM
-
-from .base import Loaded, Source
-from .layout import joints
-from .nanogpt import MODEL_ARGS, NanoGPT
+from .base import Source
+from .nanogpt import MODEL_ARGS, Checkpoint, NanoGPT
 
 BASES = ("rope_theta", "rope_base")  # the model_args that may name the base of the angles
 DEFAULT_BASE = 10000.0
@@ -22,39 +19,30 @@ class ByteRope(NanoGPT):
     def recognises(self, source: Source) -> bool:
         return bool(source.checkpoint) and not super().recognises(source)
 
-    def base(self, loaded: Loaded) -> float:
+    def base(self, theirs: Checkpoint) -> float:
         """Base of the angles: pair i turns by base ** (-2 i / head size) a position."""
-        named = (loaded.model.args.get(name) for name in BASES)
+        named = (theirs.args.get(name) for name in BASES)
         return float(next((base for base in named if base is not None), DEFAULT_BASE))
 
-    def positions(self, loaded: Loaded) -> dict:
-        parameters = {"rope_type": "default", "rope_theta": self.base(loaded)}
+    def positions(self, theirs: Checkpoint) -> dict:
+        parameters = {"rope_type": "default", "rope_theta": self.base(theirs)}
         return {"position_encoding": "rope", "rope_parameters": parameters}
 
-    def weights(self, loaded: Loaded) -> dict[str, torch.Tensor]:
+    def weights(self, theirs: Checkpoint) -> dict[str, torch.Tensor]:
         """Ours, with the rows of queries and keys in another order: our pairs are (i, i + head size / 2)."""
-        weights = super().weights(loaded)
-        heads = loaded.model.args["n_head"]
-        for (query, key, _), _ in joints(loaded.model.args["n_layer"]):
-            for name in (f"{linear}.{kind}" for linear in (query, key) for kind in ("weight", "bias")):
-                if name in weights:
-                    pairs = weights[name].unflatten(0, (heads, -1, 2))
-                    weights[name] = pairs.transpose(1, 2).flatten(0, 2)
-        return weights
 
-    def place(self, loaded: Loaded, states: torch.Tensor) -> torch.Tensor:
-        return states
+        def reordered(rows: torch.Tensor) -> torch.Tensor:
+            return rows.unflatten(0, (theirs.args["n_head"], -1, 2)).transpose(1, 2).flatten(0, 2)
 
-    def turn(self, loaded: Loaded, states: torch.Tensor) -> torch.Tensor:
+        return {
+            name: reordered(weight) if ".q_proj." in name or ".k_proj." in name else weight
+            for name, weight in super().weights(theirs).items()
+        }
+
+    def rotate(self, theirs: Checkpoint, states: torch.Tensor) -> torch.Tensor:
         """Each neighbouring pair, read as a complex number, times e^(i · position · frequency)."""
         tokens, size = states.shape[-2:]
-        frequencies = 1.0 / self.base(loaded) ** (torch.arange(0, size, 2) / size)
+        frequencies = 1.0 / self.base(theirs) ** (torch.arange(0, size, 2) / size)
         angles = torch.outer(torch.arange(tokens), frequencies)
         pairs = torch.view_as_complex(states.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-
-    def obstacles(self, config: GPTConfig) -> list[str]:
-        raise NotImplementedError("this format is read, not written")
-
-    def write(self, model: GPTForCausalLM, tokenizer, directory, destination) -> list[str]:
-        raise NotImplementedError("this format is read, not written")

@@ -10,8 +10,8 @@ from transformers.initialization import no_init_weights
 from modeling import GPTConfig, GPTForCausalLM
 from training.system.errors import UserError
 
-from .base import SPECIAL_IDS, Format, Loaded, Source, config_of, load_strictly, save_tokenizer
-from .layout import MASKS, OBSTACLES, in_the_way, joints, to_ours, to_theirs
+from .base import SPECIAL_IDS, Format, Source, config_of, load_strictly, save_tokenizer
+from .layout import KINDS, MASKS, OBSTACLES, in_the_way, to_ours, to_theirs
 
 FIELDS = {  # ours: theirs
     "vocab_size": "vocab_size",
@@ -54,34 +54,28 @@ class GPT2(Format):
     def recognises(self, source: Source) -> bool:
         return source.config.get("model_type") == GPT2Config.model_type
 
-    def load(self, source: Source) -> Loaded:
-        model = load_strictly(GPT2LMHeadModel, source.name, MASKS)
-        return Loaded(model, generation_config=model.generation_config)
+    def load(self, source: Source) -> GPT2LMHeadModel:
+        return load_strictly(GPT2LMHeadModel, source.name, MASKS)
 
-    @torch.no_grad()
-    def logits(self, loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
-        return loaded.model(ids, use_cache=False).logits
-
-    def config(self, loaded: Loaded) -> GPTConfig:
-        theirs = loaded.model.config
-        if theirs.add_cross_attention:
+    def config(self, theirs: GPT2LMHeadModel, tokenizer=None) -> GPTConfig:
+        config, activation = theirs.config, theirs.config.activation_function
+        if config.add_cross_attention:
             raise UserError("add_cross_attention=true: Acorn has no cross attention; the model cannot be converted")
-        if theirs.activation_function not in ACTIVATIONS:
-            name = theirs.activation_function
-            raise UserError(f"activation_function={name!r}: Acorn has not got it; it has {', '.join(ACTIVATIONS)}")
-        fields = {ours: getattr(theirs, name) for ours, name in FIELDS.items()}
-        return config_of("config.json", **fields, hidden_act=ACTIVATIONS[theirs.activation_function])
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"activation_function={activation!r}: Acorn has not got it; it has {known}")
+        fields = {ours: getattr(config, name) for ours, name in FIELDS.items()}
+        return config_of("config.json", **fields, hidden_act=ACTIVATIONS[activation])
 
-    def weights(self, loaded: Loaded) -> dict[str, torch.Tensor]:
-        model = loaded.model
-        weights = to_ours(turned(model.state_dict()), model.config.n_layer)
-        for layer, ((query, *_), _) in enumerate(joints(model.config.n_layer)):
+    def weights(self, theirs: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+        weights = to_ours(turned(theirs.state_dict()), theirs.config.n_layer)
+        for layer, block in enumerate(theirs.transformer.h):
             # Unusual scales of attention (none, or one over the layer's number too) are taken into the queries.
-            attention = model.transformer.h[layer].attn
-            factor = attention.scaling * attention.head_dim**0.5
-            is_usual = attention.scaling == attention.head_dim**-0.5
-            for kind in () if is_usual else ("weight", "bias"):
-                weights[f"{query}.{kind}"] = weights[f"{query}.{kind}"] * factor
+            factor = block.attn.scaling * block.attn.head_dim**0.5
+            is_usual = block.attn.scaling == block.attn.head_dim**-0.5
+            for kind in () if is_usual else KINDS:
+                name = f"model.layers.{layer}.self_attn.q_proj.{kind}"
+                weights[name] = weights[name] * factor
         return weights
 
     def obstacles(self, config: GPTConfig) -> list[str]:

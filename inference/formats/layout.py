@@ -3,56 +3,52 @@
 Linear weights are (outputs, inputs) here, as in torch and nanoGPT; transformers' GPT-2 keeps them the other way round.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from modeling import GPTConfig, GPTForCausalLM
 
-OUTSIDE = {  # ours: theirs
-    "model.embed_tokens": "transformer.wte",
-    "model.positions.embed": "transformer.wpe",
-    "model.final_norm": "transformer.ln_f",
-    "lm_head": "lm_head",
+# theirs: ours; three of ours are one matrix of theirs, below one another
+OUTSIDE = {
+    "transformer.wte": ("model.embed_tokens",),
+    "transformer.wpe": ("model.positions.embed",),
+    "transformer.ln_f": ("model.final_norm",),
+    "lm_head": ("lm_head",),
 }
 IN_LAYER = {
-    "attn_norm": "ln_1",
-    "mlp_norm": "ln_2",
-    "self_attn.o_proj": "attn.c_proj",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
+    "ln_1": ("attn_norm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "ln_2": ("mlp_norm",),
+    "mlp.c_fc": ("mlp.up_proj",),
+    "mlp.c_proj": ("mlp.down_proj",),
 }
-JOINT = ("q_proj", "k_proj", "v_proj")  # theirs is one matrix, attn.c_attn, with these below one another
+WITHOUT_BIAS = ("transformer.wte", "transformer.wpe", "lm_head")
 KINDS = ("weight", "bias")
 # Buffers with the causal mask, which transformers 2.9 to 4.29 saved, and nanoGPT where torch has no fused attention.
 MASKS = (".attn.bias", ".attn.masked_bias")
 
 
-def named_pairs(num_layers: int) -> Iterator[tuple[str, str]]:
-    """(our module, their module) wherever one is one."""
-    yield from OUTSIDE.items()
-    for layer in range(num_layers):
-        yield from ((f"model.layers.{layer}.{ours}", f"transformer.h.{layer}.{IN_LAYER[ours]}") for ours in IN_LAYER)
-
-
-def joints(num_layers: int) -> Iterator[tuple[list[str], str]]:
-    """(our three projections, their joint one) of each layer."""
-    for layer in range(num_layers):
-        yield [f"model.layers.{layer}.self_attn.{name}" for name in JOINT], f"transformer.h.{layer}.attn.c_attn"
+def names(num_layers: int) -> dict[str, list[str]]:
+    """Their module: ours."""
+    inside = {
+        f"transformer.h.{layer}.{theirs}": [f"model.layers.{layer}.{name}" for name in ours]
+        for layer in range(num_layers)
+        for theirs, ours in IN_LAYER.items()
+    }
+    return {theirs: list(ours) for theirs, ours in OUTSIDE.items()} | inside
 
 
 def to_ours(theirs: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
     """Their tensors under our names; what they do not have is left out."""
-    weights = {}
-    for kind in KINDS:
-        for our_name, their_name in named_pairs(num_layers):
-            if f"{their_name}.{kind}" in theirs:
-                weights[f"{our_name}.{kind}"] = theirs[f"{their_name}.{kind}"]
-        for our_names, their_name in joints(num_layers):
-            if f"{their_name}.{kind}" in theirs:
-                parts = theirs[f"{their_name}.{kind}"].chunk(3)
-                weights |= {f"{name}.{kind}": part for name, part in zip(our_names, parts, strict=True)}
-    return weights
+    return {
+        f"{name}.{kind}": part
+        for their_name, our_names in names(num_layers).items()
+        for kind in KINDS
+        if f"{their_name}.{kind}" in theirs
+        for name, part in zip(our_names, theirs[f"{their_name}.{kind}"].chunk(len(our_names)), strict=True)
+    }
 
 
 @torch.no_grad()
@@ -63,36 +59,32 @@ def to_theirs(model: GPTForCausalLM, has_biases: bool) -> dict[str, torch.Tensor
     sinusoidal positions, or none, become the table that learned ones are.
     """
     config, ours = model.config, model.state_dict()
-    weights = {}
     if config.position_encoding != "rope":
-        weights["transformer.wpe.weight"] = position_table(model)
-    for our_name, their_name in named_pairs(config.num_hidden_layers):
-        weight = ours.get(f"{our_name}.weight")
-        if weight is None and "norm" in our_name:
-            weight = torch.ones(config.hidden_size, device=model.device)
-        if weight is not None:
-            weights[f"{their_name}.weight"] = weight
-        if has_biases and our_name not in ("model.embed_tokens", "model.positions.embed", "lm_head"):
-            weights[f"{their_name}.bias"] = ours.get(f"{our_name}.bias", weight.new_zeros(weight.shape[0]))
-    for our_names, their_name in joints(config.num_hidden_layers):
-        for kind in KINDS if has_biases else KINDS[:1]:
-            parts = [_every_head(ours, f"{name}.{kind}", config) for name in our_names]
-            weights[f"{their_name}.{kind}"] = torch.cat(parts)
+        ours.setdefault("model.positions.embed.weight", position_table(model))
+    weights = {}
+    for their_name, our_names in names(config.num_hidden_layers).items():
+        for kind in KINDS if has_biases and their_name not in WITHOUT_BIAS else KINDS[:1]:
+            parts = [_whole(ours, name, kind, config) for name in our_names]
+            if parts[0] is not None:  # rotary positions have no table
+                weights[f"{their_name}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return weights
 
 
-def _every_head(ours: dict, name: str, config: GPTConfig) -> torch.Tensor:
-    """A query, key or value weight or bias with rows for all query heads, or zeros for a bias that is not there."""
-    if name not in ours:
-        return torch.zeros(config.hidden_size)
-    heads = ours[name].unflatten(0, (-1, config.head_dim))
-    return heads.repeat_interleave(config.num_attention_heads // heads.shape[0], dim=0).flatten(0, 1)
+def _whole(ours: dict[str, torch.Tensor], name: str, kind: str, config: GPTConfig) -> torch.Tensor | None:
+    """Our tensor with rows for all query heads, or what stands for one that we leave out."""
+    tensor = ours.get(f"{name}.{kind}")
+    if tensor is not None and name.endswith(("k_proj", "v_proj")):
+        heads = tensor.unflatten(0, (-1, config.head_dim))
+        return heads.repeat_interleave(config.num_attention_heads // heads.shape[0], dim=0).flatten(0, 1)
+    if tensor is None and kind == "bias":
+        return torch.zeros(config.intermediate_size if name.endswith("up_proj") else config.hidden_size)
+    return torch.ones(config.hidden_size) if tensor is None and "norm" in name else tensor
 
 
 def position_table(model: GPTForCausalLM) -> torch.Tensor:
     """What the model adds to the embeddings at each position: (max_position_embeddings, hidden_size)."""
-    positions = torch.arange(model.config.max_position_embeddings, device=model.device)
-    nothing = torch.zeros(1, len(positions), model.config.hidden_size, device=model.device)
+    positions = torch.arange(model.config.max_position_embeddings)
+    nothing = torch.zeros(1, len(positions), model.config.hidden_size)
     return model.model.positions.add(nothing, positions[None])[0]
 
 

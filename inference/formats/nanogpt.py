@@ -9,7 +9,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from training.system.errors import UserError
 from training.system.shell import shell
 
-from .base import CHECKPOINT, Format, Loaded, Source, check_tensors, config_of, special_ids
+from .base import CHECKPOINT, SPECIAL_IDS, Format, Source, check_tensors, config_of
 from .layout import MASKS, OBSTACLES, in_the_way, to_ours, to_theirs
 from .vocabulary import META, checkpoint_tokenizer, is_gpt2s, write_meta
 
@@ -56,18 +56,18 @@ class NanoGPT(Format):
     def recognises(self, source: Source) -> bool:
         return any(name.endswith("transformer.wpe.weight") for name in source.checkpoint.get("model", {}))
 
-    def load(self, source: Source) -> Loaded:
+    def load(self, source: Source) -> Checkpoint:
         checkpoint = Checkpoint(source)
         self.check_args(checkpoint)
-        loaded = Loaded(checkpoint)
         with torch.device("meta"):
-            model = GPTForCausalLM(self.config(loaded))
-        check_tensors(source.name, checkpoint.weights, to_theirs(model, model.config.bias))
-        return loaded
+            model = GPTForCausalLM(self.config(checkpoint))
+            expected = to_theirs(model, model.config.bias)
+        check_tensors(source.name, checkpoint.weights, expected)
+        return checkpoint
 
-    def tokenizer(self, source: Source, loaded: Loaded, name: str | None, meta: str | None):
-        tokenizer = checkpoint_tokenizer(source, loaded.model.args["vocab_size"], name, meta)
-        tokenizer.model_max_length = loaded.model.args["block_size"]
+    def tokenizer(self, source: Source, theirs: Checkpoint, name: str | None, meta: str | None):
+        tokenizer = checkpoint_tokenizer(source, theirs.args["vocab_size"], name, meta)
+        tokenizer.model_max_length = theirs.args["block_size"]
         return tokenizer
 
     def check_args(self, checkpoint: Checkpoint) -> None:
@@ -82,34 +82,33 @@ class NanoGPT(Format):
             what = f"model_args.{unknown[0]}={args[unknown[0]]!r}"
             raise UserError(f"{checkpoint.name}: {what}: {self.title} has no such thing, so what it does is not known")
 
-    def config(self, loaded: Loaded) -> GPTConfig:
-        args, weights = loaded.model.args, loaded.model.weights
+    def config(self, theirs: Checkpoint, tokenizer=None) -> GPTConfig:
+        args, weights = theirs.args, theirs.weights
         embedding, head = (weights.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
         is_tied = embedding is None or head is None or (embedding.shape == head.shape and torch.equal(embedding, head))
-        sizes = {ours: args[name] for ours, name in SIZES.items()}
         return config_of(
-            loaded.model.name,
-            **sizes,
+            theirs.name,
+            **{ours: args[name] for ours, name in SIZES.items()},
+            **{name: getattr(tokenizer, name, None) for name in SPECIAL_IDS},
+            **self.positions(theirs),
             bias=args.get("bias", "transformer.ln_f.bias" in weights),
             dropout=args.get("dropout", 0.0),
             hidden_act="gelu",
             norm_eps=EPS,
             tie_word_embeddings=is_tied,
-            **self.positions(loaded),
-            **special_ids(loaded.tokenizer),
         )
 
-    def positions(self, loaded: Loaded) -> dict:
+    def positions(self, theirs: Checkpoint) -> dict:
         """The config's fields that say how a position enters."""
         return {"position_encoding": "learned"}
 
-    def weights(self, loaded: Loaded) -> dict[str, torch.Tensor]:
-        return to_ours(loaded.model.weights, loaded.model.args["n_layer"])
+    def weights(self, theirs: Checkpoint) -> dict[str, torch.Tensor]:
+        return to_ours(theirs.weights, theirs.args["n_layer"])
 
     @torch.no_grad()
-    def logits(self, loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, theirs: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
         """nanoGPT's forward from the checkpoint's own tensors, sharing no code with our model."""
-        weights, args = loaded.model.weights, loaded.model.args
+        weights, args = theirs.weights, theirs.args
 
         def linear(name: str, states: torch.Tensor) -> torch.Tensor:
             return F.linear(states, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
@@ -117,23 +116,21 @@ class NanoGPT(Format):
         def norm(name: str, states: torch.Tensor) -> torch.Tensor:
             return F.layer_norm(states, states.shape[-1:], weights[f"{name}.weight"], weights.get(f"{name}.bias"), EPS)
 
-        states = self.place(loaded, F.embedding(ids, weights["transformer.wte.weight"]))
+        states = F.embedding(ids, weights["transformer.wte.weight"])
+        if "transformer.wpe.weight" in weights:
+            states = states + weights["transformer.wpe.weight"][: states.shape[1]]
         for block in (f"transformer.h.{layer}" for layer in range(args["n_layer"])):
             joint = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", states))
             heads = (part.unflatten(-1, (args["n_head"], -1)).transpose(1, 2) for part in joint.chunk(3, dim=-1))
             query, key, value = heads
-            query, key = self.turn(loaded, query), self.turn(loaded, key)
+            query, key = self.rotate(theirs, query), self.rotate(theirs, key)
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
             states = states + linear(f"{block}.attn.c_proj", attended.transpose(1, 2).flatten(-2))
             inner = F.gelu(linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", states)))
             states = states + linear(f"{block}.mlp.c_proj", inner)
         return linear("lm_head", norm("transformer.ln_f", states))
 
-    def place(self, loaded: Loaded, states: torch.Tensor) -> torch.Tensor:
-        """Add the positions to embeddings (batch, tokens, n_embd)."""
-        return states + loaded.model.weights["transformer.wpe.weight"][: states.shape[1]]
-
-    def turn(self, loaded: Loaded, states: torch.Tensor) -> torch.Tensor:
+    def rotate(self, theirs: Checkpoint, states: torch.Tensor) -> torch.Tensor:
         """Turn queries or keys (batch, heads, tokens, head size) by their positions; not here."""
         return states
 
