@@ -243,26 +243,24 @@ class Run:
         )
 
     def optimize(self, checkpoint: Path | None) -> None:
-        """To the last step and its evaluation, or to a signal, which ends the process."""
+        """To the last step and its evaluation; after a signal say how to resume, and exit with its usual code."""
         trainer = self.trainer
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            received = trainer.stop_on_signal.agreed
-            if received is not None and trainer.state.global_step < self.args.max_steps:
-                self.exit_resumable(received)
+            received, step = trainer.stop_on_signal.agreed, trainer.state.global_step
+            if received is not None and step < self.args.max_steps:
+                if self.is_main_process:
+                    what, resume = signal.Signals(received).name, shell("acorn", "resume", self.directory)
+                    print(
+                        f"stopped by {what} at step {step:,}; checkpoint saved. Go on with:\n  {resume}",
+                        file=sys.stderr,
+                    )
+                raise SystemExit(128 + received)
             trainer.evaluate_unless_done()
         except RuntimeError as error:
             if self.args.world_size > 1 and is_lost_process_error(error):
                 raise lost_process_error(self.args, "training") from error
             raise
-
-    def exit_resumable(self, received: int) -> None:
-        """Say where the run stopped and how it goes on, and exit as the signal would have."""
-        if self.is_main_process:
-            where = f"stopped by {signal.Signals(received).name} at step {self.trainer.state.global_step:,}"
-            resume = shell("acorn", "resume", self.directory)
-            print(f"{where}; checkpoint saved. Go on with:\n  {resume}", file=sys.stderr)
-        raise SystemExit(128 + received)
 
     def finish(self) -> None:
         """Sample from the best model, write the report and say what to type next."""
