@@ -42,7 +42,21 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     quiet_libraries()
     directory, out = Path(flags.adapter), Path(flags.out)
-    check(flags, directory, out)
+    if flags.dtype not in DTYPES or flags.dtype == "auto":
+        raise UserError(f"dtype={flags.dtype!r}: choose float32, bfloat16 or float16")
+    if not is_adapter(str(directory)):
+        what = "holds a plain model already" if (directory / "config.json").is_file() else "holds no adapter"
+        raise UserError(f"{directory}: {what} (no adapter_config.json); name a run of `acorn finetune` with an adapter")
+    with new_directory(out) as aside:
+        difference, count = merge(directory, aside, flags)
+        load_tokenizer(tokenizer_home(str(directory))).save_pretrained(aside)
+        write_card(aside, card(directory, out))
+    print(f"largest difference of logits, unmerged and merged, on {count} random ids: {difference:.2e}")
+    print(f"The model is in {out}. Next:\n  {shell('acorn', 'generate', out)} --prompt …")
+
+
+def merge(directory: Path, out: Path, flags: argparse.Namespace) -> tuple[float, int]:
+    """Write the merged model, read it back and compare; (largest difference of logits, on how many ids)."""
     adapted = load_adapter(str(directory), "float32", flags.trust_remote_code).eval()
     config = next(iter(adapted.peft_config.values()))
     if config.is_prompt_learning:
@@ -58,20 +72,14 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{directory}: PEFT cannot merge this adapter: {one_line(error)}") from error
     tie_as_found(merged, was_tied)
-    difference = write(merged, out, directory, flags, lambda model: float((logits(model, ids) - unmerged).abs().max()))
-    print(f"largest difference of logits, unmerged and merged, on {ids.numel()} random ids: {difference:.2e}")
-    print(f"The model is in {out}. Next:\n  {shell('acorn', 'generate', out)} --prompt …")
-
-
-def check(flags, directory: Path, out: Path) -> None:
-    """Refuse what cannot be merged, before anything is loaded."""
-    if flags.dtype not in DTYPES or flags.dtype == "auto":
-        raise UserError(f"dtype={flags.dtype!r}: choose float32, bfloat16 or float16")
-    if not is_adapter(str(directory)):
-        what = "holds a plain model already" if (directory / "config.json").is_file() else "holds no adapter"
-        raise UserError(f"{directory}: {what} (no adapter_config.json); name a run of `acorn finetune` with an adapter")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"out={out}: is not empty; name a directory that is, or that does not exist")
+    merged.save_pretrained(out)
+    written = load_causal_lm(str(out), "float32", flags.trust_remote_code)
+    difference = float((logits(written, ids) - unmerged).abs().max())
+    if not difference <= LARGEST:
+        raise UserError(f"{directory}: merged logits differ by {difference:.2e}; nothing is written")
+    if flags.dtype != "float32":
+        merged.to(DTYPES[flags.dtype]).save_pretrained(out)
+    return difference, ids.numel()
 
 
 @torch.no_grad()
@@ -94,23 +102,6 @@ def tie_as_found(model, was_tied: bool) -> None:
     if was_tied and head is not None:
         model.config.tie_word_embeddings = torch.equal(head.weight, embedding.weight)
         model.tie_weights()
-
-
-def write(model, out: Path, directory: Path, flags, compare) -> float:
-    """Write the model beside `out`, read it back, compare, and give it its name; return the largest difference."""
-    try:
-        with new_directory(out) as aside:
-            model.save_pretrained(aside)
-            difference = compare(load_causal_lm(str(aside), "float32", flags.trust_remote_code))
-            if not difference <= LARGEST:
-                raise UserError(f"{directory}: merged logits differ by {difference:.2e}; nothing is written")
-            if flags.dtype != "float32":
-                model.to(DTYPES[flags.dtype]).save_pretrained(aside)
-            load_tokenizer(tokenizer_home(str(directory))).save_pretrained(aside)
-            write_card(aside, card(directory, out))
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({one_line(error)})") from error
-    return difference
 
 
 def card(directory: Path, out: Path) -> CardFacts:

@@ -17,7 +17,6 @@ from .formats.base import Format, Source, open_source
 
 TOLERANCE = 1e-5  # of logits up to 1; of larger ones float32 keeps no more digits
 PROOF_TOKENS = 1024
-STAGES = ("reading", "its logits", "writing", "logits of what was written")
 
 EPILOG = """SRC may be a run or model directory of Acorn's, a stock GPT2LMHeadModel (directory or Hub id), or a
 checkpoint (ckpt.pt, or the directory that holds it) of nanoGPT's or of its rotary sibling; it is found out which.
@@ -58,9 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         found = recognise(source)
         if found is target:
             raise UserError(f"{flags.src}: is {found.title} already; choose another --to")
-        with tqdm(total=len(STAGES), leave=False, file=sys.stderr, disable=None) as bar:
+        with tqdm(total=4, leave=False, file=sys.stderr, disable=None) as bar:
             lines = convert(source, found, target, building, flags, bar)
-    print("\n".join([*lines, *next_steps(flags)]))
+    command = shell("acorn", "generate", flags.dst)
+    lines.append(f"{flags.dst} is written." + (f" Next:\n  {command} --prompt …" if flags.to != "nanogpt" else ""))
+    print("\n".join(lines))
 
 
 def recognise(source: Source) -> Format:
@@ -72,66 +73,50 @@ def recognise(source: Source) -> Format:
     raise UserError(f"{source.name}: model_type={source.config.get('model_type')!r} is none that is read; {known} are")
 
 
-def convert(source: Source, found: Format, target: Format, building: Path, flags, bar) -> list[str]:
+def convert(source: Source, found: Format, target: Format, building: Path, flags, bar: tqdm) -> list[str]:
     """Write the source into `building` in the target's format, prove it equal, and tell about it in lines.
 
     At no time are there more than two copies of the weights in memory.
     """
-    bar.set_description(STAGES[0])
+    bar.set_description("reading")
     theirs = found.load(source)
     tokenizer = found.tokenizer(source, theirs, flags.tokenizer, flags.meta)
     config = found.config(theirs, tokenizer)
-    refuse_obstacles(flags.src, target, config)
-    refuse_tokenizer(flags.src, tokenizer, config)
-    ids = random_ids(config)
-    step(bar, 1)
+    if obstacles := target.obstacles(config):
+        raise UserError(f"{flags.src}: {target.title} cannot hold {'; '.join(obstacles)}")
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        sizes = f"the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {config.vocab_size}"
+        raise UserError(f"{flags.src}: {sizes}; name the right one with --tokenizer")
+    length = min(config.max_position_embeddings, PROOF_TOKENS)
+    ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1337))
+    advance(bar, "its logits")
     expected = found.logits(theirs, ids)
-    step(bar, 2)
+    advance(bar, "writing")
     model = found.to_acorn(theirs, tokenizer)
     del theirs
     notes = target.write(model, tokenizer, building, flags.dst)
     summary = f"{found.title} → {target.title}: {describe(model)}"
     del model
-    step(bar, 3)
-    written = target.load(open_source(str(building)))
-    proof = compare(expected, target.logits(written, ids))
+    advance(bar, "logits of what was written")
+    proof = compare(expected, target.logits(target.load(open_source(str(building))), ids))
     bar.update()
     return [summary, proof, *notes]
 
 
-def step(bar: tqdm, stage: int) -> None:
-    """Move the bar on to the next stage."""
+def advance(bar: tqdm, stage: str) -> None:
+    """Count a stage as done and show the next one."""
     bar.update()
-    bar.set_description(STAGES[stage])
-
-
-def refuse_obstacles(name: str, target: Format, config) -> None:
-    """Name every field that the target has no place for."""
-    if obstacles := target.obstacles(config):
-        raise UserError(f"{name}: {target.title} cannot hold {'; '.join(obstacles)}")
-
-
-def refuse_tokenizer(name: str, tokenizer, config) -> None:
-    """Refuse a tokenizer with more entries than the model has rows."""
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        sizes = f"the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {config.vocab_size}"
-        raise UserError(f"{name}: {sizes}; name the right one with --tokenizer")
-
-
-def random_ids(config) -> torch.Tensor:
-    """One row of random ids as long as the context, up to PROOF_TOKENS; the same each time."""
-    length = min(config.max_position_embeddings, PROOF_TOKENS)
-    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1337))
+    bar.set_description(stage)
 
 
 def compare(expected: torch.Tensor, found: torch.Tensor) -> str:
     """The line that tells the largest difference; UserError where it is more than rounding."""
     difference = (expected - found).abs().max().item()
     largest = expected.abs().max().item()
-    told = f"largest logit difference {difference:.1e} over {expected.shape[1]:,} random tokens in float32"
+    line = f"largest logit difference {difference:.1e} over {expected.shape[1]:,} random tokens in float32"
     if not difference <= TOLERANCE * max(1.0, largest):  # so that nan is refused too
-        raise UserError(f"{told}, of logits up to {largest:.1f}: not the same model; nothing was written")
-    return f"{told} (logits up to {largest:.1f})"
+        raise UserError(f"{line}, of logits up to {largest:.1f}: not the same model; nothing was written")
+    return f"{line} (logits up to {largest:.1f})"
 
 
 def describe(model) -> str:
@@ -141,13 +126,6 @@ def describe(model) -> str:
         f"{model.num_parameters():,} parameters, {config.num_hidden_layers} layers of {config.hidden_size}, "
         f"context {config.max_position_embeddings:,}, vocabulary {config.vocab_size:,}"
     )
-
-
-def next_steps(flags) -> list[str]:
-    """What a person can type now."""
-    if flags.to == "nanogpt":
-        return [f"{flags.dst} is written."]
-    return [f"{flags.dst} is written. Next:", f"  {shell('acorn', 'generate', flags.dst)} --prompt …"]
 
 
 if __name__ == "__main__":
