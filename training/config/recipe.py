@@ -162,9 +162,6 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping of sections: model, data, training, sample, card")
     if "adapter" in content and "adapter" not in kind.sections:
         raise UserError(f"{path}: is of `acorn finetune`; use `acorn resume RUN_DIR`")
-    if isinstance(content.get("model"), dict) and "label_smoothing" in content["model"]:  # a key of older recipes
-        smoothing = {"label_smoothing_factor": content["model"].pop("label_smoothing")}
-        content["training"] = smoothing | (content.get("training") or {})
     recipe = kind(name=str(content.pop("name", path.stem)), command=str(content.pop("command", "")))
     for section, values in content.items():
         if section not in known_keys(kind):
@@ -173,6 +170,9 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
         if not isinstance(values, dict):
             raise UserError(f"{path}: section {section} must hold `key: value` lines")
         try:
+            if section == "model" and "label_smoothing" in values:  # of older recipes
+                smoothing = {"label_smoothing_factor": values.pop("label_smoothing")}
+                recipe.training.update(read_section("training", smoothing, kind))
             getattr(recipe, section).update(read_section(section, values, kind))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error

@@ -31,12 +31,7 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_yaml_int(self, node):
-        text = node.value
-        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-        return int(text[2:] if base != 10 else text, base)
-
-    def construct_yaml_float(self, node):
-        return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
 
 def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
@@ -46,23 +41,19 @@ def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an anchor holds itself")
         return sizes[id(node)]
     sizes[id(node)] = 0
-    children = []
+    children = [] if isinstance(node, yaml.ScalarNode) else node.value
     if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        keys = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
-                raise yaml.YAMLError(f"the key {key.value!r} is given twice (again in line {_last_line(node, key)})")
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice (again in line {line})")
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         children = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
     sizes[id(node)] = 1 + sum(_count(child, sizes) for child in children)
     if sizes[id(node)] > MOST_VALUES:
         raise yaml.YAMLError(f"stands for more than {MOST_VALUES:,} values")
     return sizes[id(node)]
-
-
-def _last_line(node: yaml.MappingNode, key: yaml.ScalarNode) -> int:
-    return max(other.start_mark.line for other, _ in node.value if other.value == key.value) + 1
 
 
 class Dumper(yaml.SafeDumper):
@@ -75,7 +66,6 @@ for _kind, (_pattern, _first) in PLAIN.items():
     for _class in (Loader, Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
-Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
 
 
 def load(text: str) -> object:
