@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from training.config.arguments import DataArguments
+from training.config.checks import CHOICES
 from training.data.dataset import EvaluationRows, TokenArray
 from training.data.encoding import encode_documents
 from training.data.sources import named_sources, read_documents
@@ -33,24 +34,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags."""
     parser = FlagParser(
         prog="acorn evaluate",
-        description="Loss, perplexity, bits per byte and token accuracy over the whole text, in sequences side by "
-        "side; the last line printed is JSON.",
+        description="Print loss, perplexity, bits per byte and token accuracy of a model as one JSON line: on the "
+        "validation split of its run, or on another text.",
         epilog=EPILOG,
     )
-    parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
-    parser.add_argument("--text_files", nargs="+", default=[], help="text files, folders or globs to evaluate on")
-    parser.add_argument("--data_files", nargs="+", default=[], help="JSON, CSV, parquet or arrow files to evaluate on")
-    parser.add_argument("--dataset", help="Hub data set id, local directory, or python-stdlib, to evaluate on")
-    parser.add_argument("--dataset_config")
-    parser.add_argument("--dataset_split", default="test")
-    parser.add_argument("--text_column", default="text")
-    parser.add_argument("--on_bad_file", default="stop", help="stop, or skip a file or row that cannot be read")
-    parser.add_argument("--block_size", type=int, help="tokens of a sequence [the model's context]")
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=32, help="sequences a batch [%(default)s]")
-    parser.add_argument("--bf16", action="store_true", help="compute the logits in bf16 (without: in what was saved)")
-    parser.add_argument("--force_precision", action="store_true", help="take a dtype that the device only emulates")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that a Hub id brings")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("model", help="run directory, checkpoint, model directory or Hub id")
+    add("--text_files", nargs="+", default=[], help="text files, directories, globs or URLs to evaluate on")
+    add("--data_files", nargs="+", default=[], help="JSON, CSV, Parquet or Arrow files to evaluate on")
+    add("--dataset", help="dataset on the Hub, local dataset directory, or python-stdlib, to evaluate on")
+    add("--dataset_config", help="configuration of the Hub dataset")
+    add("--dataset_split", default="test", help="split of the Hub dataset (default: %(default)s)")
+    add("--text_column", default="text", help="column that holds the text (default: %(default)s)")
+    add("--on_bad_file", default="stop", choices=CHOICES["on_bad_file"], help="on an unreadable file or row")
+    add("--block_size", type=int, help="tokens per sequence (default: the model's context)")
+    add("--per_device_eval_batch_size", type=int, default=32, help="sequences per batch (default: %(default)s)")
+    add("--bf16", action="store_true", help="compute the logits in bf16 (default: in the type of the weights)")
+    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
+    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    flags = parser.parse_args(argv)
+    if not (flags.text_files or flags.data_files or flags.dataset):
+        for name in ("dataset_config", "dataset_split", "text_column", "on_bad_file"):
+            if getattr(flags, name) != parser.get_default(name):
+                raise UserError(f"--{name}: has no effect without --text_files, --data_files or --dataset")
+    return flags
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,23 +30,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags; names are generate()'s where it has one."""
     parser = FlagParser(
         prog="acorn generate",
-        description="Write text with a model, streamed to the terminal as it comes.",
+        description="Generate text with a model, streamed to the terminal.",
         epilog=EPILOG,
     )
-    parser.add_argument("model", help="run directory, checkpoint, model directory or Hub id")
-    parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; empty starts a document")
-    parser.add_argument("--max_new_tokens", type=int, default=300, help="length of a sample [%(default)s]")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many samples [%(default)s]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [%(default)s]")
-    parser.add_argument("--top_k", type=int, default=200, help="sample among the k likeliest; 0: all [%(default)s]")
-    parser.add_argument("--top_p", type=float, default=None, help="sample among the likeliest that hold this share")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less [%(default)s]")
-    parser.add_argument("--seed", type=int, default=1337, help="of the draws [%(default)s]")
-    dtypes = "auto (as saved; float32 where the device only emulates that), float32, bfloat16 or float16 [%(default)s]"
-    parser.add_argument("--dtype", default="auto", help=dtypes)
-    parser.add_argument("--force_precision", action="store_true", help="take a dtype that the device only emulates")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that a Hub id brings")
-    parser.add_argument("--no_stream", action="store_true", help="write each sample when it is whole, all in one batch")
+    add = parser.add_argument
+    add("model", help="run directory, checkpoint, model directory or Hub id")
+    add("--prompt", default="", help="text to continue, or FILE:path (default: start a new document)")
+    add("--max_new_tokens", type=int, default=300, help="length of a sample in tokens (default: %(default)s)")
+    add("--num_samples", type=int, default=1, help="number of samples (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (default: %(default)s)")
+    add("--top_k", type=int, default=200, help="sample from the k most likely tokens; 0: all (default: %(default)s)")
+    add("--top_p", type=float, help="sample from the most likely tokens whose probabilities add up to this")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less (default: %(default)s)")
+    add("--seed", type=int, default=1337, help="seed of the sampling (default: %(default)s)")
+    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that) (default: auto)"
+    add("--dtype", default="auto", help=dtypes)
+    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
+    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    add("--no_stream", action="store_true", help="generate all samples in one batch, and print each when complete")
     return parser.parse_args(argv)
 
 

@@ -253,7 +253,10 @@ def test_generate_refuses(run, argv: list[str], named: str) -> None:
         (["run", "--text_files", "nowhere.txt"], "text_files='nowhere.txt'"),
         (["run", "--text_files", "other.txt"], "'Ω' (U+03A9) at offset 4"),
         (["run", "--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0"),
-        (["run", "--text_file", "text.txt"], "--text_file"),
+        (["run", "--text_file", "text.txt"], "did you mean '--text_files'"),
+        (["run", "--dataset_config", "en"], "--dataset_config: has no effect without --text_files"),
+        (["run", "--text_column", "body"], "--text_column: has no effect without --text_files"),
+        (["run", "--text_files", "text.txt", "--on_bad_file", "ignore"], "choose from 'stop', 'skip'"),
     ],
 )
 def test_evaluate_refuses(run, tmp_path, argv: list[str], named: str) -> None:

@@ -35,18 +35,13 @@ def find(name: str, recipes: dict[str, Path]) -> Path:
 
 
 def listing(recipes: dict[str, Path], finetuning: dict[str, Path]) -> str:
-    """Lay out one aligned line a recipe, and what to type next."""
-    if not recipes:
-        return f"There are no recipes in {RECIPES}."
-    lines = aligned(recipes)
-    lines += ["", "For acorn finetune:", "", *aligned(finetuning)] if finetuning else []
-    example = "quickstart" if "quickstart" in recipes else next(iter(recipes))
-    next_steps = ["", f"Type next:  acorn pretrain {example}", f"To read it: acorn recipes {example}"]
-    return "\n".join(["Recipes, each one a YAML file:", "", *lines, *next_steps])
+    """The recipes of both verbs, and what to type next."""
+    lines = ["Recipes for acorn pretrain:", "", *aligned(recipes), "", "For acorn finetune:", "", *aligned(finetuning)]
+    return "\n".join([*lines, "", "Type next:  acorn pretrain quickstart", "To read it: acorn recipes quickstart"])
 
 
 def aligned(recipes: dict[str, Path]) -> list[str]:
-    """One line a recipe: its name, and what it grows."""
+    """One line a recipe: its name, and its first comment."""
     width = max(map(len, recipes))
     return [f"  {name:<{width}}  {first_comment(path)}".rstrip() for name, path in recipes.items()]
 
