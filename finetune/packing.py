@@ -24,7 +24,7 @@ from .data import Example
 PROBED = 8  # tokens in each of two documents
 
 
-class SeparatedRows(Dataset):
+class SeparatedRows(Rows):
     """Windows of a text, given the `position_ids` that keep its documents apart.
 
     An end-of-text token is the first token of the document after it, as it is of a prompt that starts one; so every
@@ -32,13 +32,7 @@ class SeparatedRows(Dataset):
     """
 
     def __init__(self, rows: Rows, end_of_text: int):
-        self.rows, self.end_of_text = rows, end_of_text
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([index])[0]
+        self.rows, self.end_of_text, self.num_rows = rows, end_of_text, len(rows)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """The rows of a batch, each with LongTensor[context_length] `position_ids`."""

@@ -22,7 +22,7 @@ from .system.errors import UserError, one_line
 SHARDED = {"none": (), "zero2": ("gradients", "optimizer"), "full": ("weights", "gradients", "optimizer")}
 # Those of characters, and of a small text's BPE, are known only after the text is read.
 VOCABULARIES = {"byte": 257, "char": 66, "bpe": DEFAULT_BPE_VOCAB_SIZE}
-CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container: bytes, or "max"
+CGROUP = "/sys/fs/cgroup/memory.max"  # of a container: bytes, or "max"
 SPARE = 1.2  # the estimate is within a few per cent; only what is far beyond is refused
 
 
@@ -200,7 +200,7 @@ def memory_of(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     total = psutil.virtual_memory().total
     try:
-        return min(total, int(CGROUP.read_text(encoding="ascii")))
+        return min(total, int(Path(CGROUP).read_text(encoding="ascii")))
     except (OSError, ValueError):  # no container, or no limit
         return total
 
