@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from benchmarks import placement as placing
-from benchmarks.gpu_training import sizes, stand_in_for_metrics
+from benchmarks.gpu_training import sizes
 from modeling import GPTConfig, GPTForCausalLM
 from tests.variants import VARIANTS, randomize, tiny_config
 from training.model.devices import known_gpu
@@ -153,7 +153,6 @@ def written(model: GPTForCausalLM, ids: torch.Tensor, cache: str) -> torch.Tenso
 
 def memory(device: str) -> dict:
     """What `acorn estimate` foretells of a training step and of an evaluation, and what they take."""
-    stand_in_for_metrics()
     from benchmarks.peak_memory import measure
 
     if device != "cuda":

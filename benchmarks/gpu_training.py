@@ -3,12 +3,11 @@
 import contextlib
 import importlib.util
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -41,7 +40,6 @@ def rows_at_once(device: str) -> int:
 
 def arguments(device: str, **flags):
     """GPTTrainingArguments that neither evaluate nor save, in a folder of their own."""
-    stand_in_for_metrics()
     from training.config.arguments import GPTTrainingArguments
 
     defaults = {
@@ -54,18 +52,6 @@ def arguments(device: str, **flags):
     return GPTTrainingArguments(
         output_dir=folder, use_cpu=device != "cuda", **{**defaults, "bf16": device == "cuda", **flags}
     )
-
-
-def stand_in_for_metrics() -> None:
-    """Let training be imported where `evaluate` or `datasets` is missing: the loss alone is measured then."""
-    if "training.loop.metrics" in sys.modules or all(map(importlib.util.find_spec, ("evaluate", "datasets"))):
-        return
-    module = ModuleType("training.loop.metrics")
-    module.language_metrics = lambda nats, right, tokens, num_bytes: {
-        "loss": sum(nats) / sum(tokens),
-        "bits_per_byte": sum(nats) / num_bytes,
-    }
-    sys.modules["training.loop.metrics"] = module
 
 
 class Drawn(SimpleNamespace):

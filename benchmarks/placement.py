@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 from transformers import Cache, DynamicCache, StaticCache
 
 from modeling import GPTConfig, GPTForCausalLM
-from training.loop.chunked_logits import chunked_logits
+from training.loop.evaluation import chunked_logits
 
 DROPOUT = {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
 TOKENS = 8

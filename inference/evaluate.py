@@ -21,7 +21,7 @@ from training.model.devices import best_device, refuse_emulated
 from training.model.loading import load_model_and_tokenizer
 from training.run import open_run, sequence_length
 from training.system.checkpoints import run_of
-from training.system.errors import UserError, quiet_libraries, run_main
+from training.system.errors import UserError, one_line, quiet_libraries, run_main
 from training.system.flags import FlagParser
 
 EPILOG = """examples:
@@ -51,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--per_device_eval_batch_size", type=int, default=32, help="sequences per batch (default: %(default)s)")
     add("--bf16", action="store_true", help="compute the logits in bf16 (default: in the type of the weights)")
     add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
+    add("--save", help="JSON file, or directory for one, in which to save the results with date and versions")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
     flags = parser.parse_args(argv)
     if not (flags.text_files or flags.data_files or flags.dataset):
@@ -81,7 +82,20 @@ def main(argv: list[str] | None = None) -> None:
     batches = -(-len(rows) // batch_size)
     with tqdm(total=batches, unit="batch", leave=False, file=sys.stderr, disable=None) as bar:
         results = evaluate_rows(model, rows, num_bytes, batch_size, autocast, on_batch=bar.update)
-    print(json.dumps({**results, "tokens": counted, "bytes": num_bytes}))
+    results |= {"tokens": counted, "bytes": num_bytes}
+    if flags.save:
+        save(flags, results)
+    print(json.dumps(results))
+
+
+def save(flags: argparse.Namespace, results: dict) -> None:
+    """Keep the results as the `evaluate` library does: with what was evaluated, the time and the versions."""
+    import evaluate  # half a second that a plain evaluation need not wait for
+
+    try:
+        evaluate.save(flags.save, **results, **{name: value for name, value in vars(flags).items() if value})
+    except OSError as error:
+        raise UserError(f"--save={flags.save}: {one_line(error)}; name a file or folder that can be written") from error
 
 
 def tokens_of_text(flags: argparse.Namespace, tokenizer) -> tuple[TokenArray, int]:

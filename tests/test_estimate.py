@@ -9,7 +9,7 @@ from tests.variants import VARIANTS
 from training.config.recipe import load_recipe_file
 from training.costs import estimate_recipe, evaluation_bytes, memory
 from training.estimate import duration, main
-from training.loop.chunked_logits import chunk_elements
+from training.loop.evaluation import chunk_elements
 from training.model.devices import GPUS, device_peak_flops, known_gpu
 from training.model.sizes import flops_per_token, matrix_parameters
 from training.system.errors import UserError

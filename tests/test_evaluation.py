@@ -17,7 +17,7 @@ from transformers import (
 
 from finetune.packing import Example, ExampleRows
 from training.data.dataset import IGNORED
-from training.loop import chunked_logits
+from training.loop import evaluation
 from training.loop.evaluation import evaluate_rows
 
 from .tiny_bases import CONTEXT, VOCABULARY, our_model, stock_model
@@ -79,7 +79,7 @@ def make_rows(packing: bool = False, count: int = 11) -> ExampleRows:
 
 def evaluate(model, monkeypatch, elements: int, rows: ExampleRows) -> tuple[dict, list[int]]:
     """(metrics, elements of each output of the model) with chunks of so many logits."""
-    monkeypatch.setattr(chunked_logits, "CHUNK_ELEMENTS", 8 * elements)
+    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", 8 * elements)
     sizes = []
 
     def note(module, args, output):
@@ -98,7 +98,7 @@ def test_chunks_give_the_numbers_of_the_whole(name, monkeypatch) -> None:
     whole, sizes = evaluate(model, monkeypatch, 2**30, make_rows())
     assert max(sizes) >= BATCH * (TOKENS - 1) * VOCABULARY
     blocks = []
-    layer = next(m for m in chunked_logits.decoder_of(model).modules() if isinstance(m, nn.ModuleList))[0]
+    layer = next(m for m in evaluation.decoder_of(model).modules() if isinstance(m, nn.ModuleList))[0]
     layer.register_forward_hook(lambda *_: blocks.append(1))
     chunked, sizes = evaluate(model, monkeypatch, CHUNK, make_rows())
     assert chunked == pytest.approx(whole, rel=1e-6)
@@ -130,7 +130,7 @@ def test_batches_of_any_size_take_equally_many_forwards(monkeypatch) -> None:
 def test_a_forward_that_accelerate_has_replaced_is_there_again(monkeypatch) -> None:
     model = our_model()
     whole, _ = evaluate(model, monkeypatch, 2**30, make_rows())
-    decoder = chunked_logits.decoder_of(model)
+    decoder = evaluation.decoder_of(model)
     given = decoder.forward
     decoder.forward = lambda *args, **kwargs: given(*args, **kwargs)
     before = decoder.forward

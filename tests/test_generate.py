@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import evaluate, generate
 from training.data.dataset import EvaluationRows, TokenArray
-from training.loop.evaluation import evaluate_rows
-from training.loop.metrics import METRICS, language_metrics
+from training.loop.evaluation import evaluate_rows, language_metrics
 from training.model.loading import load_causal_lm
 from training.model.sampling import continue_ids, encode_prompt
 
@@ -300,12 +299,14 @@ def test_metrics_by_hand() -> None:
     assert math.isinf(language_metrics([1e4], [0], [1], 1)["perplexity"])
 
 
-@pytest.mark.parametrize("name", list(METRICS))
-def test_metrics_are_evaluates(name: str) -> None:
-    metric = METRICS[name]()
-    metric.add_batch(predictions=[3.0], references=[4])
-    metric.add_batch(predictions=[1.0], references=[4])
-    expected = {"perplexity": math.exp(0.5), "bits_per_byte": 0.5 / math.log(2)}.get(name, 0.5)
-    assert metric.compute() == {name: pytest.approx(expected)}
-    with pytest.raises(ValueError, match="nothing to count"):
-        METRICS[name]().compute(predictions=[1.0], references=[0])
+def test_nothing_to_evaluate_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        language_metrics([], [], [], 12)
+
+
+def test_the_results_are_kept_where_asked(run, figures, tmp_path) -> None:
+    results = figures("--save", str(tmp_path / "kept" / "results.json"))
+    kept = json.loads((tmp_path / "kept" / "results.json").read_text(encoding="utf-8"))
+    assert {name: kept[name] for name in KEYS} == results
+    assert kept["model"] == str(run) and kept["_timestamp"] and kept["_evaluate_version"]
+    assert "--save=" in refused(evaluate.main, str(run), "--save", str(run / "recipe.yaml" / "below"))

@@ -151,7 +151,7 @@ def test_the_rule_catches(path: str, line: str) -> None:
             "import datasets\nfrom modeling.presets import PRESETS\nfrom training.system.errors import unknown",
         ),
         ("training/a.py", "import evaluate, tokenizers"),
-        ("inference/a.py", "from training.loop.metrics import perplexity\nfrom modeling import GPTForCausalLM"),
+        ("inference/a.py", "from training.loop.evaluation import evaluate_rows\nfrom modeling import GPTForCausalLM"),
         ("training/loop/a.py", "from ..data.corpus import Corpus\nfrom ..share.report import write_report"),
         ("training/run.py", "from .loop.trainer import GPTTrainer"),
         ("finetune/a.py", "import peft\nfrom training.loop.trainer import GPTTrainer"),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import acorn
-from training.loop import chunked_logits
+from training.loop import evaluation
 from training.loop.callbacks import ConsoleTable
 
 from .test_hub_copy import run_without_acorn
@@ -51,7 +51,7 @@ KINDS = {"adamw": pretrained, "muon": pretrained, "full": finetuned, "lora": fin
 
 def train(kind: str, name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:  # as for a large vocabulary: the head runs apart, chunk by chunk
-        patch.setattr(chunked_logits, "CHUNK_ELEMENTS", 8 * 1000)
+        patch.setattr(evaluation, "CHUNK_ELEMENTS", 8 * 1000)
         acorn.main(KINDS[kind](kind, name))
 
 

@@ -13,7 +13,7 @@ from modeling.loss import CHUNK_ELEMENTS
 from .config.checks import check_attention
 from .config.recipe import Recipe
 from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
-from .loop.chunked_logits import chunk_elements
+from .loop.evaluation import chunk_elements
 from .model.sizes import flops_per_token, matrix_parameters
 from .system.distributed import shares_weights_out
 from .system.errors import UserError, one_line
