@@ -212,7 +212,6 @@ class FinetuneRun(Run):
             results=f"Best at step {facts['best_step']:,}; {cost_in_words(facts)}.\n\n![loss](loss.png)"
             + (f"\n\nThe same prompt before and after:{shown}" if shown else ""),
             command=recipe.command,
-            training="All arguments are in `recipe.yaml`.",
         )
 
     def closing_words(self, sample: str) -> str:

@@ -69,7 +69,7 @@ def test_every_command_is_printed_by_it() -> None:
     for room in ("training", "finetune", "inference"):
         for path in (ROOT / room).rglob("*.py"):
             found = [line for line in path.read_text(encoding="utf-8").splitlines() if by_hand.search(line)]
-            assert [line for line in found if "{NAME_PLACEHOLDER}" not in line and "{example}" not in line] == [], path
+            assert [line for line in found if "{{ placeholder }}" not in line and "{example}" not in line] == [], path
     assert by_hand.search('f"acorn resume {run_dir}"')
 
 

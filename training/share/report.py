@@ -25,19 +25,22 @@ def draw_losses(rows: list[dict], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for key, label in (("train_loss", "train"), ("eval_loss", "validation")):
+
+    def plot(axes, key: str, **style) -> None:
         points = [(row["step"], row[key]) for row in rows if row[key] is not None]
-        losses.plot(*zip(*points, strict=True), marker=".", label=label) if points else None
-    best = min(rows, key=lambda row: row["eval_loss"], default=None)
-    if best:
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+
+    plot(losses, "train_loss", marker=".", label="train")
+    plot(losses, "eval_loss", marker=".", label="validation")
+    plot(rate, "learning_rate", color="tab:green")
+    if rows:
+        best = min(rows, key=lambda row: row["eval_loss"])
         losses.axhline(best["eval_loss"], color="grey", linewidth=0.5)
         losses.set_title(f"{title}: best validation loss {best['eval_loss']:.4f} at step {best['step']:,}")
     losses.set_ylabel("loss (nats a token)")
     losses.legend()
-    rates = [(row["step"], row["learning_rate"]) for row in rows if row["learning_rate"] is not None]
-    rate.plot(*zip(*rates, strict=True), color="tab:green") if rates else None
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel("step")
+    rate.set(xlabel="step", ylabel="learning rate")
     replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
@@ -58,7 +61,8 @@ def facts_of(directory: Path) -> CardFacts:
 def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
     """The facts of what `acorn pretrain` grew, or of its checkpoint `directory`, with the figures of that step."""
     recipe, directory = load_run_recipe(run_dir), directory or run_dir
-    manifest, sources = read_manifest(recipe), sources_of(recipe)
+    data_dir, sources = recipe.data.get("data_dir"), sources_of(recipe)
+    manifest = read_json(Path(data_dir, "manifest.json")) if data_dir else {}  # empty: it is on another machine
     rows = [row for row in read_metrics(run_dir) if directory == run_dir or row["step"] == step_of(directory)]
     best = recipe.best(rows)
     facts = facts_of_model(directory)
@@ -68,11 +72,13 @@ def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
     facts.datasets, facts.text = datasets_of(recipe), ", ".join(sources)
     facts.prompt = recipe.sample_arguments().prompt or "\n"  # one that this vocabulary has
     facts.data = data_section(sources, manifest)
-    facts.metrics = metrics_of(best) if best else {}
-    facts.evaluated_on = "the whole validation split, in non-overlapping windows"
-    facts.results = results_section(best, run_dir)
+    facts.evaluated_on = "the whole validation split, in sequences that do not overlap"
+    facts.results = "The run has not been evaluated yet."
+    if best:
+        facts.metrics = metrics_of(best)
+        when = f"Measured at step {best['step']:,}, after {best['tokens']:,} tokens and {best['seconds']:,.0f} seconds."
+        facts.results = when + "\n\n![loss](loss.png)" * (run_dir / "loss.png").is_file()
     facts.command = recipe.command
-    facts.training = "All arguments are in `recipe.yaml`." if recipe.command else ""
     facts.limits.append(f"It was trained on {', '.join(f'`{source}`' for source in sources)} and knows nothing else.")
     if is_own_file(run_dir / "sample.txt", run_dir) and directory == run_dir:
         facts.sample = (run_dir / "sample.txt").read_text(encoding="utf-8")
@@ -126,17 +132,12 @@ def count_parameters(directory: Path) -> int:
     return total
 
 
-def read_manifest(recipe: Recipe) -> dict:
-    """What is known of the run's prepared tokens; nothing where they are on another machine."""
-    return read_json(Path(recipe.data.get("data_dir") or "", "manifest.json"))
-
-
 def sources_of(recipe: Recipe) -> list[str]:
     """Where the text came from: names of files, or ids of data sets."""
-    parts = recipe.data.get("mixture") or [recipe.data]
-    named = [part.get("text_files") or part.get("data_files") or [part.get("dataset")] for part in parts]
-    lists = [entries if isinstance(entries, list) else [entries] for entries in named]
-    names = [public_name(str(name)) for entries in lists for name in entries if name]
+    names = []
+    for part in recipe.data.get("mixture") or [recipe.data]:
+        named = part.get("text_files") or part.get("data_files") or part.get("dataset") or []
+        names += [public_name(str(name)) for name in (named if isinstance(named, list) else [named])]
     return names or [Path(str(recipe.data.get("data_dir"))).name]
 
 
@@ -152,25 +153,16 @@ def data_section(sources: list[str], manifest: dict) -> str:
     lines = [f"Source: {', '.join(f'`{source}`' for source in sources)}.", f"Licence of the text: {licence}."]
     if manifest:
         train, validation = (manifest["splits"][split]["tokens"] for split in ("train", "validation"))
-        lines.append(
-            f"Train {train:,} tokens, validation {validation:,} tokens; vocabulary {manifest['vocab_size']:,}."
-        )
+        vocabulary = f"vocabulary {manifest['vocab_size']:,}"
+        lines.append(f"Train {train:,} tokens, validation {validation:,} tokens; {vocabulary}.")
     return "\n".join(lines)
 
 
 def metrics_of(row: dict) -> dict[str, float]:
     """A line of metrics.jsonl as the card's metrics."""
-    loss = row["eval_loss"]
-    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": row["bits_per_byte"]}
+    perplexity = math.exp(min(row["eval_loss"], 700))
+    metrics = {"loss": row["eval_loss"], "perplexity": perplexity, "bits_per_byte": row["bits_per_byte"]}
     return metrics | ({"token_accuracy": row["token_accuracy"]} if row.get("token_accuracy") is not None else {})
-
-
-def results_section(best: dict | None, run_dir: Path) -> str:
-    """When the figures were measured, and the picture."""
-    if best is None:
-        return "The run has not been evaluated yet."
-    when = f"Measured at step {best['step']:,}, after {best['tokens']:,} tokens and {best['seconds']:,.0f} seconds."
-    return when + ("\n\n![loss](loss.png)" if (run_dir / "loss.png").is_file() else "")
 
 
 def next_steps(run_dir: Path, prompt: str, what: str = "model", *more: tuple) -> str:
