@@ -46,9 +46,6 @@ class FinetuneDataArguments(DataArguments):
     block_size: int | None = help_field("Tokens per row (default: the model's context, at most 1024).")
     packing: bool = help_field("Pack several documents into one row, without attention between them.", True)
     tokenizer: str | None = help_field("Hub id or path of another tokenizer that fits the model.")
-    tokenizer_vocab_size: int | None = None
-    streaming: bool = False
-    validation_characters: int | None = None
 
     def __post_init__(self):
         if self.tokenizer in BUILDERS:
@@ -60,14 +57,14 @@ class FinetuneTrainingArguments(GPTTrainingArguments):
     """Training's arguments with defaults for little text and a model that knows much already."""
 
     learning_rate: float = help_field("Peak learning rate; each adapter has a default of its own.", 2e-4)
-    per_device_train_batch_size: int = help_field("Rows per device in one forward pass.", 4)
-    per_device_eval_batch_size: int = help_field("Rows per device in one forward pass of evaluation.", 8)
-    num_train_epochs: float = help_field("Number of epochs if max_steps is -1.", 3.0)
-    warmup_steps: float = help_field("Steps of linear warmup; below 1, the fraction of all steps.", 0.05)
-    weight_decay: float = help_field("Weight decay of trained matrices.", 0.0)
-    adam_beta2: float = help_field("Second beta of AdamW.", 0.999)
-    eval_steps: float | None = help_field("Steps between evaluations; below 1, the fraction of all steps.", 0.1)
-    eval_on_start: bool = help_field("Evaluate before the first step, for the report.", True)
+    per_device_train_batch_size: int = 4
+    per_device_eval_batch_size: int = 8
+    num_train_epochs: float = 3.0
+    warmup_steps: float = 0.05
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    eval_steps: float | None = 0.1
+    eval_on_start: bool = True  # the `before` of the report
 
 
 @dataclass
@@ -75,7 +72,7 @@ class FinetuneSampleArguments(SampleArguments):
     """The text generated before and after finetuning, side by side."""
 
     prompt: str | None = help_field("Text to continue, or a user's message (default: from the held-out data).")
-    max_new_tokens: int = help_field("Length of the sample in tokens; 0 generates none.", 100)
+    max_new_tokens: int = 100
 
 
 @dataclass

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..model.devices import ACCELERATE_PRECISIONS, choose_precision, plan_compilation
 from ..model.optimizers import OPTIMIZERS
 from ..system.errors import UserError
-from .checks import RISING, check_installed, check_needs, check_schedule, settle_metric
+from .checks import check_installed, check_needs, check_schedule, settle_metric
 from .publishing import check_hub_arguments, check_language, check_license
 
 
@@ -25,28 +25,20 @@ def help_field(text: str, default: Any = None, **kwargs) -> Any:
 class DataArguments:
     """Where the text comes from, how it becomes tokens, and which part of it is held out for validation."""
 
-    text_files: list[str] = help_field(
-        "Text files, directories, globs or URLs; each file is one document.", default_factory=list
-    )
-    data_files: list[str] = help_field(
-        "JSON, CSV, Parquet or Arrow files, globs or URLs; each row is one document.", default_factory=list
-    )
+    text_files: list[str] = help_field("Text files, directories, globs or URLs; a document each.", default_factory=list)
+    data_files: list[str] = help_field("JSON, CSV, Parquet or Arrow files; a document per row.", default_factory=list)
     dataset: str | None = help_field("Dataset on the Hub, local dataset directory, or python-stdlib (no download).")
     dataset_config: str | None = help_field("Configuration of the Hub dataset.")
     dataset_split: str = help_field("Split of the Hub dataset.", "train")
     text_column: str = help_field("Column that holds the text.", "text")
     streaming: bool = help_field("Tokenize during training instead of preparing the corpus first.", False)
-    mixture: list[dict] = help_field(
-        "List of sources, each with the keys above and a weight (best in a recipe file).", default_factory=list
-    )
+    mixture: list[dict] = help_field("List of sources with the keys above and a weight each.", default_factory=list)
     tokenizer: str = help_field("byte, char, bpe, or the Hub id or path of a Hugging Face tokenizer.", "byte")
     tokenizer_vocab_size: int | None = help_field("Vocabulary size of a bpe tokenizer (default: up to 4096).")
     validation_fraction: float = help_field("Fraction of the text or documents held out for validation.", 0.1)
     validation_by: str = help_field("Hold out the end of the text (position) or random documents.", "position")
     validation_seed: int = help_field("Seed of the random choice of validation documents.", 2357)
-    validation_characters: int | None = help_field(
-        "With --streaming: characters at the start of the text held out for validation (default: 200000)."
-    )
+    validation_characters: int | None = help_field("With --streaming: characters held out (default: 200000).")
     data_dir: str | None = help_field("Directory of the prepared tokens (default: corpora/NAME-FINGERPRINT).")
     shard_size: int = help_field("Tokens per shard file.", 100_000_000)
     num_proc: int = help_field("Number of tokenizing processes; 1 uses the tokenizer's own threads.", 1)
@@ -88,22 +80,18 @@ class GPTTrainingArguments(TrainingArguments):
     output_dir: str | None = help_field("Run directory (default: runs/RECIPE).")
     max_steps: int = help_field("Number of optimizer steps; -1 trains for num_train_epochs.", -1)
     num_train_epochs: float = help_field("Number of epochs if max_steps is -1.", 1.0)
-    tokens_per_step: int | None = help_field(
-        "Tokens per optimizer step over all processes; sets gradient_accumulation_steps."
-    )
+    tokens_per_step: int | None = help_field("Tokens per optimizer step; sets gradient_accumulation_steps.")
     per_device_train_batch_size: int = help_field("Sequences per device in one forward pass.", 12)
     per_device_eval_batch_size: int = help_field("Sequences per device in one forward pass of evaluation.", 32)
     optimizer: str = help_field(f"Optimizer: {' or '.join(OPTIMIZERS)}.", "adamw")
     learning_rate: float = help_field("Peak learning rate of AdamW.", 6e-4)
     muon_learning_rate: float = help_field("Peak learning rate of the hidden matrices under muon.", 0.02)
     muon_momentum: float = 0.95
-    lr_scheduler_type: str = help_field(
-        "Learning rate schedule: any of transformers', such as warmup_stable_decay.", "cosine_with_min_lr"
-    )
+    lr_scheduler_type: str = help_field("Learning rate schedule, as in transformers.", "cosine_with_min_lr")
     lr_scheduler_kwargs: dict | None = help_field("Settings of the schedule, such as {min_lr_rate: 0.1}.")
     warmup_steps: float = help_field("Steps of linear warmup; below 1, the fraction of all steps.", 100)
     weight_decay: float = help_field("Weight decay of matrices (under muon: of the hidden matrices).", 0.1)
-    adam_beta2: float = help_field("Second beta of AdamW.", 0.95)
+    adam_beta2: float = 0.95
     max_grad_norm: float = help_field("Maximum gradient norm; 0 does not clip.", 1.0)
     precision: str = help_field("auto (bf16 if the device supports it, else fp32), fp32, bf16 or fp16.", "auto")
     force_precision: bool = help_field("Train in this precision even if the device only emulates it.", False)
@@ -122,15 +110,11 @@ class GPTTrainingArguments(TrainingArguments):
     save_steps: float | None = help_field("Steps between checkpoints (default: eval_steps).")
     save_total_limit: int | None = help_field("Number of checkpoints kept, the best and the last among them.", 2)
     logging_steps: float | None = help_field("Steps between updates of the loss (default: eval_steps / 10).")
-    metric_for_best_model: str | None = help_field(
-        f"Metric that selects the best checkpoint: {', '.join(RISING)}.", "loss"
-    )
+    metric_for_best_model: str | None = help_field("Metric that selects the best checkpoint.", "loss")
     greater_is_better: bool | None = None  # as the metric is
     early_stopping_patience: int | None = help_field("Stop after this many evaluations without a better metric.")
     seed: int = help_field("Seed of initialization, data order and dropout.", 1337)
-    report_to: list[str] = help_field(
-        "Trackers, such as tensorboard; none, or all that are installed.", default_factory=lambda: ["none"]
-    )
+    report_to: list[str] = help_field("Trackers, such as tensorboard; none or all.", default_factory=lambda: ["none"])
     push_to_hub: bool = help_field("Upload the run to the Hub at every save.", False)
     hub_model_id: str | None = help_field("Repository on the Hub (default: the name of output_dir).")
     debug: list[str] = field(default_factory=list)
@@ -239,8 +223,10 @@ def _does_not_divide(args: GPTTrainingArguments, rows: int, context_length: int,
     what = f"tokens_per_step={args.tokens_per_step} ({rows} sequences of {context_length})"
     fitting = fitting_micro_batches(rows, processes)
     if not fitting:
-        counts = sorted((n for n in range(1, 2 * processes) if rows % n == 0), key=lambda n: abs(n - processes))[:2]
-        return f"{what} does not divide among {processes} processes; {' or '.join(map(str, sorted(counts)))} would do"
-    near = [max((n for n in fitting if n < size), default=None), min((n for n in fitting if n > size), default=None)]
-    near = " or ".join(str(n) for n in near if n)
-    return f"per_device_train_batch_size={size}: {what} needs {near} on {processes} process(es)"
+        counts = [count for count in range(1, 2 * processes) if rows % count == 0]
+        return f"{what} does not divide among {processes} processes; {_nearest(counts, processes)} would do"
+    return f"per_device_train_batch_size={size}: {what} needs {_nearest(fitting, size)} on {processes} process(es)"
+
+
+def _nearest(numbers: list[int], wanted: int) -> str:
+    return " or ".join(map(str, sorted(sorted(numbers, key=lambda number: (abs(number - wanted), -number))[:2])))

@@ -53,44 +53,36 @@ CHOICES = {
 }
 
 # What another place decides: no value but the default is taken, and the refusal names that place.
-IN_TRAINING = "evaluation computes as training does"
-OWN_EVALUATION = "the evaluation is Acorn's own, which gathers sums, not logits"
-REFUSED = {
-    "accelerator_config": "rows are shared out by their position; use tokens_per_step and per_device_train_batch_size",
-    "batch_eval_metrics": OWN_EVALUATION,
-    "bf16_full_eval": IN_TRAINING,
-    "dataloader_drop_last": "every micro-batch is whole",
-    "dataloader_in_order": "the order of the rows is what makes a run repeatable",
-    "do_eval": "use eval_strategy, or `acorn evaluate`",
-    "do_predict": "use `acorn generate`",
-    "do_train": "to evaluate without training use `acorn evaluate`",
-    "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint already",
-    "eval_accumulation_steps": OWN_EVALUATION,
-    "eval_do_concat_batches": OWN_EVALUATION,
-    "eval_use_gather_object": OWN_EVALUATION,
-    "fp16_full_eval": IN_TRAINING,
-    "hub_token": "a recipe is pushed with its run, and the token would be too; set HF_TOKEN or run `hf auth login`",
-    "ignore_data_skip": "a resumed run computes its place in the data, and replays nothing",
-    "include_for_metrics": OWN_EVALUATION,
-    "include_num_input_tokens_seen": "metrics.jsonl counts tokens",
-    "label_names": "the labels are the next tokens",
-    "length_column_name": "use sampling, or packing in finetuning",
-    "load_best_model_at_end": "the run directory's root holds the best model at every moment",
-    "local_rank": "torchrun and accelerate launch number the processes",
-    "logging_nan_inf_filter": "a loss that is not a number stops the run",
-    "neftune_noise_alpha": "nothing here adds noise to embeddings; leave it out",
-    "optim": "use optimizer (adamw, muon)",
-    "optim_args": "use optimizer and its own flags",
-    "optim_target_modules": "use optimizer",
-    "parallelism_config": "use `accelerate launch --config_file training/launch/…`",
-    "prediction_loss_only": OWN_EVALUATION,
-    "remove_unused_columns": "rows have only what the model takes",
-    "restore_callback_states_from_checkpoint": "a resumed run takes them up always",
-    "resume_from_checkpoint": "use `acorn resume RUN_DIR --checkpoint …`",
-    "skip_memory_metrics": "use `acorn estimate`, or the report of a finetuning run",
-    "train_sampling_strategy": "use sampling (random, shuffled)",
-    "use_cache": "training keeps no cache, and the saved model has it on",
+_REFUSED = {
+    "the evaluation is Acorn's own, which gathers sums, not logits": "batch_eval_metrics eval_accumulation_steps "
+    "eval_do_concat_batches eval_use_gather_object include_for_metrics prediction_loss_only",
+    "evaluation computes as training does": "bf16_full_eval fp16_full_eval",
+    "rows are shared out by their position; use tokens_per_step and per_device_train_batch_size": "accelerator_config",
+    "every micro-batch is whole": "dataloader_drop_last",
+    "the order of the rows is what makes a run repeatable": "dataloader_in_order",
+    "use eval_strategy, or `acorn evaluate`": "do_eval",
+    "use `acorn generate`": "do_predict",
+    "to evaluate without training use `acorn evaluate`": "do_train",
+    "SIGTERM and Ctrl-C save a checkpoint already": "enable_jit_checkpoint",
+    "a recipe is pushed with its run, and the token would be too; set HF_TOKEN or run `hf auth login`": "hub_token",
+    "a resumed run computes its place in the data, and replays nothing": "ignore_data_skip",
+    "metrics.jsonl counts tokens": "include_num_input_tokens_seen",
+    "the labels are the next tokens": "label_names",
+    "use sampling, or packing in finetuning": "length_column_name",
+    "the run directory's root holds the best model at every moment": "load_best_model_at_end",
+    "torchrun and accelerate launch number the processes": "local_rank",
+    "a loss that is not a number stops the run": "logging_nan_inf_filter",
+    "nothing here adds noise to embeddings; leave it out": "neftune_noise_alpha",
+    "use optimizer (adamw, muon) and its own flags": "optim optim_args optim_target_modules",
+    "use `accelerate launch --config_file training/launch/…`": "parallelism_config",
+    "rows have only what the model takes": "remove_unused_columns",
+    "a resumed run takes them up always": "restore_callback_states_from_checkpoint",
+    "use `acorn resume RUN_DIR --checkpoint …`": "resume_from_checkpoint",
+    "use `acorn estimate`, or the report of a finetuning run": "skip_memory_metrics",
+    "use sampling (random, shuffled)": "train_sampling_strategy",
+    "training keeps no cache, and the saved model has it on": "use_cache",
 }
+REFUSED = {name: place for place, names in _REFUSED.items() for name in names.split()}
 
 
 class Need(NamedTuple):

@@ -55,9 +55,10 @@ def recipe_parser(
     seen = set()
     for section in SECTIONS:
         group, texts = parser.add_argument_group(section), _help_texts(kind, section) if section in sections else {}
-        for key, hint in known_keys(kind).get(section, {}).items():
+        hints = known_keys(kind).get(section, {})
+        for key in dict.fromkeys([*texts, *hints]):
             if key not in seen:
-                action = "extend" if is_list(hint) else "store"
+                action = "extend" if is_list(hints[key]) else "store"
                 shown = texts[key].replace("%", "%%") if key in texts else argparse.SUPPRESS
                 where = {"dest": f"{section}.{key}", "default": argparse.SUPPRESS}
                 group.add_argument(f"--{key}", nargs="*", action=action, help=shown, **where)
@@ -97,12 +98,13 @@ def _help_texts(kind: type[Recipe], section: str) -> dict[str, str]:
     """The keys that `--help` shows, and their help with the default: those that have a help text of Acorn's."""
     if section not in kind.sections:
         return MODEL_HELP if section == "model" else {}
-    fields = {field.name: field for field in dataclasses.fields(kind.sections[section]) if "help" in field.metadata}
-    inherited = TrainingArguments.__dataclass_fields__
-    return {name: _help(field) for name, field in fields.items() if inherited.get(name) is not field}
-
-
-def _help(field: dataclasses.Field) -> str:
-    is_plain = field.default is not False and field.default not in (None, dataclasses.MISSING)
-    shown = repr(field.default) if field.default == "\n" else field.default
-    return field.metadata["help"] + (f" (default: {shown})" if is_plain else "")
+    texts = {}
+    for parent in reversed(kind.sections[section].__mro__):
+        own = {} if parent is TrainingArguments else vars(parent).get("__annotations__", {})
+        helps = {name: parent.__dataclass_fields__[name].metadata.get("help") for name in own}
+        texts |= {name: text for name, text in helps.items() if text}
+    for field in dataclasses.fields(kind.sections[section]):
+        if field.name in texts and field.default is not False and field.default not in (None, dataclasses.MISSING):
+            shown = repr(field.default) if field.default == "\n" else field.default
+            texts[field.name] += f" (default: {shown})"
+    return {name: text for name, text in texts.items() if name not in kind.refused.get(section, ())}

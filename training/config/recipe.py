@@ -227,27 +227,16 @@ def check(section: str, key: str, value: typing.Any, kind: type[Recipe]) -> typi
     hints = known_keys(kind)[section]
     if key not in hints:
         raise unknown(f"key in {section}", key, hints)
-    if key in kind.refused.get(section, ()) and not is_default(kind.sections.get(section), key, value, hints[key]):
-        shown = key if key == "hub_token" else f"{key}={value!r}"
-        raise UserError(f"{shown} has no effect here; {kind.refused[section][key]}")
     value = coerce(key, value, hints[key])
+    place = kind.refused.get(section, {}).get(key)
+    default = getattr(kind.sections[section], key, []) if section in kind.sections else None
+    if place and value != default:
+        raise UserError(f"{key}{'' if key == 'hub_token' else f'={value!r}'} has no effect here; {place}")
     check_name(key, value)
     check_settings(key, value)
     if (value == "" and key in ("output_dir", "data_dir")) or (isinstance(value, str) and "\0" in value):
         raise UserError(f"{key}={value!r}: is not a path; give one, or leave it out")
     return value
-
-
-def is_default(section: type | None, key: str, value: typing.Any, hint: typing.Any) -> bool:
-    """Whether a value is the one that holds without it; GPTConfig's, which has no section, is None."""
-    field = {field.name: field for field in dataclasses.fields(section)}[key] if section else None
-    default = None if field is None else field.default
-    if field is not None and field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    try:
-        return coerce(key, value, hint) == default
-    except UserError:
-        return False
 
 
 def check_settings(key: str, settings: typing.Any) -> None:

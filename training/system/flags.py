@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -81,7 +82,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A flag's name, then its help; no placeholder for its value."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34)
+        width = max(shutil.get_terminal_size().columns - 2, 110)  # one line a flag, where that is possible
+        super().__init__(prog, max_help_position=34, width=width)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return ", ".join(action.option_strings) or super()._format_action_invocation(action)
