@@ -10,17 +10,17 @@ __version__ = "0.1.0"
 # verb: (the module whose main() does it, what it does), in the order of the straight line
 VERBS = {
     "recipes": ("training.list_recipes", "list the recipes, or print one"),
-    "estimate": ("training.estimate", "work out a recipe's parameters, memory and time before it runs"),
+    "estimate": ("training.estimate", "estimate the parameters, memory and time of a recipe"),
     "tokenizer": ("training.train_tokenizer", "train a byte, character or BPE tokenizer on a text"),
     "prepare": ("training.prepare", "turn a text into shards of tokens"),
-    "pretrain": ("training.pretrain", "grow a GPT from a recipe"),
-    "resume": ("training.resume", "go on with a run, of either kind, that was stopped"),
-    "finetune": ("finetune.finetune", "teach a pretrained model a text or a chat, by adapters or whole"),
-    "merge": ("finetune.merge", "fold an adapter into its base: a plain model"),
+    "pretrain": ("training.pretrain", "pretrain a GPT from a recipe"),
+    "resume": ("training.resume", "continue a stopped run, of pretrain or finetune"),
+    "finetune": ("finetune.finetune", "finetune a pretrained model on a text or a chat, with an adapter or in full"),
+    "merge": ("finetune.merge", "merge an adapter into its base model"),
     "evaluate": ("inference.evaluate", "measure loss, perplexity and bits per byte"),
-    "generate": ("inference.generate", "draw text from a model"),
-    "convert": ("inference.convert", "turn stock GPT-2 and nanoGPT checkpoints into Acorn's, and back"),
-    "push": ("inference.push", "upload a model, or an adapter, to the Hub"),
+    "generate": ("inference.generate", "generate text with a model"),
+    "convert": ("inference.convert", "convert GPT-2 and nanoGPT checkpoints to Acorn's, and back"),
+    "push": ("inference.push", "upload a model or an adapter to the Hub"),
 }
 
 # the first verb of a stage: the heading the help puts above it

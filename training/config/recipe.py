@@ -21,8 +21,7 @@ from ..system.files import check_hash, write_with_hash
 from ..system.flags import check_number
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .checks import NEEDS, REFUSED, RISING, check_name
-from .strict_yaml import dump, load
-from .values import coerce
+from .values import coerce, dump, load
 
 RECIPES_DIR = Path(__file__).parents[1] / "recipes"
 SOURCE_KEYS = ("text_files", "data_files", "dataset", "mixture")

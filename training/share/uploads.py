@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..config.strict_yaml import dump, load
+from ..config.values import dump, load
 from ..system.addresses import each_text
 from ..system.checkpoints import run_of
 from ..system.errors import UserError, one_line

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from training.config.recipe import load_recipe_file
-from training.config.strict_yaml import dump, load
+from training.config.values import dump, load
 from training.system.errors import UserError
 
 
