@@ -1,5 +1,6 @@
 """Documents, and the three kinds of source that hold them: text files, tables of rows, and data sets of the Hub."""
 
+import atexit
 import bisect
 import platform
 import sysconfig
@@ -305,14 +306,19 @@ class HubSet(Tables):
             yield from super().rows(columns, after)
             return
         name, first = self.data.dataset, after[0] + 1 if after else 0
-        rows = self._load_rows()
+        rows, failures = self._load_rows(), bad_file_errors()
+        stream = iter(rows.skip(first) if first else rows)
+        atexit.register(stream.close)  # half-read parquet has threads that keep Python from ending (Arrow issue 45214)
         try:
-            for number, values in enumerate(rows.skip(first) if first else rows, start=first):
+            for number, values in enumerate(stream, start=first):
                 if missing := [column for column in columns or () if column not in values]:
                     raise missing_column(missing[0], name, values)
                 yield name, [number], Row(number, f"row {number + 1}", values)
-        except bad_file_errors() as error:
+        except failures as error:
             raise UserError(f"dataset={name!r}: cannot be read on ({one_line(error)}); {GO_ON}") from error
+        finally:
+            atexit.unregister(stream.close)
+            stream.close()
 
     def fingerprint(self) -> dict:
         """Return id, configuration, split, column and revision, or the contents of a local folder."""
