@@ -20,8 +20,6 @@ DISK_FULL = (
     "iostream error",
     "unexpected pos",
 )
-
-
 # Memory that is used up, as torch's allocators tell it: of CPUs, and of GPUs.
 MEMORY_FULL = ("can't allocate memory", "not enough memory", "out of memory", "Unable to allocate")
 FEW = 8  # names that an error lists beside the nearest one
@@ -71,32 +69,65 @@ log_once = functools.cache(log)  # what is read several times, or pass after pas
 
 
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
-    """Call `main(argv)`; end the process with one line for whatever is not a bug.
-
-    Exit codes: 2 for a `UserError` and for what the operating system refuses, 130 for Ctrl-C, 1 for a full disk,
-    for memory that is used up and for a reader that went away (`acorn … | head`). Anything else passes
-    through with its traceback.
-    """
+    """Call `main(argv)`; end the process with one line for whatever is not a bug, which passes with its traceback."""
     try:
         repair_streams()
         main(argv)
         sys.stdout.flush()  # a reader that went away is noticed here, not at the interpreter's exit
-    except UserError as error:
-        _leave(2, f"error: {' '.join(str(error).splitlines())}", every_process=isinstance(error, LostProcess))
-    except KeyboardInterrupt:
-        _leave(130, "stopped by Ctrl-C.")
-    except BrokenPipeError:
-        _drop_stdout()
-        _leave(1)
-    except Exception as error:
-        if is_disk_full(error):
-            _leave(1, f"error: {_disk_full(error)}")
-        if is_memory_full(error):
-            mend = "lower batch size or context; `acorn estimate` says what a recipe needs"
-            _leave(1, f"error: out of memory ({one_line(error)[:160]}): {mend}")
-        if not isinstance(error, OSError):
+    except (Exception, KeyboardInterrupt) as error:
+        known = explain(error)
+        if known is None:
             raise
-        _leave(2, f"error: {refusal(error)}")
+        _exit(*known, on_every_process=isinstance(error, LostProcess))
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, line to print) of an error; None for a bug.
+
+    The code is 2 for a `UserError` and for what the operating system refuses, 130 for Ctrl-C, 1 for a full disk, for
+    memory that is used up and, without a line, for a reader that went away (`acorn … | head`).
+    """
+    name = getattr(error, "filename", None)
+    file = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by Ctrl-C."
+    if isinstance(error, BrokenPipeError):
+        return 1, ""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if is_disk_full(error):
+        where = f" while writing {file}" if file else ""  # open() knows its file, write() does not
+        notes = "".join(f" {note}." for note in getattr(error, "__notes__", []))
+        return 1, f"error: the disk is full{where}: free some space, or write to another disk with --output_dir.{notes}"
+    if is_memory_full(error):
+        mend = "lower batch size or context; `acorn estimate` says what a recipe needs"
+        return 1, f"error: out of memory ({one_line(error)[:160]}): {mend}"
+    if isinstance(error, OSError):  # of the operating system, or of transformers, which raises the same class
+        return 2, f"error: {file}{': ' if file else ''}{error.strerror or one_line(error)}"
+    return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of the operating system, of safetensors or of torch.save means that the disk is full."""
+    return any(words in str(error) for words in DISK_FULL)
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether an error of Python or of torch means that there is no memory left, on a CPU or a GPU."""
+    used_up = isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_FULL)
+    return used_up or isinstance(error, MemoryError)
+
+
+def _exit(code: int, line: str, on_every_process: bool) -> None:
+    """Exit with `code` in every process, and print `line`, as a rule in the first one only (torchrun sets RANK)."""
+    with suppress(AttributeError, ValueError):
+        try:
+            sys.stdout.flush()
+        except OSError:  # full, or nobody reads: the flush at exit would fail again, and say so (docs, SIGPIPE)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if line and (on_every_process or os.environ.get("RANK", "0") == "0"):
+        print(f"acorn: {' '.join(line.splitlines())}", file=sys.stderr)  # one line, whatever the value in it holds
+    raise SystemExit(code)
 
 
 def repair_streams() -> None:
@@ -118,49 +149,6 @@ def detach_closed_terminal() -> None:
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
-def refusal(error: OSError) -> str:
-    """What the operating system (or transformers, by the same class) refused, with the file where it is known."""
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
-    return f"{where}{error.strerror or one_line(error)}"
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether an error of the operating system, of safetensors or of torch.save means that the disk is full."""
-    return any(words in str(error) for words in DISK_FULL)
-
-
-def is_memory_full(error: Exception) -> bool:
-    """Whether an error of Python or of torch means that there is no memory left, on a CPU or a GPU."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_FULL)
-    )
-
-
-def _leave(code: int, line: str = "", every_process: bool = False) -> None:
-    """Exit with `code` in every process, and print `line`, as a rule in the first one only (torchrun sets RANK)."""
-    with suppress(AttributeError, ValueError):
-        try:
-            sys.stdout.flush()
-        except OSError:  # full, or nobody reads: the interpreter would try again at its exit, and say so
-            _drop_stdout()
-    if line and (every_process or os.environ.get("RANK", "0") == "0"):
-        print(f"acorn: {line}".replace("\n", " "), file=sys.stderr)  # one line, whatever the value in it holds
-    raise SystemExit(code)
-
-
-def _disk_full(error: Exception) -> str:
-    """Name the file where the error knows it (open() does, write() does not), and add the notes it was given."""
-    name = getattr(error, "filename", None)
-    where = f" while writing {os.fspath(name)}" if name else ""
-    notes = "".join(f" {note}." for note in getattr(error, "__notes__", []))
-    return f"the disk is full{where}: free some space, or write to another disk with --output_dir.{notes}"
-
-
-def _drop_stdout() -> None:
-    """Point stdout at nothing, so that the flush at exit does not fail once more (Python's docs, `signal`, SIGPIPE)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quiet_libraries() -> None:
