@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError
 
 from training.config.publishing import NO_TOKEN, NOT_CHOSEN, check_license, check_repo_id
-from training.share.hub import HUB_ERRORS, finish_files, send, total_size, why_push_failed
+from training.share.hub import HUB_ERRORS, finish_files, send, why_push_failed
 from training.share.model_card import model_card
 from training.share.report import facts_of
 from training.share.uploads import Upload, is_own_file, refuse_no_model, sort_files
@@ -94,7 +94,7 @@ def listing(flags: argparse.Namespace, files: list[Upload], staying: list[Upload
     """Each file that would go up or stay, with its size and the reason."""
     where = f"{flags.repo_id}, branch {flags.revision or 'main'}" + ", private if it is new" * flags.private
     rows = [(file.name, amount(file.size), file.why) for file in files]
-    kept = [(file.name, amount(total_size(file.content)), file.why) for file in staying]
+    kept = [(file.name, amount(file.size), file.why) for file in staying]
     width = max(len(name) for name, *_ in rows + kept)
     lines = [f"{flags.directory} → {where}", "", "goes up:"]
     lines += [f"  {name:<{width}}  {size:>9}  {why}" for name, size, why in rows]

@@ -18,7 +18,6 @@ from ..system.run_files import Use, kind_of
 from .model_card import NAME_PLACEHOLDER
 from .uploads import (
     Upload,
-    paths_in_recipe,
     portable_recipe,
     replace_paths,
     without_machine,
@@ -46,12 +45,6 @@ class Pushed(NamedTuple):
 # ---- what goes up
 
 
-def total_size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
-
-
 def finish_files(
     directory: Path, going: list[Upload], card: str, license: str | None = None, base_model: str | None = None
 ) -> list[Upload]:
@@ -60,7 +53,7 @@ def finish_files(
     card: the text of README.md. license, base_model: what the card and the adapter shall say instead of what they do.
     """
     files = {upload.name: without_machine(upload) for upload in going}
-    paths = paths_in_recipe(directory)
+    recipe, paths = portable_recipe(directory)
     adapter = next((upload for upload in going if upload.name == "adapter_config.json"), None)
     if adapter:
         settings = read_json(adapter.content)
@@ -72,13 +65,13 @@ def finish_files(
                 "has; push it too, and name its repository with --base_model"
             )
         text = json.dumps(without_paths(settings) | {"base_model_name_or_path": base_model}, indent=2)
-        files[adapter.name] = Upload(adapter.name, text.encode(), adapter.why)
+        files[adapter.name] = dataclasses.replace(adapter, content=text.encode())
         if not is_hub_id(known_as):
             card = card.replace(known_as, base_model)  # a path says nothing to others
     text = finish_card(replace_paths(card, paths), license, base_model, is_adapter=adapter is not None)
     files["README.md"] = Upload("README.md", text.encode(), "model card")
     if "recipe.yaml" in files:
-        files["recipe.yaml"] = dataclasses.replace(files["recipe.yaml"], content=portable_recipe(directory))
+        files["recipe.yaml"] = dataclasses.replace(files["recipe.yaml"], content=recipe)
     return [files[name] for name in sorted(files)]
 
 
@@ -113,11 +106,7 @@ def finish_card(text: str, license: str | None = None, base_model: str | None = 
 
 
 def send(
-    files: list[Upload],
-    repo_id: str,
-    message: str,
-    private: bool | None = None,
-    revision: str | None = None,
+    files: list[Upload], repo_id: str, message: str, private: bool | None = None, revision: str | None = None
 ) -> Pushed:
     """Make the repository, and the branch, where they are not there yet, and commit all files at once.
 
@@ -129,26 +118,19 @@ def send(
     api = HfApi(token=get_token())
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id).private:
-        raise UserError(
-            f"private: {repo_id} exists and is public, and a push does not change that: do it first at "
-            f"{constants.ENDPOINT}/{repo_id}/settings"
-        )
+        where = f"{constants.ENDPOINT}/{repo_id}/settings"
+        raise UserError(f"private: {repo_id} exists and is public; a push does not change that, do it at {where}")
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    operations: list = [CommitOperationAdd(file.name, _sent(file, repo_id)) for file in files]
+    for file in files:  # the card names the repository where it says how to load the model
+        if file.name == "README.md" and isinstance(file.content, bytes):
+            file.content = file.content.replace(NAME_PLACEHOLDER.encode(), repo_id.encode())
+    operations: list = [CommitOperationAdd(file.name, file.content) for file in files]
     there = set(api.list_repo_files(repo_id, revision=revision)) - {file.name for file in files}
     stale = [name for name in there if "/" not in name and Use.WEIGHTS in kind_of(name)[1]]
     operations += [CommitOperationDelete(name) for name in stale]
     api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return Pushed(repo_id, f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
-
-
-def _sent(file: Upload, repo_id: str) -> str | bytes:
-    """What is sent of a file: the card names the repository where it says how to load the model."""
-    if isinstance(file.content, Path):
-        return str(file.content)
-    content = file.content
-    return content.replace(NAME_PLACEHOLDER.encode(), repo_id.encode()) if file.name == "README.md" else content
 
 
 def why_push_failed(error: BaseException, repo_id: str) -> str:

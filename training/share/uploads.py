@@ -26,7 +26,7 @@ LINK_OUT = "a link that leads outside"
 
 @dataclasses.dataclass
 class Upload:
-    """A file and its place in the repository; `content` is a path, or bytes that are sent instead of a file's own."""
+    """A file (or a folder that stays) and its place in the repository; bytes are sent instead of a file's own."""
 
     name: str
     content: Path | bytes
@@ -34,7 +34,11 @@ class Upload:
 
     @property
     def size(self) -> int:
-        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+        """In bytes."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        files = self.content.rglob("*") if self.content.is_dir() else [self.content]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def sort_files(directory: Path) -> tuple[list[Upload], list[Upload]]:
@@ -165,34 +169,25 @@ def without_machine(file: Upload) -> Upload:
     return file if portable == content else dataclasses.replace(file, content=json.dumps(portable, indent=2).encode())
 
 
-def read_recipe(directory: Path) -> dict:
-    """recipe.yaml of a run, or of the run that a checkpoint lies in; empty where there is none."""
+def portable_recipe(directory: Path) -> tuple[bytes, set[str]]:
+    """(the run's recipe as it is sent, the absolute paths that it and its command name); empty where there is none.
+
+    It goes without the place of the prepared tokens, and with the last part only of other paths. What a sample is asked
+    to continue is no path.
+    """
     if (run_dir := run_of(directory)) is None:
-        return {}
+        return b"", set()
     path = run_dir / "recipe.yaml"
     try:
-        return dict(load(path.read_text(encoding="utf-8")) or {})
+        recipe = dict(load(path.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}; copy the directory again") from error
-
-
-def paths_in_recipe(directory: Path) -> set[str]:
-    """The absolute paths in a run's recipe and command; what a sample is asked to continue is none."""
-    recipe = read_recipe(directory)
-    sample = recipe.pop("sample", None) or {}
-    return paths_in(recipe) - {str(sample.get("prompt"))}
-
-
-def portable_recipe(directory: Path) -> bytes:
-    """The recipe without the place of the prepared tokens, and with the last part of other absolute paths only."""
-    recipe, paths = read_recipe(directory), paths_in_recipe(directory)
+    paths = paths_in([value for key, value in recipe.items() if key != "sample"])
+    paths.discard(str((recipe.get("sample") or {}).get("prompt")))
     if isinstance(recipe.get("data"), dict):
         recipe["data"].pop("data_dir", None)
-    for key, value in recipe.items():
-        recipe[key] = (
-            replace_paths(value, paths) if key == "command" else value if key == "sample" else without_paths(value)
-        )
-    return dump(recipe).encode()
+    changes = {"command": lambda command: replace_paths(command, paths), "sample": lambda sample: sample}
+    return dump({key: changes.get(key, without_paths)(value) for key, value in recipe.items()}).encode(), paths
 
 
 def without_paths(value: Any) -> Any:
