@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from training.data.documents import HubSet, Tables, TextFiles
 from training.data.files import DAMAGED, damaged, open_bytes, read_text
-from training.data.rows import Row
+from training.data.rows import Row, why_not_utf8
 from training.system.errors import UserError
 
 SPEAKER = re.compile(r"^(System|User|Assistant):[ \t]?(.*)$", re.DOTALL)
@@ -154,10 +154,8 @@ def pair_of(data, values: dict, where: str) -> Pair:
 
 def as_utf8(text: str) -> str:
     """The text, which may hold no half of a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"is not UTF-8 (at character {error.start} of {text[:20]!r})") from error
+    if why := why_not_utf8(text):
+        raise BadRow(f"{text[:20]!r} {why}")
     return text
 
 

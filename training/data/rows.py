@@ -123,7 +123,7 @@ def _parse_json(text: str) -> tuple[Any, str]:
     except RecursionError:
         return None, "is nested too deeply"
     except ValueError as error:
-        return None, _what_is_wrong(text) or f"is not JSON ({error})"
+        return None, why_not_utf8(text) or f"is not JSON ({error})"
 
 
 def _json_row(number: int, place: str, value: Any, why: str = "") -> Row:
@@ -139,7 +139,7 @@ def _csv_rows(path: Path, name: str, columns: list[str] | None, first: int, deli
     with _open_text(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(reader, None) or []
-        if why := _what_is_wrong("".join(header)):
+        if why := why_not_utf8("".join(header)):
             raise ValueError(f"its header {why}")
         while True:
             line, why = reader.line_num + 1, ""
@@ -158,7 +158,7 @@ def _csv_rows(path: Path, name: str, columns: list[str] | None, first: int, deli
                 yield Row(number, f"line {line}", {} if why else dict(zip(header, cells, strict=True)), why)
 
 
-def _what_is_wrong(text: str) -> str:
+def why_not_utf8(text: str) -> str:
     """Say which byte or character of a text cannot be written as UTF-8, if one cannot."""
     try:
         text.encode()
@@ -175,7 +175,7 @@ def text_of(value: Any, column: str) -> tuple[str, str]:
         return "", ""
     if not isinstance(value, str):
         return "", f"holds {type(value).__name__} in {column!r}, not text"
-    return value, _what_is_wrong(value)
+    return value, why_not_utf8(value)
 
 
 # --- parquet and arrow ------------------------------------------------------------------------------------------------
