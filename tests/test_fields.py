@@ -267,5 +267,8 @@ def test_flags_of_another_choice_leave_the_recipes_settings_behind() -> None:
     recipe = load_recipe("pretrain", ["quickstart", "--lr_scheduler_type", "linear", "--optimizer", "adamw"])
     assert recipe.training.keys().isdisjoint({"lr_scheduler_kwargs", "muon_learning_rate"})
     assert recipe.training_arguments().lr_scheduler_type == "linear"
+    recipe.update({"training": {"push_to_hub": True, "hub_model_id": "me/run"}})
+    recipe.update({"training": {"push_to_hub": False}})
+    assert "hub_model_id" not in recipe.training
     same = load_recipe("pretrain", ["quickstart", "--lr_scheduler_type", "warmup_stable_decay"])
     assert same.training["lr_scheduler_kwargs"]["num_decay_steps"] == 0.75

@@ -290,6 +290,9 @@ def test_what_cannot_go_on_is_refused_in_one_line(folder, tuned, monkeypatch, ar
 def test_one_verb_goes_on_with_every_kind_of_run(folder, tuned, monkeypatch, capsys) -> None:
     shutil.copytree(tuned, folder / "by-the-door")
     monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit):
+        acorn.main(["resume", "by-the-door", "--help"])
+    assert "--lora_alpha " in capsys.readouterr().out, "the flags of this kind of run"
     acorn.main(["resume", "by-the-door", "--max_steps", "9"])
     assert "acorn resume by-the-door --max_steps …" in capsys.readouterr().out
     recipe = load_recipe_file(str(folder / "by-the-door" / "recipe.yaml"), FinetuneRecipe)

@@ -198,6 +198,7 @@ def test_flags_take_every_form() -> None:
 
 def test_negative_numbers_are_values() -> None:
     assert parse_flags(["--max_steps", "-1"]) == {"training": {"max_steps": -1}}
+    assert parse_flags(["--prompt", "-x", "-y"]) == {"sample": {"prompt": "-x -y"}}
 
 
 @pytest.mark.parametrize(
