@@ -13,8 +13,7 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-from inference.formats.gpt2 import turned
-from inference.formats.layout import to_ours
+from inference.formats.gpt2 import to_ours, turned
 from modeling import GPTConfig, GPTForCausalLM
 
 from .variants import VARIANTS, randomize

@@ -2,9 +2,8 @@
 
 from .acorn import Acorn
 from .base import Format
-from .byte_rope import ByteRope
 from .gpt2 import GPT2
-from .nanogpt import NanoGPT
+from .nanogpt import ByteRope, NanoGPT
 
 FORMATS: dict[str, Format] = {
     "acorn": Acorn(),

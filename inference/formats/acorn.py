@@ -25,9 +25,6 @@ class Acorn(Format):
     def to_acorn(self, theirs: GPTForCausalLM, tokenizer=None) -> GPTForCausalLM:
         return theirs
 
-    def obstacles(self, config: GPTConfig) -> list[str]:
-        return []
-
     def write(self, model: GPTForCausalLM, tokenizer, directory: Path, destination: Path) -> list[str]:
         model.save_pretrained(directory)
         return save_tokenizer(tokenizer, directory)

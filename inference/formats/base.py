@@ -1,6 +1,6 @@
 """What a format is, what a name on the command line leads to, and the check of a file's tensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,9 @@ class Source:
     directory: Path = Path()
 
 
+Obstacle = tuple[Callable[[GPTConfig], bool], str]  # when a field stands in the way, and why
+
+
 class Format:
     """A way to keep a GPT. Our own GPTForCausalLM is what every format is turned into and made from.
 
@@ -39,6 +42,7 @@ class Format:
 
     title: str
     is_written = True
+    obstructing: dict[str, Obstacle] = {}  # by field
 
     def recognises(self, source: Source) -> bool:
         """Whether the source is of this format."""
@@ -61,13 +65,14 @@ class Format:
         """The weights under our names."""
         raise NotImplementedError
 
-    def obstacles(self, config: GPTConfig) -> list[str]:
-        """What of an architecture of ours the format cannot hold: one `field=value (why)` each."""
-        raise NotImplementedError
-
     def write(self, model: GPTForCausalLM, tokenizer, directory: Path, destination: Path) -> list[str]:
         """Write our model into `directory`, which will be renamed to `destination`; lines to tell the person."""
         raise NotImplementedError
+
+    def obstacles(self, config: GPTConfig) -> list[str]:
+        """What of an architecture of ours the format cannot hold: one `field=value (why)` each."""
+        found = ((name, why) for name, (stands, why) in self.obstructing.items() if stands(config))
+        return [f"{name}={getattr(config, name)!r} ({why})" for name, why in found]
 
     def tokenizer(self, source: Source, theirs, name: str | None, meta: str | None):
         """The tokenizer called `name`, else the one beside the weights, or None; only nanoGPT has a `meta`."""

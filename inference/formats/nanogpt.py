@@ -1,4 +1,7 @@
-"""nanoGPT's ckpt.pt (https://github.com/karpathy/nanoGPT): GPT-2's layout with exact GELU and, by choice, no biases."""
+"""nanoGPT's ckpt.pt (https://github.com/karpathy/nanoGPT): GPT-2's layout with exact GELU and, by choice, no biases.
+
+And its rotary sibling, the tutorial's byte-level checkpoint: without `wpe`, heads rotated in neighbouring pairs.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from training.system.errors import UserError
 from training.system.shell import shell
 
 from .base import CHECKPOINT, SPECIAL_IDS, Format, Source, check_tensors, config_of
-from .layout import MASKS, OBSTACLES, in_the_way, to_ours, to_theirs
+from .gpt2 import MASKS, OBSTACLES, to_ours, to_theirs
 from .vocabulary import META, checkpoint_tokenizer, is_gpt2s, write_meta
 
 SIZES = {  # ours: nanoGPT's
@@ -21,6 +24,8 @@ SIZES = {  # ours: nanoGPT's
     "vocab_size": "vocab_size",
 }
 MODEL_ARGS = {*SIZES.values(), "bias", "dropout"}
+BASES = ("rope_theta", "rope_base")  # the model_args that may name the base of the angles
+DEFAULT_BASE = 10000.0
 # Around a model: of torch, of Fabric, and the attribute of a LightningModule.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "model"}
 EPS = 1e-5
@@ -52,6 +57,7 @@ class NanoGPT(Format):
 
     title = "nanoGPT"
     known_args = MODEL_ARGS
+    obstructing = NANOGPT_OBSTACLES
 
     def recognises(self, source: Source) -> bool:
         return any(name.endswith("transformer.wpe.weight") for name in source.checkpoint.get("model", {}))
@@ -134,9 +140,6 @@ class NanoGPT(Format):
         """Turn queries or keys (batch, heads, tokens, head size) by their positions; not here."""
         return states
 
-    def obstacles(self, config: GPTConfig) -> list[str]:
-        return in_the_way(config, NANOGPT_OBSTACLES)
-
     def write(self, model: GPTForCausalLM, tokenizer, directory: Path, destination: Path) -> list[str]:
         config = model.config
         weights = {name: weight.contiguous() for name, weight in to_theirs(model, config.bias).items()}
@@ -154,6 +157,45 @@ class NanoGPT(Format):
         torch.save(checkpoint, directory / CHECKPOINT)
         command = shell("python", "sample.py", f"--out_dir={destination.absolute()}", "--device=cpu")
         return [*lines, f"In a checkout of nanoGPT: {command}"]
+
+
+class ByteRope(NanoGPT):
+    """Rotary positions by head (RoFormer, arXiv 2104.09864, equation 34): the pairs are (0, 1), (2, 3), …"""
+
+    title = "nanoGPT with rotary positions"
+    is_written = False
+    known_args = {*MODEL_ARGS, *BASES}
+
+    def recognises(self, source: Source) -> bool:
+        return bool(source.checkpoint) and not super().recognises(source)
+
+    def base(self, theirs: Checkpoint) -> float:
+        """Base of the angles: pair i turns by base ** (-2 i / head size) a position."""
+        named = (theirs.args.get(name) for name in BASES)
+        return float(next((base for base in named if base is not None), DEFAULT_BASE))
+
+    def positions(self, theirs: Checkpoint) -> dict:
+        parameters = {"rope_type": "default", "rope_theta": self.base(theirs)}
+        return {"position_encoding": "rope", "rope_parameters": parameters}
+
+    def weights(self, theirs: Checkpoint) -> dict[str, torch.Tensor]:
+        """Ours, with the rows of queries and keys in another order: our pairs are (i, i + head size / 2)."""
+
+        def reordered(rows: torch.Tensor) -> torch.Tensor:
+            return rows.unflatten(0, (theirs.args["n_head"], -1, 2)).transpose(1, 2).flatten(0, 2)
+
+        return {
+            name: reordered(weight) if ".q_proj." in name or ".k_proj." in name else weight
+            for name, weight in super().weights(theirs).items()
+        }
+
+    def rotate(self, theirs: Checkpoint, states: torch.Tensor) -> torch.Tensor:
+        """Each neighbouring pair, read as a complex number, times e^(i · position · frequency)."""
+        tokens, size = states.shape[-2:]
+        frequencies = 1.0 / self.base(theirs) ** (torch.arange(0, size, 2) / size)
+        angles = torch.outer(torch.arange(tokens), frequencies)
+        pairs = torch.view_as_complex(states.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
 def fresh_optimizer(weights: dict[str, torch.Tensor]) -> dict:
