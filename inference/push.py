@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from training.config.publishing import NO_TOKEN, NOT_CHOSEN, check_license, check_repo_id
 from training.share.hub import HUB_ERRORS, finish_files, send, why_push_failed
@@ -87,39 +88,26 @@ def push(flags: argparse.Namespace, files: list[Upload]) -> None:
 
 def summary(flags: argparse.Namespace, files: list[Upload]) -> str:
     """One line on what is about to be sent."""
-    return f"{flags.directory} → {flags.repo_id}: {len(files)} files, {amount(sum(file.size for file in files))}"
+    return f"{flags.directory} → {flags.repo_id}: {len(files)} files, {in_bytes(sum(file.size for file in files))}"
 
 
 def listing(flags: argparse.Namespace, files: list[Upload], staying: list[Upload]) -> str:
-    """Each file that would go up or stay, with its size and the reason."""
+    """Each file that would go up or stay, with its size and the reason, and the card's metadata for a last look."""
     where = f"{flags.repo_id}, branch {flags.revision or 'main'}" + ", private if it is new" * flags.private
-    rows = [(file.name, amount(file.size), file.why) for file in files]
-    kept = [(file.name, amount(file.size), file.why) for file in staying]
-    width = max(len(name) for name, *_ in rows + kept)
-    lines = [f"{flags.directory} → {where}", "", "goes up:"]
-    lines += [f"  {name:<{width}}  {size:>9}  {why}" for name, size, why in rows]
-    lines += ["", "stays:"] if kept else []
-    lines += [f"  {name:<{width}}  {size:>9}  {why}" for name, size, why in kept]
-    lines += ["", *card_lines(next(file.content.decode() for file in files if file.name == "README.md"))]
+    width = max(len(file.name) for file in files + staying)
+    lines = [f"{flags.directory} → {where}"]
+    for title, uploads in (("goes up:", files), ("stays:", staying)):
+        rows = [f"  {file.name:<{width}}  {in_bytes(file.size):>7}  {file.why}" for file in uploads]
+        lines += ["", title, *rows] if rows else []
+    metadata = ModelCard(next(file.content.decode() for file in files if file.name == "README.md")).data
+    lines += ["", "the card's metadata:", *(f"  {line}" for line in metadata.to_yaml().splitlines())]
+    if metadata.license == NOT_CHOSEN:
+        lines.append("Nobody may use weights without a licence: choose one with --license, such as apache-2.0.")
     return "\n".join([*lines, "", f"{summary(flags, files)}. Nothing was sent: leave --dry_run out to send it."])
 
 
-def card_lines(card: str) -> list[str]:
-    """What the card's metadata says, for a last look, and what it does not say yet."""
-    metadata = ModelCard(card).data
-    lines = ["the card's metadata:", *(f"  {line}" for line in metadata.to_yaml().splitlines())]
-    if metadata.license == NOT_CHOSEN:
-        lines.append("Nobody may use weights without a licence: choose one with --license, such as apache-2.0.")
-    return lines
-
-
-def amount(size: int) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
+def in_bytes(size: int) -> str:
+    return tqdm.format_sizeof(size, "B")
 
 
 if __name__ == "__main__":

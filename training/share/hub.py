@@ -138,24 +138,16 @@ def why_push_failed(error: BaseException, repo_id: str) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    response = next((e.response for e in chain if isinstance(e, HfHubHTTPError)), None)
-    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+    offline, unreachable, answered = (
+        next((e for e in chain if isinstance(e, kind)), None)
+        for kind in (OfflineModeIsEnabled, HTTPError, HfHubHTTPError)
+    )
+    if offline is not None:
         return "HF_HUB_OFFLINE is set, so nothing reaches the Hub: unset it, and push again"
-    if response is None and any(isinstance(e, HTTPError) for e in chain):
-        cause = next(e for e in chain if isinstance(e, HTTPError))
-        return f"{constants.ENDPOINT} cannot be reached ({one_line(cause)}): nothing is lost, push again later"
-    if response is None or (isinstance(error, ValueError) and str(error).startswith("Invalid metadata")):
+    if unreachable is not None and answered is None:
+        return f"{constants.ENDPOINT} cannot be reached ({one_line(unreachable)}): nothing is lost, push again later"
+    if answered is None or (isinstance(error, ValueError) and str(error).startswith("Invalid metadata")):
         return " ".join(str(error).split())[:300] or type(error).__name__  # it names the field of the card
-    status = response.status_code
-    return ANSWERS.get(status, ANSWERS[None]).format(repo_id=repo_id, status=status, said=_said(response))
-
-
-def _said(response) -> str:
-    """The server's own words, where it gives any."""
-    words = response.headers.get("X-Error-Message")
-    if not words:
-        try:
-            words = response.json().get("error")
-        except (ValueError, AttributeError):
-            words = None
-    return " ".join(str(words or response.reason_phrase).split())[:200]
+    status = answered.response.status_code
+    said = " ".join((answered.server_message or answered.response.reason_phrase).split())[:200]
+    return ANSWERS.get(status, ANSWERS[None]).format(repo_id=repo_id, status=status, said=said)

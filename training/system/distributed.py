@@ -74,7 +74,8 @@ def check_launch(use_cpu: bool = False, fsdp: bool = False) -> None:
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         why = "Accelerate was asked for several processes and started one, as it does on CPUs"
         raise UserError(f"num_processes: {why}; launch with --config_file {CPU_CONFIG}, or with torchrun")
-    use_cpu = use_cpu or _hides_all_gpus(environment.get("CUDA_VISIBLE_DEVICES"))
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")  # empty or -1: none
+    use_cpu = use_cpu or all(entry.strip() in ("", "-1") for entry in visible)
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() and not use_cpu else 0
     if (fsdp or _launches("FSDP")) and not gpus:
         raise UserError("fsdp: there is no GPU, and on CPUs Accelerate runs plain DDP instead; use a DDP config")
@@ -119,10 +120,6 @@ def _is_zero(args) -> bool:
 def _launches(what: str) -> bool:
     """Whether `accelerate launch` was told to use FSDP or DEEPSPEED."""
     return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
-
-
-def _hides_all_gpus(visible: str | None) -> bool:
-    return visible is not None and all(entry.strip() in ("", "-1") for entry in visible.split(","))
 
 
 def main_process_first(

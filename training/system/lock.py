@@ -31,14 +31,14 @@ class InUse(UserError):
 def claimed(run_dir: Path, args) -> Iterator[None]:
     """Have a run directory for oneself: made, locked and swept by the first process, for all of them."""
     with ExitStack() as held:
-        from_main_process(args, lambda: _claim(run_dir, held))
+
+        def claim() -> None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run_dir))
+            sweep(run_dir)
+
+        from_main_process(args, claim)
         yield
-
-
-def _claim(run_dir: Path, held: ExitStack) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    held.enter_context(locked(run_dir))
-    sweep(run_dir)
 
 
 @contextmanager
