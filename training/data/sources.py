@@ -35,7 +35,7 @@ def read_documents(data, skipped: dict | None = None) -> Iterator[Document]:
     for stretch in read_stretches(data, skipped=skipped):
         texts.append(stretch.text)
         if stretch.ends:
-            yield stretch._replace(text="".join(texts), at=0, starts=True)
+            yield stretch if stretch.starts else stretch._replace(text="".join(texts), at=0, starts=True)
             texts = []
 
 
@@ -52,10 +52,10 @@ def read_stretches(data, position: Position = START, skipped: dict | None = None
 def _numbered(stretches: Iterator[Document], number: int) -> Iterator[Document]:
     """Say of each stretch in which document it lies, and where; a mixture has numbered its documents itself."""
     at, starts = 0, True
-    for stretch in stretches:
-        yield stretch._replace(number=number if stretch.number < 0 else stretch.number, at=at, starts=starts)
-        number, starts = number + stretch.ends, stretch.ends
-        at = 0 if starts else at + len(stretch.text)
+    for name, text, place, own_number, _, _, ends, _ in stretches:
+        yield Document(name, text, place, number if own_number < 0 else own_number, at, starts, ends)
+        number, starts = number + ends, ends
+        at = 0 if ends else at + len(text)
 
 
 def open_source(data, skipped: dict | None = None) -> Source:
