@@ -4,15 +4,13 @@ import argparse
 from pathlib import Path
 
 from huggingface_hub import ModelCard, get_token
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from training.config.publishing import NO_TOKEN, NOT_CHOSEN, check_license, check_repo_id
 from training.share.hub import HUB_ERRORS, finish_files, send, why_push_failed
-from training.share.model_card import model_card
-from training.share.report import facts_of
-from training.share.uploads import Upload, is_own_file, refuse_no_model, sort_files
-from training.system.errors import UserError, one_line, quiet_libraries, run_main
+from training.share.report import card_of
+from training.share.uploads import Upload, refuse_no_model, sort_files
+from training.system.errors import UserError, quiet_libraries, run_main
 from training.system.flags import FlagParser
 from training.system.run_files import verify
 from training.system.shell import shell
@@ -24,7 +22,6 @@ EPILOG = """examples:
   acorn push runs/my-adapter me/my-adapter --base_model openai-community/gpt2
 
 The token: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another Hub."""
-UNWRITTEN = "[More Information Needed]"  # what PEFT leaves to be filled in, in a card that nobody has written yet
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,16 +56,6 @@ def main(argv: list[str] | None = None) -> None:
     print(listing(flags, files, staying) if flags.dry_run else summary(flags, files))
     if not flags.dry_run:
         push(flags, files)
-
-
-def card_of(directory: Path) -> str:
-    """The directory's card, or one made from what the directory holds where nobody has written any yet."""
-    path = directory / "README.md"
-    try:
-        written = path.read_text(encoding="utf-8") if is_own_file(path, directory) else UNWRITTEN
-        return model_card(facts_of(directory)) if UNWRITTEN in written else written
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise UserError(f"{directory} is damaged: {one_line(error)}; copy it again") from error
 
 
 def push(flags: argparse.Namespace, files: list[Upload]) -> None:

@@ -12,8 +12,8 @@ from transformers.trainer_utils import HubStrategy
 from ..config.publishing import repo_of
 from ..share.hub import Pushed, finish_files, send, why_push_failed
 from ..share.model_card import model_card
-from ..share.report import facts_of
-from ..share.uploads import Upload, is_own_file, refuse_no_model, resume_state, sort_files
+from ..share.report import card_of, facts_of
+from ..share.uploads import Upload, refuse_no_model, resume_state, sort_files
 from ..system.checkpoints import list_checkpoints
 from ..system.errors import UserError
 from ..system.shell import shell
@@ -79,12 +79,7 @@ class PushesToHub:
         root, strategy = Path(self.args.output_dir), self.args.hub_strategy
         directory = root if checkpoint is None or _has_model(root) else checkpoint
         refuse_no_model(directory)
-        written = directory / "README.md"
-        card = (
-            written.read_text(encoding="utf-8")
-            if is_end and is_own_file(written, directory)
-            else model_card(facts_of(directory))
-        )
+        card = card_of(directory) if is_end else model_card(facts_of(directory))
         files = finish_files(directory, sort_files(directory)[0], card)
         if strategy == HubStrategy.CHECKPOINT and checkpoint is not None:
             files += resume_state(checkpoint, "last-checkpoint")

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..config.recipe import Recipe, load_run_recipe
 from ..data.sources import PYTHON_STDLIB
@@ -11,12 +11,14 @@ from ..model.loading import OUR_TYPES
 from ..model.sizes import context_of
 from ..system.addresses import public_name
 from ..system.checkpoints import run_of, step_of
-from ..system.errors import UserError
+from ..system.errors import UserError, one_line
 from ..system.files import read_json, replace_whole
 from ..system.shell import shell
 from .metrics_file import read_metrics
-from .model_card import CardFacts
+from .model_card import CardFacts, model_card
 from .uploads import is_own_file, weight_files
+
+UNWRITTEN = "[More Information Needed]"  # what PEFT leaves to be filled in, in a card that nobody has written yet
 
 
 def draw_losses(rows: list[dict], path: Path, title: str) -> None:
@@ -45,6 +47,16 @@ def draw_losses(rows: list[dict], path: Path, title: str) -> None:
 
 
 # ---- the facts of a model card, read from the directory itself: at the end of a run, amid it, or long after it
+
+
+def card_of(directory: Path) -> str:
+    """The card that lies in a directory, or one made from what it holds where nobody has written any yet."""
+    path = directory / "README.md"
+    try:
+        written = path.read_text(encoding="utf-8") if is_own_file(path, directory) else UNWRITTEN
+        return model_card(facts_of(directory)) if UNWRITTEN in written else written
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory} is damaged: {one_line(error)}; copy it again") from error
 
 
 def facts_of(directory: Path) -> CardFacts:

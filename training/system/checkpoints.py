@@ -201,17 +201,13 @@ def follow_course(checkpoint: Path) -> bool:
         return True  # a root without a manifest is an earlier Acorn's
     source = root / f"checkpoint-{best}"
     is_best = best is not None and source.is_dir() and damage(source) is None
-    _take_over(source if is_best else checkpoint, root)
-    return is_best
-
-
-def _take_over(checkpoint: Path, root: Path) -> None:
-    """Copy a checkpoint's model to the root."""
-    aside, step = root / ".saving", step_of(checkpoint)
+    source, aside = source if is_best else checkpoint, root / ".saving"
+    step = step_of(source)
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint, aside, ignore=lambda _, names: [n for n in names if Use.NO_MODEL in kind_of(n)[1]])
+    shutil.copytree(source, aside, ignore=lambda _, names: [n for n in names if Use.NO_MODEL in kind_of(n)[1]])
     move_in(aside, root, step)
     print(f"the model of step {step:,} is at the root again: the run goes on from before a later best", file=sys.stderr)
+    return is_best
 
 
 # ---- runs with nothing left to do
