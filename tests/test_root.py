@@ -10,7 +10,7 @@ from inference import evaluate, generate, push
 from training import resume
 from training.model.loading import load_causal_lm
 from training.share.metrics_file import read_metrics
-from training.system.checkpoints import move_in
+from training.system.checkpoints import move_into_root
 from training.system.run_files import MANIFEST, damage, read_manifest
 
 from .tiny_runs import checkpoints, contents, go_on, grow, refused, same_weights
@@ -79,7 +79,7 @@ def test_a_kill_amid_the_move_is_no_damage(run, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        move_in(aside, run, 4)
+        move_into_root(aside, run, 4)
     monkeypatch.undo()
     load_causal_lm(str(run))
     shutil.rmtree(aside)

@@ -28,12 +28,12 @@ from .share.metrics_file import mend_metrics, read_metrics
 from .share.model_card import CardFacts, write_card
 from .share.report import draw_losses, facts_of_run, next_steps
 from .system.checkpoints import (
-    follow_course,
+    abandon_later_checkpoints,
     list_checkpoints,
     read_state,
     reading,
     refuse_finished,
-    set_aside_later,
+    restore_best_model,
     step_of,
     stopped_early,
 )
@@ -160,8 +160,8 @@ class Run:
         if checkpoint is not None:
             refuse_finished(checkpoint, args)
             mend_metrics(self.directory, step_of(checkpoint))
-            set_aside_later(checkpoint)
-            best_is_gone = not follow_course(checkpoint)
+            abandon_later_checkpoints(checkpoint)
+            best_is_gone = not restore_best_model(checkpoint)
         elif list_checkpoints(self.directory):  # another process grew a run here while this one prepared its corpus
             resume = shell("acorn", "resume", self.directory)
             raise UserError(f"output_dir={self.directory} exists: continue it with `{resume}`")

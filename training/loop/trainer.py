@@ -22,7 +22,7 @@ from ..data.inputs import Inputs
 from ..model.devices import allow_tf32
 from ..model.optimizers import build_optimizer
 from ..model.sizes import flops_per_token
-from ..system.checkpoints import SAVING, move_in, processes_of, read_state, reading, rotate, seal, write_beside
+from ..system.checkpoints import SAVING, move_into_root, processes_of, read_state, reading, rotate, seal, write_beside
 from ..system.errors import UserError, is_disk_full
 from ..system.run_files import STATE, missing_state
 from ..system.shell import shell
@@ -41,7 +41,7 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
     Raises UserError when the loss stops being a number; the checkpoints before that are kept.
     """
 
-    best_is_gone = False  # of a run that goes back: see root.follow_course
+    best_is_gone = False  # of a run that goes back: see root.restore_best_model
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
         self._write_beside(
             aside,
             lambda: self.save_model(str(aside), _internal_call=True),
-            lambda: move_in(aside, root, self.state.global_step, leave_out=pickles),
+            lambda: move_into_root(aside, root, self.state.global_step, leave_out=pickles),
         )
 
     def _write_beside(self, aside: Path, write: Callable[[], object], finish: Callable[[], object]) -> None:

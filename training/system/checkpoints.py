@@ -74,7 +74,7 @@ def seal(aside: Path, checkpoint: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def move_in(aside: Path, root: Path, step: int, leave_out: tuple[str, ...] = ()) -> None:
+def move_into_root(aside: Path, root: Path, step: int, leave_out: tuple[str, ...] = ()) -> None:
     """Move the files of `aside` into `root`, each over its namesake, and remove `aside`.
 
     The manifest is written before, with the hashes from before too, and after: a kill in between leaves nothing that
@@ -176,8 +176,8 @@ def newest_whole(found: list[Path]) -> Path:
 # ---- going back to an earlier checkpoint
 
 
-def set_aside_later(checkpoint: Path) -> None:
-    """Rename the checkpoints after the one that a run goes back to: they are of another course."""
+def abandon_later_checkpoints(checkpoint: Path) -> None:
+    """Rename the checkpoints after the one that a run goes back to: what follows now is another run than theirs."""
     for path in list_checkpoints(checkpoint.parent):
         if step_of(path) > step_of(checkpoint):
             aside = path.with_name(f"abandoned-{path.name}")
@@ -186,10 +186,10 @@ def set_aside_later(checkpoint: Path) -> None:
             path.rename(aside)
 
 
-def follow_course(checkpoint: Path) -> bool:
-    """Put the best model of a checkpoint's course at the root, where another one's is; whether it is known as the best.
+def restore_best_model(checkpoint: Path) -> bool:
+    """Put at the root the model that was the best when a checkpoint was written; whether there is one still.
 
-    Where the best of that time is gone, the checkpoint's own model is put there, and the next evaluation decides anew.
+    Where it is gone the checkpoint's own model is put there, and the next evaluation decides anew.
     """
     root, best = checkpoint.parent, read_state(checkpoint).get("best_global_step")
     try:
@@ -205,7 +205,7 @@ def follow_course(checkpoint: Path) -> bool:
     step = step_of(source)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source, aside, ignore=lambda _, names: [n for n in names if Use.NO_MODEL in kind_of(n)[1]])
-    move_in(aside, root, step)
+    move_into_root(aside, root, step)
     print(f"the model of step {step:,} is at the root again: the run goes on from before a later best", file=sys.stderr)
     return is_best
 
