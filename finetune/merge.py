@@ -31,9 +31,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     parser.add_argument("adapter", help="run or checkpoint of `acorn finetune`, or any PEFT adapter's directory")
-    parser.add_argument("out", help="directory for the plain model; it must be empty or not exist")
-    parser.add_argument("--dtype", default="float32", help="of the weights written: float32, bfloat16 or float16")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that the base brings")
+    parser.add_argument("out", help="output directory; it must be empty or not exist")
+    parser.add_argument("--dtype", default="float32", help="type of the weights: float32, bfloat16 or float16")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code from the Hub")
     return parser.parse_args(argv)
 
 

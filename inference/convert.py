@@ -39,11 +39,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     parser.add_argument("src", metavar="SRC", help="directory, checkpoint file or Hub id")
-    parser.add_argument("dst", metavar="DST", type=Path, help="directory to make; it must not exist, or be empty")
+    parser.add_argument("dst", metavar="DST", type=Path, help="output directory; it must be empty or not exist")
     written = [name for name, kind in FORMATS.items() if kind.is_written]
-    parser.add_argument("--to", required=True, choices=written, help="what to turn it into")
-    parser.add_argument("--tokenizer", help="directory, Hub id or byte [what lies beside SRC; else GPT-2's, by size]")
-    parser.add_argument("--meta", help="meta.pkl of a character model of nanoGPT's [beside SRC, or data/DATASET]")
+    parser.add_argument("--to", required=True, choices=written, help="format to convert to")
+    parser.add_argument("--tokenizer", help="directory, Hub id or byte (default: the one beside SRC, else GPT-2's)")
+    parser.add_argument("--meta", help="meta.pkl of nanoGPT's character model (default: beside SRC or in data/)")
     return parser.parse_args(argv)
 
 

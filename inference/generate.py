@@ -36,14 +36,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="run directory, checkpoint, model directory or Hub id")
     add("--prompt", default="", help="text to continue, or FILE:path (default: start a new document)")
-    add("--max_new_tokens", type=int, default=300, help="length of a sample in tokens (default: %(default)s)")
-    add("--num_samples", type=int, default=1, help="number of samples (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (default: %(default)s)")
-    add("--top_k", type=int, default=200, help="sample from the k most likely tokens; 0: all (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=300, help="length of a sample in tokens")
+    add("--num_samples", type=int, default=1, help="number of samples")
+    add("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy")
+    add("--top_k", type=int, default=200, help="sample from the k most likely tokens; 0: all")
     add("--top_p", type=float, help="sample from the most likely tokens whose probabilities add up to this")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less (default: %(default)s)")
-    add("--seed", type=int, default=1337, help="seed of the sampling (default: %(default)s)")
-    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that) (default: auto)"
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less")
+    add("--seed", type=int, default=1337, help="seed of the sampling")
+    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
     add("--dtype", default="auto", help=dtypes)
     add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")

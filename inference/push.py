@@ -34,12 +34,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("directory", metavar="RUN_OR_MODEL_DIR", type=Path, help="run, checkpoint, model or adapter")
     parser.add_argument("repo_id", metavar="REPO_ID", help="YOU/NAME, or NAME alone for the token's owner")
-    parser.add_argument("--dry_run", action="store_true", help="list what would go up and why, and send nothing")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to commit to, made where it is not there yet [main]")
-    parser.add_argument("--commit_message", help="[Upload NAME with Acorn]")
-    parser.add_argument("--license", help="licence of the weights, by its Hub name [the card's, or unknown]")
-    parser.add_argument("--base_model", help="Hub id of what was finetuned, where the directory knows a path only")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded and why, and stop")
+    parser.add_argument("--private", action="store_true", help="create a new repository as private")
+    parser.add_argument("--revision", help="branch to commit to; created if missing (default: main)")
+    parser.add_argument("--commit_message", help="message of the commit (default: Upload NAME with Acorn)")
+    parser.add_argument("--license", help="license of the weights by its Hub name (default: the card's, or unknown)")
+    parser.add_argument("--base_model", help="Hub id of the base model, if the directory only knows a path")
     return parser.parse_args(argv)
 
 

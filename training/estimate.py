@@ -12,10 +12,10 @@ EXAMPLES = "  acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8"
 def main(argv: list[str] | None = None) -> None:
     """Print the parameters, FLOPs, memory and time of a recipe, before it costs anything."""
     parser = recipe_parser("estimate", main.__doc__, EXAMPLES)
-    parser.add_argument("--gpu", default="a100-40gb", help=f"GPU: {', '.join(GPUS)} (default: %(default)s)")
-    parser.add_argument("--num_gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.3, help="model FLOPs utilization (default: %(default)s)")
-    parser.add_argument("--sharding", default="none", help=f"{', '.join(SHARDED)} (default: %(default)s)")
+    parser.add_argument("--gpu", default="a100-40gb", help=f"GPU: {', '.join(GPUS)}")
+    parser.add_argument("--num_gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--mfu", type=float, default=0.3, help="model FLOPs utilization")
+    parser.add_argument("--sharding", default="none", help=f"{', '.join(SHARDED)}")
     flags = parser.parse_args(argv)
     if flags.gpu not in GPUS:
         raise unknown("gpu", flags.gpu, GPUS)

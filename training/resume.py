@@ -46,7 +46,7 @@ def parse(argv: list[str], kind: type[Recipe]) -> argparse.Namespace:
     examples = "  acorn resume runs/quickstart --max_steps 1200"
     takes = ("RUN_DIR", "directory of a run of `acorn pretrain` or `acorn finetune`; with it --help shows its flags")
     parser = recipe_parser("resume", about, examples, kind, takes=takes)
-    parser.add_argument("--checkpoint", default="last", help="last, best or checkpoint-N (default: %(default)s)")
+    parser.add_argument("--checkpoint", default="last", help="last, best or checkpoint-N")
     switch = {"nargs": "?", "default": False, "const": True, "type": lambda word: coerce("fresh_state", word, bool)}
     parser.add_argument("--fresh_state", help="start a state that the checkpoint does not hold afresh", **switch)
     return parser.parse_args(argv)

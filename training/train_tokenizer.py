@@ -15,9 +15,11 @@ EXAMPLES = """  acorn tokenizer --tokenizer bpe --tokenizer_vocab_size 8192 --te
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train a tokenizer on the text of a recipe or of flags, and save it as a Hugging Face tokenizer."""
+    """Train a tokenizer on the text of a recipe or of flags, and save it to --output_dir for transformers."""
     quiet_libraries()
-    flags = recipe_parser("tokenizer", main.__doc__, EXAMPLES, sections=("data",)).parse_args(argv)
+    takes = ("[RECIPE]", "shipped recipe or YAML file; without one, the flags name a text and a tokenizer")
+    parser = recipe_parser("tokenizer", main.__doc__, EXAMPLES, sections=("data",), takes=takes)
+    flags = parser.parse_args(argv)
     if flags.recipe is None and given_values(flags):  # flags alone say what to do
         recipe = Recipe(name="text")
         recipe.update(given_values(flags))

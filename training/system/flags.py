@@ -79,7 +79,7 @@ def check_number(name: str, value: object) -> None:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """A flag's name, then its help; no placeholder for its value."""
+    """A flag's name, then its help and default; no placeholder for its value."""
 
     def __init__(self, prog: str):
         width = max(shutil.get_terminal_size().columns - 2, 110)  # one line a flag, where that is possible
@@ -87,6 +87,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return ", ".join(action.option_strings) or super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_shown = action.option_strings and action.default not in (None, False, "", argparse.SUPPRESS, [])
+        return f"{action.help} (default: %(default)s)" if is_shown else action.help
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -122,6 +126,10 @@ class FlagParser(argparse.ArgumentParser):
     def _takes_one(self, word: str) -> bool:
         action = self._option_string_actions.get(word)
         return action is not None and action.nargs != 0 and not isinstance(action, argparse._AppendAction)
+
+    def print_help(self, file=None):
+        """argparse passes over errors of writing; here a full disk and a reader that went away reach `run_main`."""
+        print(self.format_help(), end="", file=file, flush=True)
 
     def error(self, message: str):
         raise UserError(f"{message}; {self._see_help()}")
