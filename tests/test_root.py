@@ -11,7 +11,7 @@ from training import resume
 from training.model.loading import load_causal_lm
 from training.share.metrics_file import read_metrics
 from training.system.checkpoints import move_into_root
-from training.system.run_files import MANIFEST, damage, read_manifest
+from training.system.run_files import MANIFEST, damage, read_file_manifest
 
 from .tiny_runs import checkpoints, contents, go_on, grow, refused, same_weights
 
@@ -38,7 +38,7 @@ def flip(path: Path) -> None:
 
 
 def test_the_root_lists_its_files(grown) -> None:
-    manifest = read_manifest(grown)
+    manifest = read_file_manifest(grown)
     assert manifest["step"] == 8 and "before" not in manifest
     assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_gpt.py"} <= manifest["files"].keys()
     assert damage(grown) is None
@@ -92,18 +92,18 @@ def test_going_back_takes_the_root_along(run) -> None:
     go_on(run, "--checkpoint", "checkpoint-4", "--learning_rate", "30", "--max_steps", "8")
     best = min(read_metrics(run), key=lambda row: row["eval_loss"])
     assert best["step"] == 4 and [row["step"] for row in read_metrics(run)] == [4, 8]
-    assert same_weights(run, run / "checkpoint-4") and read_manifest(run)["step"] == 4
+    assert same_weights(run, run / "checkpoint-4") and read_file_manifest(run)["step"] == 4
     assert f"{best['eval_loss']:.4f}" in (run / "README.md").read_text()
 
 
 def test_where_the_best_of_that_time_is_gone_the_next_one_is_the_best(grown) -> None:
     """Evaluated at 3 and 6, saved at 4 and 8: back at 4, the root held the model of 6, and that of 3 is nowhere."""
     run = grow(grown.parent, *"--eval_steps 3 --save_steps 4 --save_total_limit 9".split(), name="odd")
-    assert read_manifest(run)["step"] == 8
+    assert read_file_manifest(run)["step"] == 8
     go_on(run, "--checkpoint", "checkpoint-4", "--learning_rate", "30", "--max_steps", "7")
     steps = {row["step"]: row["eval_loss"] for row in read_metrics(run)}
     assert list(steps) == [3, 6, 7]
-    assert read_manifest(run)["step"] == min((6, 7), key=steps.get)
+    assert read_file_manifest(run)["step"] == min((6, 7), key=steps.get)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])

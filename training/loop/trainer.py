@@ -10,7 +10,6 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from modeling import GPTForCausalLM
@@ -41,7 +40,7 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
     Raises UserError when the loss stops being a number; the checkpoints before that are kept.
     """
 
-    best_is_gone = False  # of a run that goes back: see root.restore_best_model
+    best_is_gone = False  # of a run that goes back: see checkpoints.restore_best_model
 
     def __init__(
         self,
@@ -272,11 +271,10 @@ class GPTTrainer(PushesToHub, SavesWhole, Trainer):
     def _save_root(self) -> None:
         """Write the model beside the root, then move it in file by file: the root can be loaded at every moment."""
         root, aside = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
-        pickles = (TRAINING_ARGS_NAME,)  # which nobody who loads the model needs
         self._write_beside(
             aside,
             lambda: self.save_model(str(aside), _internal_call=True),
-            lambda: move_into_root(aside, root, self.state.global_step, leave_out=pickles),
+            lambda: move_into_root(aside, root, self.state.global_step),
         )
 
     def _write_beside(self, aside: Path, write: Callable[[], object], finish: Callable[[], object]) -> None:

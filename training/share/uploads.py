@@ -16,7 +16,7 @@ from ..system.addresses import each_text
 from ..system.checkpoints import run_of
 from ..system.errors import UserError, one_line
 from ..system.files import digest, read_json
-from ..system.run_files import MANIFEST, NO_PART, Use, kind_of, read_manifest
+from ..system.run_files import MANIFEST, NO_PART, Use, kind_of, read_file_manifest
 
 # Beside a tokenizer_config.json only: the files of slow tokenizers.
 VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -141,7 +141,7 @@ def resume_state(checkpoint: Path, folder: str) -> list[Upload]:
     going, staying = sort_files(checkpoint)
     state = [file for file in staying if Use.RESUMED in kind_of(file.name)[1] and is_own_file(file.content, checkpoint)]
     files = [without_machine(file) for file in (*going, *state)]
-    listed = read_manifest(checkpoint).get("files")
+    listed = read_file_manifest(checkpoint).get("files")
     if listed:
         facts = {file.name: _facts(file, listed) for file in files}
         files.append(Upload(MANIFEST, json.dumps({"files": facts}, indent=1).encode(), "resume state"))

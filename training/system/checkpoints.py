@@ -11,7 +11,7 @@ from .distributed import on_all_processes
 from .errors import UserError, unknown
 from .files import publish, sync, write_json
 from .pickles import UNREADABLE, why_unreadable
-from .run_files import MANIFEST, STATE, Use, damage, files_below, kind_of, list_files, read_manifest
+from .run_files import MANIFEST, STATE, Use, damage, files_below, kind_of, list_files, read_file_manifest
 from .shell import shell
 
 # What a killed process leaves: folders that grow, that gave way to a new one of their name, that are on their way out.
@@ -74,18 +74,18 @@ def seal(aside: Path, checkpoint: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def move_into_root(aside: Path, root: Path, step: int, leave_out: tuple[str, ...] = ()) -> None:
-    """Move the files of `aside` into `root`, each over its namesake, and remove `aside`.
+def move_into_root(aside: Path, root: Path, step: int) -> None:
+    """Move the model's files of `aside` into `root`, each over its namesake, and remove `aside`.
 
     The manifest is written before, with the hashes from before too, and after: a kill in between leaves nothing that
     is taken for damage.
     """
-    files = [path for path in files_below(aside) if path.name not in leave_out]
+    files = [path for path in files_below(aside) if Use.NO_MODEL not in kind_of(path.name)[1]]
     for path in files:
         sync(path)
     new = {"step": step, "files": list_files(aside, files)}
     try:
-        before = read_manifest(root).get("files", {})
+        before = read_file_manifest(root).get("files", {})
     except UserError:  # damaged; it gives way now
         before = {}
     write_json(root / MANIFEST, new | {"before": before})
@@ -193,7 +193,7 @@ def restore_best_model(checkpoint: Path) -> bool:
     """
     root, best = checkpoint.parent, read_state(checkpoint).get("best_global_step")
     try:
-        there = read_manifest(root)
+        there = read_file_manifest(root)
         is_whole = "before" not in there and damage(root) is None if there else None
     except UserError:
         there, is_whole = {}, False

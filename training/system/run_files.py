@@ -101,7 +101,7 @@ def list_files(folder: Path, files: list[Path]) -> dict[str, dict]:
     }
 
 
-def read_manifest(directory: Path) -> dict:
+def read_file_manifest(directory: Path) -> dict:
     """What a checkpoint or a root says of its files, whose hashes are sure to be there; empty where it says nothing."""
     mend = "copy the directory again, or remove that file to take the others unverified"
     manifest = read_json(directory / MANIFEST, mend)
@@ -118,7 +118,7 @@ def verify(directory: Path) -> None:
 
     Directories without a manifest are taken as they are. The state of a checkpoint is `damage`'s business.
     """
-    manifest = read_manifest(directory)
+    manifest = read_file_manifest(directory)
     before = manifest.get("before", {})  # of a move into the root that was cut off
     listed = {name: f for name, f in manifest.get("files", {}).items() if Use.NO_MODEL not in kind_of(name)[1]}
     there = [directory / name for name in listed if (directory / name).is_file()]
@@ -152,7 +152,7 @@ def damage(checkpoint: Path) -> str | None:
 def _changed(checkpoint: Path) -> str | None:
     """The first file that is not what the manifest says."""
     try:
-        listed = read_manifest(checkpoint)["files"]
+        listed = read_file_manifest(checkpoint)["files"]
         listed = {checkpoint / name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
     except (UserError, KeyError):
         return f"{MANIFEST} cannot be read"
