@@ -8,7 +8,7 @@ PIP := -m pip install -q --disable-pip-version-check
 OLDEST := .venv/oldest
 # What a version of transformers can break: the model, its saved directory, generate, Trainer, PEFT and the conversions.
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilities hub_copy generate cli pretrain resume \
-	signals finetune finetune_bases adapters merge convert formats_gpt2))
+	trainer_overheads signals finetune finetune_bases adapters merge convert formats_gpt2))
 # `make newest TORCH=torch==2.13.0` keeps torch as it is
 TORCH := torch
 

@@ -9,7 +9,6 @@ from torch import nn
 from modeling.loss import causal_lm_loss
 from training.config.arguments import GPTTrainingArguments
 from training.data.corpus import Corpus
-from training.data.dataset import IGNORED
 from training.data.inputs import Inputs
 from training.loop.trainer import GPTTrainer
 from training.model.loading import OUR_TYPES, record_base, without_warnings
@@ -67,15 +66,6 @@ class FinetuneTrainer(GPTTrainer):
 
     # ---- the loss: labels have gaps, and any model's logits will do
 
-    def _get_num_items_in_batch(self, batch_samples: list, device):
-        """Labels that count in one step, over its micro-batches and all processes; masked ones differ between them."""
-        if not batch_samples:
-            return None
-        counted = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counted = self.accelerator.gather(counted).sum()
-        return counted.clamp(min=1)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy of the labels that count, divided by the count of the whole step."""
         inputs = dict(inputs)
@@ -95,10 +85,10 @@ class FinetuneTrainer(GPTTrainer):
         with self.model.disable_adapter() if has_adapter else nullcontext():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer; an adapter is saved with what its base is known by, and without PEFT's own model card."""
         with without_warnings():
-            super()._save(output_dir, state_dict)
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and self.adapter.adapter != "full":
             directory = Path(output_dir or self.args.output_dir)
             (directory / "README.md").unlink(missing_ok=True)

@@ -1,20 +1,21 @@
 """What Trainer does in a step and Acorn's trainer does not, and what it leaves as it found it."""
 
+import inspect
 import signal
 import weakref
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from finetune import finetune
+from finetune.trainer import FinetuneTrainer
 from modeling import GPTConfig, GPTForCausalLM
 from training.config.arguments import DataArguments, GPTTrainingArguments
 from training.data.corpus import prepare
-from training.data.dataset import StepSampler, TrainingRows
-from training.loop import trainer as trainer_module
+from training.data.dataset import IGNORED, StepSampler, TrainingRows
 from training.loop.fast_dropout import FastDropout, fast_dropout
-from training.loop.trainer import GPTTrainer
+from training.loop.trainer import PRIVATE_METHODS, GPTTrainer
 from training.share.metrics_file import read_metrics
 from training.system.errors import UserError
 
@@ -93,41 +94,38 @@ def test_the_model_is_told_how_many_labels_a_step_has(make_trainer, monkeypatch,
 def test_the_count_is_trainers_own(make_trainer) -> None:
     trainer = make_trainer(gradient_accumulation_steps=2)
     batches = [trainer.data_collator([trainer.train_dataset[i] for i in range(start, start + 2)]) for start in (0, 2)]
-    counted = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
-    assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == counted
-    assert trainer._get_num_items_in_batch([], torch.device("cpu")) is None
+    batches[0]["shift_labels"][0, :3] = IGNORED
+    for name in ("theirs", "ours"):
+        kind = Trainer if name == "theirs" else GPTTrainer
+        given = iter([{**batch, "labels": None} if kind is Trainer else batch for batch in batches])
+        found, counted = kind.get_batch_samples(trainer, given, 2, torch.device("cpu"))
+        assert (len(found), counted) == (2, 4 * CONTEXT - 3)
+    assert trainer.get_batch_samples(iter([]), 2, torch.device("cpu")) == ([], None)
 
 
 def test_a_loss_that_is_no_number_is_not_filtered_away(make_trainer, monkeypatch) -> None:
-    trainer = make_trainer()
+    trainer, step = make_trainer(), Trainer.training_step
     assert trainer.args.logging_nan_inf_filter is False
-    loss = GPTTrainer._light_step
-    spoil = torch.tensor(float("nan"))
-    steps = iter([False, False, True])
-    monkeypatch.setattr(
-        GPTTrainer,
-        "_light_step",
-        lambda self, *args, **kwargs: spoil if next(steps) else loss(self, *args, **kwargs),
-    )
+    losses = iter([step, step, lambda *args: torch.tensor(float("nan"))])
+    monkeypatch.setattr(Trainer, "training_step", lambda *args: next(losses)(*args))
     with pytest.raises(UserError, match="loss is nan at step 3"):
         trainer.train()
     assert trainer.state.global_step == 2
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1, "bf16": True, "force_precision": True}],
-)
-def test_a_light_step_is_trainers_step(make_trainer, changes) -> None:
-    trained = []
-    for is_light in (True, False):
-        torch.manual_seed(0)
-        trainer = make_trainer(**changes)
-        assert trainer._is_one_cpu
-        trainer._is_one_cpu = is_light
-        trainer.train()
-        trained.append(trainer.model.state_dict())
-    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+def private_methods(kind: type) -> dict:
+    """Name to function of what a class itself defines by a single underscore."""
+    own = {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
+    return {name: value for name, value in own.items() if name.startswith("_") and not name.startswith("__")}
+
+
+def test_private_methods_of_trainer_are_listed_in_one_place() -> None:
+    theirs = private_methods(Trainer)
+    ours = {name for kind in FinetuneTrainer.mro() if issubclass(kind, GPTTrainer) for name in private_methods(kind)}
+    ours |= {name for kind in GPTTrainer.__bases__ for name in private_methods(kind)}
+    assert ours & theirs.keys() <= PRIVATE_METHODS.keys()
+    parameters = {name: " ".join(inspect.signature(theirs[name]).parameters) for name in PRIVATE_METHODS}
+    assert parameters == {name: f"self {listed}" for name, listed in PRIVATE_METHODS.items()}
 
 
 def test_the_sampler_starts_where_the_run_is(make_trainer) -> None:
@@ -154,30 +152,22 @@ def test_resuming_reads_no_row_twice(tmp_path, monkeypatch) -> None:
     assert checkpoints(run)[-1] == 12
 
 
-def test_gradients_are_measured_only_where_it_shows(make_trainer, monkeypatch) -> None:
-    trainer, measured = make_trainer(max_grad_norm=0.0, logging_steps=2), []
-    norm = trainer_module.Trainer._get_grad_norm
-
-    def listen(self, *args, **kwargs):
-        measured.append(self.state.global_step + 1)
-        return norm(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_get_grad_norm", listen)
+def test_without_clipping_the_gradient_is_measured_all_the_same(make_trainer) -> None:
+    trainer = make_trainer(max_grad_norm=0.0, logging_steps=2)
     trainer.train()
-    assert measured == [2, 4]
     assert all(row["grad_norm"] > 0 for row in read_metrics(trainer.args.output_dir))
 
 
 def test_no_cache_is_built_in_training(make_trainer, monkeypatch) -> None:
     trainer, outputs = make_trainer(), []
-    compute = trainer_module.Trainer.compute_loss
+    compute = Trainer.compute_loss
 
     def listen(self, model, inputs, return_outputs=False, **kwargs):
         loss, output = compute(self, model, inputs, return_outputs=True, **kwargs)
         outputs.append(output)
         return (loss, output) if return_outputs else loss
 
-    monkeypatch.setattr(trainer_module.Trainer, "compute_loss", listen)
+    monkeypatch.setattr(Trainer, "compute_loss", listen)
     trainer.train()
     assert len(outputs) == 4
     assert all(output.get("past_key_values") is None for output in outputs)
@@ -204,7 +194,7 @@ def test_signal_handlers_are_restored(make_trainer) -> None:
 def test_signal_handlers_are_restored_after_a_failure(make_trainer, monkeypatch) -> None:
     before = handlers()
     trainer = make_trainer()
-    monkeypatch.setattr(GPTTrainer, "_light_step", lambda *a, **k: torch.tensor(float("nan")))
+    monkeypatch.setattr(Trainer, "training_step", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(UserError):
         trainer.train()
     assert handlers() == before

@@ -33,21 +33,20 @@ class PushesToHub:
         """Called by Trainer.__init__: nothing is asked of the network before there is a model to push."""
         self.pushes = BackgroundPushes(self.args)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Called by Trainer after each checkpoint: push in the background, unless the last push is still going on."""
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Push what has been saved in the background, unless the last push is still going on."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.pushes.is_busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        checkpoint = Path(checkpoint_folder)
         self.pushes.start(
             lambda: self.files_to_push(checkpoint, is_end=False),
             f"Training in progress, step {self.state.global_step}",
         )
 
-    def _finish_current_push(self) -> None:
-        """Called by Trainer at the end of train()."""
+    def finish_pushes(self) -> None:
+        """Wait for what is on its way."""
         if self.args.push_to_hub and self.is_world_process_zero():
             self.pushes.wait()
 

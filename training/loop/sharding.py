@@ -1,4 +1,4 @@
-"""Sharded training keeps whole models: FSDP's shards are gathered for what people load, and cut anew by who resumes."""
+"""FSDP's shards, gathered for what people load, and cut anew for those who resume."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,56 +11,12 @@ import torch.distributed.checkpoint as shards
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from torch.distributed.tensor import DTensor
+from transformers.trainer import OPTIMIZER_NAME
+
+from ..model.optimizers import shared_out
 
 OPTIMIZER_SHARDS = "optimizer-shards"  # beside optimizer.pt, which then holds the groups alone
-
-
-class SavesWhole:
-    """A Trainer's files under FSDP; goes before Trainer in the bases of a class.
-
-    Trainer's own are FSDP's: no model that anyone could load, and nothing that another launch could go on from. Here a
-    checkpoint is the same files whatever launch wrote it. The one difference is SHARDED_STATE_DICT, under which each
-    process writes its own part of the optimizer's state, the largest of them.
-    """
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """As in Trainer; an adapter is read before its model is shared out, as a whole model is."""
-        if resume_from_checkpoint is not None and self.is_fsdp_enabled and hasattr(self.model, "peft_config"):
-            super()._load_from_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; a sharded model is gathered, a weight at a time, and saved as what it was before."""
-        if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        weights = whole_weights(model, is_kept=self.args.should_save)
-        with as_before(model):
-            self._save(output_dir, state_dict=weights)
-
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in Trainer; a sharded model was read whole, before it was shared out."""
-        if not isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), FSDPModule):
-            super()._load_from_checkpoint(checkpoint, model)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As in Trainer, in one form for all launches."""
-        if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        in_shards = "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        save_optimizer(self.optimizer, Path(output_dir), in_shards, is_first=self.args.should_save)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in Trainer, from what any launch wrote (ZeRO's own form is ZeRO's alone)."""
-        is_plain = not self.is_fsdp_enabled and not Path(checkpoint, OPTIMIZER_SHARDS).is_dir()
-        if is_plain or self.is_deepspeed_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        load_optimizer(self.optimizer, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
 # ---- the model
@@ -140,7 +96,8 @@ def load_optimizer(optimizer, folder: Path) -> None:
         saved["state"] = _read_shards(folder / OPTIMIZER_SHARDS, parameters)
     for number, values in saved["state"].items():
         for key, value in values.items():
-            values[key] = _shared_out(value, parameters[number])
+            is_whole = isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
+            values[key] = shared_out(value, parameters[number]) if is_whole else value
     optimizer.load_state_dict(saved)
 
 
@@ -158,14 +115,6 @@ def _read_shards(folder: Path, parameters: list[nn.Parameter]) -> dict[int, dict
         shards.load(room, checkpoint_id=folder, no_dist=not dist.is_initialized())
     places = {tuple(name.split(".", 1)): value for name, value in room.items()}
     return _nested({(int(number), key): value for (number, key), value in places.items()})
-
-
-def _shared_out(value, parameter: nn.Parameter):
-    """This process's part of a tensor that has the shape of a sharded parameter; anything else as it is."""
-    is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-    if not is_whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _nested(state: dict[tuple[int, str], object]) -> dict[int, dict]:
