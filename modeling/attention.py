@@ -70,8 +70,10 @@ class SoftmaxAttention(nn.Module):
         shared_key_values: KVSharingDict | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states: (batch, tokens, hidden_size). Returns the same shape, and the weights under eager.
+        """hidden_states: (batch, tokens, hidden_size). Returns the same shape, and under eager the attention weights.
 
+        attention_mask: of the backend's kind, or None for causal alone. position_embeddings: the angles of this kind of
+        layer, see positions.py. shared_key_values: layer index to (key, value), (batch, kv_heads, keys, head_dim) each.
         The cache comes by its name in the installed transformers, as their gradient checkpointing looks for it there.
         """
         cache = kwargs.pop(CACHE_NAME, None)

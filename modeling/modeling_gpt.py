@@ -196,9 +196,10 @@ class GPTModel(GPTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids: (batch, tokens), or inputs_embeds: (batch, tokens, hidden_size). Returns the last hidden states.
 
-        attention_mask: (batch, keys) of ones and zeros, or ready masks by layer type. cache, or past_key_values: what
-        the layers keep of earlier tokens. Raises ValueError for both or neither kind of input, and for learned
-        positions past the context.
+        attention_mask: (batch, keys) of ones and zeros, or ready masks by layer type. position_ids: (batch or 1,
+        tokens); where they start anew within a row, and neither mask nor cache is given, what comes before is not
+        attended to. cache, or past_key_values: what the layers keep of earlier tokens. Raises ValueError for both or
+        neither kind of input, and for learned positions past the context.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -284,9 +285,10 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (batch, tokens, vocabulary) and, with labels, the loss in nats a token.
 
-        labels are shifted here, shift_labels are taken as they are; -100 counts nowhere. return_logits=False returns
-        the loss alone, which saves the memory of the logits. label_smoothing: share of the target spread over the
-        vocabulary. logits_to_keep: compute only the last so many.
+        labels, (batch, tokens), are shifted here, shift_labels, of that shape too, are taken as they are; -100 counts
+        nowhere. num_items_in_batch: how many labels the sum is divided by. return_logits=False returns the loss alone,
+        which saves the memory of the logits. label_smoothing: share of the target spread over the vocabulary.
+        logits_to_keep: compute only the last so many.
         """
         has_labels = labels is not None or shift_labels is not None
         cache = given_cache(cache, past_key_values)

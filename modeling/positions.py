@@ -2,6 +2,10 @@
 
 `add(hidden_states, position_ids)` changes the embeddings; `rotate(query, key, angles)` turns queries and keys, with
 `angles(hidden_states, position_ids)` computed once a forward for each kind of layer.
+
+Shapes, in all classes: hidden_states (batch, tokens, hidden_size); position_ids (batch or 1, tokens), integers that
+count tokens from 0; query (batch, heads, tokens, head_dim), key (batch, kv_heads, tokens, head_dim), or None where a
+layer reuses another's; angles of a layer: cosines and sines, each (batch or 1, 1, tokens, head_dim), or None.
 """
 
 import copy
@@ -20,13 +24,16 @@ class NoPositions(nn.Module):
         self.layer_types = tuple(dict.fromkeys(config.layer_types))
 
     def add(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings with their positions: the shape of hidden_states."""
         return hidden_states
 
     def angles(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple | None]:
+        """Layer type to the angles of its layers, in the dtype of hidden_states."""
         return dict.fromkeys(self.layer_types)
 
     @staticmethod
     def rotate(query: torch.Tensor, key: torch.Tensor | None, angles: tuple | None) -> tuple:
+        """(query, key) turned by the angles, in their shapes."""
         return query, key
 
     def init_weights(self) -> None:
@@ -59,6 +66,7 @@ class SinusoidalPositions(NoPositions):
         self.register_buffer("inv_freq", self._inv_freq(), persistent=False)
 
     def _inv_freq(self) -> torch.Tensor:
+        """Radians a position: (hidden_size / 2,)."""
         return 1.0 / 10000 ** (torch.arange(0, self.hidden_size, 2, dtype=torch.float) / self.hidden_size)
 
     def add(self, hidden_states, position_ids):
@@ -89,11 +97,13 @@ class RotaryPositions(NoPositions):
         return ROPE_INIT_FUNCTIONS.get(self.rope_type, default_frequencies)
 
     def _frequencies(self) -> tuple[torch.Tensor, float]:
+        """Radians a position, (head_dim / 2,), and the factor of cosines and sines."""
         return self.rope_init_fn(self.config)
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, hidden_states, position_ids):
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The angles of a layer."""
         phases = position_ids[..., None].float() * self.inv_freq.float()
         phases = torch.cat((phases, phases), dim=-1)[:, None]  # one axis for the heads
         cos, sin = phases.cos() * self.attention_scaling, phases.sin() * self.attention_scaling
@@ -143,7 +153,7 @@ def default_frequencies(config, device=None, seq_len=None, **kwargs) -> tuple[to
 
 
 def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + head_dim / 2) of `states`, (batch, heads, tokens, head_dim), by the given angles."""
+    """Rotate pairs (i, i + head_dim / 2) of `states`, (batch, heads, tokens, head_dim), by their tokens' angles."""
     first, second = states.chunk(2, dim=-1)
     cos, sin = cos.to(states.dtype), sin.to(states.dtype)
     return states * cos + torch.cat((-second, first), dim=-1) * sin

@@ -93,7 +93,7 @@ def language_metrics(nats: list[float], right: list[float], tokens: list[float],
     }
 
 
-# ---- the logits of a causal LM, a chunk of tokens at a time: those of a whole batch are never there at once
+# ---- a model's logits, a chunk of tokens at a time: those of a whole batch are never there at once
 
 
 def chunked_logits(

@@ -97,8 +97,8 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
         """What the run is grown from, by fingerprints."""
         return self.corpus.inputs
 
-    def count_flops(self, model) -> float | None:
-        """FLOPs of training on one token, or None where the architecture is not known."""
+    def count_flops(self, model) -> float:
+        """FLOPs of training on one token."""
         return flops_per_token(model.config, self.context_length)
 
     def blocks(self, model) -> Iterable[nn.Module]:
