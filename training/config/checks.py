@@ -57,7 +57,7 @@ _REFUSED = {
     "the evaluation is Acorn's own, which gathers sums, not logits": "batch_eval_metrics eval_accumulation_steps "
     "eval_do_concat_batches eval_use_gather_object include_for_metrics prediction_loss_only",
     "evaluation computes as training does": "bf16_full_eval fp16_full_eval",
-    "rows are shared out by their position; use tokens_per_step and per_device_train_batch_size": "accelerator_config",
+    "batches are made by row position; use tokens_per_step and per_device_train_batch_size": "accelerator_config",
     "every micro-batch is whole": "dataloader_drop_last",
     "the order of the rows is what makes a run repeatable": "dataloader_in_order",
     "use eval_strategy, or `acorn evaluate`": "do_eval",
@@ -65,7 +65,7 @@ _REFUSED = {
     "to evaluate without training use `acorn evaluate`": "do_train",
     "SIGTERM and Ctrl-C save a checkpoint already": "enable_jit_checkpoint",
     "a recipe is pushed with its run, and the token would be too; set HF_TOKEN or run `hf auth login`": "hub_token",
-    "a resumed run computes its place in the data, and replays nothing": "ignore_data_skip",
+    "a resumed run computes its position in the data, and replays nothing": "ignore_data_skip",
     "metrics.jsonl counts tokens": "include_num_input_tokens_seen",
     "the labels are the next tokens": "label_names",
     "use sampling, or packing in finetuning": "length_column_name",
@@ -75,12 +75,12 @@ _REFUSED = {
     "nothing here adds noise to embeddings; leave it out": "neftune_noise_alpha",
     "use optimizer (adamw, muon) and its own flags": "optim optim_args optim_target_modules",
     "use `accelerate launch --config_file training/launch/…`": "parallelism_config",
-    "rows have only what the model takes": "remove_unused_columns",
-    "a resumed run takes them up always": "restore_callback_states_from_checkpoint",
+    "rows have only the columns that the model takes": "remove_unused_columns",
+    "a resumed run always restores them": "restore_callback_states_from_checkpoint",
     "use `acorn resume RUN_DIR --checkpoint …`": "resume_from_checkpoint",
     "use `acorn estimate`, or the report of a finetuning run": "skip_memory_metrics",
     "use sampling (random, shuffled)": "train_sampling_strategy",
-    "training keeps no cache, and the saved model has it on": "use_cache",
+    "training uses no cache, and the saved model has it on": "use_cache",
 }
 REFUSED = {name: place for place, names in _REFUSED.items() for name in names.split()}
 

@@ -142,4 +142,4 @@ def refuse_broken_text(words: list[str]) -> None:
     """Refuse words of a command line that are not UTF-8: no tokenizer and no recipe could hold them."""
     for word in words:
         if not word.isascii() and word.encode("utf-8", "replace") != word.encode("utf-8", "surrogatepass"):
-            raise UserError(f"{word!a}: is not UTF-8; write it so, or put a prompt into a file: FILE:path")
+            raise UserError(f"{word!a}: is not UTF-8; encode it as UTF-8, or put a prompt into a file: FILE:path")
