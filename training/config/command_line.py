@@ -29,7 +29,8 @@ MODEL_HELP = {
     "hidden_act": "Activation of the MLP.",
     "gated_mlp": "Gated MLP (GLU).",
     "qk_norm": "Normalize queries and keys.",
-    "sliding_window": "Attend to this many tokens only.",
+    "layer_types": "full_attention or sliding_attention for each layer.",
+    "sliding_window": "Number of tokens that sliding attention looks back.",
     "tie_word_embeddings": "Share the embedding with the output layer.",
     "attn_implementation": "Attention kernel: sdpa, eager, flash_attention_2, flex_attention (default: sdpa).",
 }
