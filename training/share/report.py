@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 
 from ..config.recipe import Recipe, load_run_recipe
 from ..data.sources import PYTHON_STDLIB
@@ -55,7 +56,7 @@ def card_of(directory: Path) -> str:
     try:
         written = path.read_text(encoding="utf-8") if is_own_file(path, directory) else UNWRITTEN
         return model_card(facts_of(directory)) if UNWRITTEN in written else written
-    except (SafetensorError, UnicodeDecodeError) as error:
+    except (SafetensorsParsingError, UnicodeDecodeError) as error:
         raise UserError(f"{directory} is damaged: {one_line(error)}; copy it again") from error
 
 
@@ -136,12 +137,9 @@ def fitting_length(context: int | None) -> int:
 
 def count_parameters(directory: Path) -> int:
     """Numbers in the directory's safetensors files, tied ones counted once; the headers alone are read."""
-    total = 0
     names = weight_files(directory, "model") + weight_files(directory, "adapter_model")
-    for path in [directory / name for name in names if name.endswith(".safetensors") and (directory / name).is_file()]:
-        with safe_open(path, framework="numpy") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+    paths = [directory / name for name in names if name.endswith(".safetensors") and (directory / name).is_file()]
+    return sum(sum(get_local_safetensors_metadata(path).parameter_count.values()) for path in paths)
 
 
 def sources_of(recipe: Recipe) -> list[str]:
