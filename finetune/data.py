@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from training.data.corpus import Corpus, load_corpus, prepare
+from training.data.corpus import Corpus, Inputs, load_corpus
 from training.data.documents import skipped_in_words
 from training.data.encoding import encode_documents
-from training.data.inputs import Inputs
+from training.data.preparation import prepare
 from training.data.sources import unit_hash
 from training.data.splitting import check_split_options
 from training.data.tokenizers import begin_ids

@@ -13,8 +13,7 @@ from transformers import set_seed
 
 from training.config.checks import check_attention
 from training.costs import refuse_large_batch
-from training.data.corpus import Corpus
-from training.data.inputs import refuse_other_inputs
+from training.data.corpus import Corpus, refuse_other_inputs
 from training.model.devices import peak_memory
 from training.model.loading import (
     fingerprint,

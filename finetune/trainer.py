@@ -8,8 +8,7 @@ from torch import nn
 
 from modeling.loss import causal_lm_loss
 from training.config.arguments import GPTTrainingArguments
-from training.data.corpus import Corpus
-from training.data.inputs import Inputs
+from training.data.corpus import Corpus, Inputs
 from training.loop.trainer import GPTTrainer
 from training.model.loading import OUR_TYPES, record_base, without_warnings
 from training.system.errors import UserError

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.config.arguments import DataArguments
-from training.data import files, preparation, splitting, workers
-from training.data.corpus import load_corpus, prepare
+from training.data import encoding, files, preparation, splitting
+from training.data.corpus import load_corpus
+from training.data.preparation import prepare
 
 from .tiny_runs import contents
 
@@ -30,7 +31,7 @@ def small_folder(tmp_path, monkeypatch):
     """Work in an empty folder with a table of 30 documents and one long text, in batches and parts that are small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path.parent / f"{tmp_path.name}-cache")
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 700)
     monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(files, "STRETCH_BYTES", 333)
     write_parquet("rows.parquet", [prose(seed) for seed in range(30)])

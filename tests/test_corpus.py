@@ -15,8 +15,9 @@ import pytest
 from training import prepare as prepare_main
 from training.config.arguments import DataArguments
 from training.config.command_line import load_recipe
-from training.data import corpus as corpus_module
-from training.data.corpus import load_corpus, prepare
+from training.data import preparation
+from training.data.corpus import load_corpus
+from training.data.preparation import prepare
 from training.data.sources import SOURCE_DEFAULTS
 from training.data.tokenizers import build_tokenizer
 from training.system.errors import UserError
@@ -186,7 +187,7 @@ def test_a_failure_leaves_nothing(monkeypatch, failure):
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr(corpus_module, "publish", fail)  # the last step: all files are written
+    monkeypatch.setattr(preparation, "publish", fail)  # the last step: all files are written
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError if isinstance(failure, OSError) else failure) as raised:
         prepare(arguments(text_files=["text.txt"], data_dir="deep/down/mine"))
@@ -205,13 +206,13 @@ def test_a_disk_that_is_too_small_is_seen_before_writing(monkeypatch):
 
 def test_the_slower_of_two_processes_takes_what_the_faster_made(monkeypatch):
     options = {"text_files": ["text.txt"], "data_dir": "mine"}
-    publish = corpus_module.publish
+    publish = preparation.publish
 
     def overtaken(folder, directory):  # by a process on a machine that does not see this one's lock
         shutil.copytree(folder, "mine")
         return publish(folder, directory)
 
-    monkeypatch.setattr(corpus_module, "publish", overtaken)
+    monkeypatch.setattr(preparation, "publish", overtaken)
     prepare(arguments(**options))
     assert sorted(path.name for path in Path().iterdir()) == ["mine", "rows.jsonl", "text.txt"]
 
@@ -343,27 +344,27 @@ def test_one_document_is_split_by_position(capsys):
                                     {"mixture": [{"text_files": ["text.txt"], "weight": 1}],
                                      "validation_by": "documents"}], ids=["text", "table", "mixture"])  # fmt: skip
 def test_a_file_that_grows_meanwhile_gives_no_tokens(monkeypatch, source):
-    write_tokens, changed = corpus_module.write_tokens, "rows.jsonl" if "data_files" in source else "text.txt"
+    write_tokens, changed = preparation.write_tokens, "rows.jsonl" if "data_files" in source else "text.txt"
 
     def growing(*args):
         with open(changed, "a") as file:
             file.write('{"text": "more"}\n')
         return write_tokens(*args)
 
-    monkeypatch.setattr(corpus_module, "write_tokens", growing)
+    monkeypatch.setattr(preparation, "write_tokens", growing)
     with pytest.raises(UserError, match=f"{changed} was written to while it was being prepared"):
         prepare(arguments(data_dir="x", **source))
     assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl", "text.txt"]
-    monkeypatch.setattr(corpus_module, "write_tokens", write_tokens)
+    monkeypatch.setattr(preparation, "write_tokens", write_tokens)
     assert prepare(arguments(data_dir="x", **source)).manifest["sources"]
 
 
 def test_a_file_that_was_touched_meanwhile_is_the_same_file(monkeypatch):
-    write_tokens = corpus_module.write_tokens
+    write_tokens = preparation.write_tokens
 
     def touching(*args):
         os.utime("text.txt", (1, 1))
         return write_tokens(*args)
 
-    monkeypatch.setattr(corpus_module, "write_tokens", touching)
+    monkeypatch.setattr(preparation, "write_tokens", touching)
     assert prepare(arguments(text_files=["text.txt"])).manifest["splits"]["train"]["tokens"] == 180

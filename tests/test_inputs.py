@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from inference import evaluate
 from training import pretrain, resume
-from training.data.inputs import text_digest
+from training.data.corpus import text_digest
 from training.data.tokenizers import add_nothing, build_tokenizer, encoding_hash
 
 from .tiny_runs import TEXT, contents, grow, refused, same_weights, tiny_argv, write_text

@@ -13,7 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from modeling import GPTForCausalLM
 from training import pretrain, run
 from training.config.arguments import DataArguments, GPTTrainingArguments, fitting_micro_batches
-from training.data.corpus import corpus_at, prepare, whereabouts
+from training.data.corpus import corpus_at, whereabouts
+from training.data.preparation import prepare
 from training.loop.trainer import GPTTrainer
 from training.run import empty_model
 from training.system.distributed import check_launch, check_partitions, check_writer

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from training.data import building, preparation, splitting, workers
-from training.data.building import building_folder
-from training.data.corpus import describe, prepare
-from training.data.preparation import progress_line
+from training.data import encoding, preparation
+from training.data.corpus import FORMAT_VERSION
+from training.data.documents import Document, Position
+from training.data.preparation import building_folder, describe, prepare, progress_line
 from training.data.sources import open_source
 from training.data.tokenizers import build_tokenizer
 from training.system.errors import UserError, log
+from training.system.files import digest
 from training.system.lock import locked
 
 from .small_corpora import (
@@ -46,7 +47,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(source, monkeypat
     one = prepared("one", **source)
     assert len([name for name in one if name.startswith("train-")]) > 2
     assert prepared("two", num_proc=2, **source) == one
-    monkeypatch.setattr(workers, "BATCH_CHARACTERS", 150)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 150)
     assert prepared("three", num_proc=3, **source) == one
 
 
@@ -71,7 +72,7 @@ def test_a_process_that_was_ended_from_outside_is_told(monkeypatch):
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(workers, "encode", die)
+    monkeypatch.setattr(encoding, "encode_batch", die)
     with pytest.raises(UserError, match="num_proc=2: one of the processes was ended from outside"):
         prepared("x", data_files=["rows.parquet"], num_proc=2)
 
@@ -108,13 +109,13 @@ def test_a_preparation_that_was_killed_ends_like_one_that_was_not(name, capsys):
 
 
 def test_what_is_done_is_not_tokenised_again(monkeypatch):
-    encoded, encode = [], workers.encode
+    encoded, encode = [], encoding.encode_batch
 
-    def noted(tokenizer, dtype, texts, names):
-        encoded.extend(texts)
-        return encode(tokenizer, dtype, texts, names)
+    def noted(tokenizer, dtype, batch):
+        encoded.extend(stretch.text for stretch in batch)
+        return encode(tokenizer, dtype, batch)
 
-    monkeypatch.setattr(workers, "encode", noted)
+    monkeypatch.setattr(encoding, "encode_batch", noted)
     prepared("unbroken", text_files=["long.txt"])
     whole, encoded[:] = list(encoded), []
     killed_after(3, data_dir="broken", text_files=["long.txt"])
@@ -123,17 +124,17 @@ def test_what_is_done_is_not_tokenised_again(monkeypatch):
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(monkeypatch, capsys):
-    advance, count = preparation.State.advance, 0
+    after, count = Position.after, 0
 
     def interrupted(*args):
         nonlocal count
         count += 1
         if count == 25:
             raise KeyboardInterrupt
-        advance(*args)
+        return after(*args)
 
     monkeypatch.setattr(preparation, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(preparation.State, "advance", interrupted)
+    monkeypatch.setattr(Position, "after", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepared("broken", text_files=["long.txt"])
     folder = next(Path().glob(".broken-*.building"))
@@ -165,13 +166,11 @@ def test_what_a_killed_preparation_left_may_be_damaged():
 
 
 def fingerprint_of(data) -> str:
-    from training.data.corpus import _digest
-
-    return _digest(describe(data))
+    return digest([FORMAT_VERSION, describe(data)])
 
 
 def test_a_second_process_waits_and_takes_over_from_a_dead_one(monkeypatch, capsys):
-    monkeypatch.setattr(building, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(preparation, "LOCK_SECONDS", 0.05)
     data = arguments(text_files=["long.txt"], data_dir="x")
     folder = building_folder(Path("x"), fingerprint_of(data))
     folder.mkdir()
@@ -186,7 +185,7 @@ def test_a_second_process_waits_and_takes_over_from_a_dead_one(monkeypatch, caps
     child = context.Process(target=hold, daemon=True)
     child.start()
     ready.wait()
-    monkeypatch.setattr(building.time, "sleep", lambda seconds: (child.kill(), child.join()))  # it dies as we wait
+    monkeypatch.setattr(preparation.time, "sleep", lambda seconds: (child.kill(), child.join()))  # it dies as we wait
     prepare(data)
     host = os.uname().nodename
     assert f"process {child.pid} on {host} prepares the same text, in {folder}: waiting" in capsys.readouterr().err
@@ -200,20 +199,20 @@ def test_a_second_process_takes_what_the_first_one_made(monkeypatch, capsys):
     ready, done = context.Event(), context.Event()
 
     def first():
-        find_rule = preparation.find_rule
+        open_source = preparation.open_source
 
         def slow(*args):
             ready.set()
             done.wait()
-            return find_rule(*args)
+            return open_source(*args)
 
-        preparation.find_rule = slow
+        preparation.open_source = slow
         prepare(data)
 
     child = context.Process(target=first, daemon=True)
     child.start()
     ready.wait()
-    monkeypatch.setattr(building.time, "sleep", lambda seconds: (done.set(), child.join()))
+    monkeypatch.setattr(preparation.time, "sleep", lambda seconds: (done.set(), child.join()))
     stamps = prepare(data).directory.stat().st_mtime_ns
     assert child.exitcode == 0 and not folder.exists()
     assert prepare(data).directory.stat().st_mtime_ns == stamps
@@ -272,8 +271,8 @@ def test_workers_end_with_their_parent():
     reader, writer = context.Pipe(duplex=False)
 
     def parent():
-        pieces = (splitting.Piece("train", "x", "word " * 200, True, True, [n]) for n in range(10**9))
-        batches = workers.encode_in_order(pieces, build_tokenizer("byte"), "<u2", 2)
+        documents = (Document("x", "word " * 200, [n]) for n in range(10**9))
+        batches = encoding.encode_in_order(documents, build_tokenizer("byte"), "<u2", 2)
         next(batches)
         writer.send([child.pid for child in multiprocessing.active_children()])
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from training.data import files, preparation, splitting
-from training.data.corpus import prepare
-from training.data.documents import Position
+from training.data.documents import Document, Position
 from training.data.encoding import encode_documents
+from training.data.preparation import prepare
 from training.data.sources import read_documents, read_stretches, unit_hash
 from training.data.splitting import after_words, anywhere, cutting_rule, encodable
 from training.data.tokenizers import build_tokenizer, load_tokenizer
@@ -60,7 +60,7 @@ def test_texts_taken_apart_have_the_same_tokens(kind):
     rule = cutting_rule(tokenizer)
     assert rule is (anywhere if kind in ("byte", "char") else after_words)
     for text in texts:
-        whole = splitting.Piece("train", "x", text, True, True, [0])
+        whole = Document("x", text, [0])
         pieces = list(encodable(iter([whole]), rule, limit=17))
         assert "".join(piece.text for piece in pieces) == text
         assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
@@ -75,7 +75,7 @@ def test_other_tokenizers_get_whole_documents():
     assert cutting_rule(tokenizer) is after_words
     tokenizer.add_tokens(["two words"])
     assert cutting_rule(tokenizer) is None
-    first = splitting.Piece("train", "x", "a b c " * 9, True, False, [0])
+    first = Document("x", "a b c " * 9, [0], ends=False)
     rest = first._replace(text="d e f", starts=False, ends=True)
     whole = first._replace(text="a b c " * 9 + "d e f", ends=True)
     assert list(encodable(iter([first, rest]), None, limit=5)) == [whole]

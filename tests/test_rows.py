@@ -16,9 +16,9 @@ import pytest
 from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import find_format, read_conversations, read_pairs
 from finetune.data import render, with_template
-from training.data import workers
-from training.data.corpus import prepare
+from training.data import encoding
 from training.data.documents import Position
+from training.data.preparation import prepare
 from training.data.rows import format_of
 from training.data.sources import read_documents, read_stretches
 from training.data.tokenizers import build_tokenizer
@@ -202,7 +202,7 @@ def test_bad_rows_of_a_killed_preparation_are_counted_once():
     Path("some.jsonl").write_text("\n".join(lines))
     options = {"data_files": ["some.jsonl"], "on_bad_file": "skip", "validation_by": "documents", **BYTES}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(workers, "BATCH_CHARACTERS", 700)
+        patched.setattr(encoding, "BATCH_CHARACTERS", 700)
         unbroken = prepared("unbroken", **options)
         assert killed_after(3, data_dir="killed", **options) == -signal.SIGKILL
         assert prepared("killed", **options) == unbroken

@@ -89,7 +89,7 @@ def test_a_document_in_pieces_is_one_document(folder, monkeypatch) -> None:
     stream = stream_corpus(arguments()).tokens("train")
     rows = stream.training_rows(CONTEXT, 1, 250, "random")
     np.testing.assert_array_equal(read_rows(rows, range(100)), windows(expected_tokens(3), range(100)))
-    inside = next(mark for mark in stream.marks if mark.inside)
+    inside = next(mark for mark in stream.marks if mark.position.stretches)
     again = stream_corpus(arguments()).tokens("train")
     again.know(inside)
     first = -(-inside.token // CONTEXT)
@@ -101,18 +101,18 @@ def test_what_is_read_after_a_mark_is_read_from_there(folder, monkeypatch) -> No
     """Documents before the mark are not encoded again."""
     stream = stream_corpus(arguments()).tokens("train")
     stream.training_rows(CONTEXT, 1, 250, "random").__getitems__(range(140))
-    mark = Mark(**json.loads(json.dumps(stream.mark_at(130 * CONTEXT)._asdict())))
-    assert mark.documents > 0 and 120 * CONTEXT < mark.token <= 130 * CONTEXT
+    mark = Mark.from_json(json.loads(json.dumps(stream.mark_at(130 * CONTEXT).to_json())))
+    assert mark.position.documents > 0 and 120 * CONTEXT < mark.token <= 130 * CONTEXT
     stream._pool.shutdown(cancel_futures=True)  # what it read ahead is not to be counted
     corpus, seen = stream_corpus(arguments()), []
     encode = streaming.encode_documents
     monkeypatch.setattr(
         streaming, "encode_documents", lambda t, texts, names: seen.extend(names) or encode(t, texts, names)
     )
-    corpus.stream.know(mark)
+    corpus.tokens("train").know(mark)
     rows = corpus.tokens("train").training_rows(CONTEXT, 1, 250, "random")
     np.testing.assert_array_equal(read_rows(rows, range(130, 134)), windows(expected_tokens(3), range(130, 134)))
-    assert Path(seen[0]).name == f"{mark.documents:03d}.txt"
+    assert Path(seen[0]).name == f"{mark.position.documents:03d}.txt"
 
 
 @pytest.mark.parametrize("held", [2, len(DOCUMENTS[0]), len(DOCUMENTS[0]) + len(DOCUMENTS[1]), 300])
@@ -138,8 +138,9 @@ def test_a_mixture_does_not_train_on_what_validates(folder) -> None:
     data = DataArguments(mixture=mixture, streaming=True, validation_characters=130, validation_by="documents")
     drawn = [document.text for document in read_documents(data)]
     corpus = stream_corpus(data)
-    held = [text for text in drawn[: corpus.held.document] if text.startswith("<small")]
-    assert held and not drawn[corpus.held.document].startswith("<small"), "another seed or size is needed"
+    begin = corpus.tokens("train").held.position.documents
+    held = [text for text in drawn[:begin] if text.startswith("<small")]
+    assert held and not drawn[begin].startswith("<small"), "another seed or size is needed"
     assert drawn.count(held[0]) > 1
     trained = bytes(i for i in corpus.tokens("train").read(0, 5000).tolist() if i < 256).decode()
     assert held[0] not in trained
@@ -205,7 +206,7 @@ def test_parquet_shards_go_on_without_reading_those_before(folder, monkeypatch) 
     tokens = stream_corpus(data).tokens("train")
     whole = tokens.read(0, 1100).tolist()
     mark = tokens.mark_at(1000)
-    assert mark.place[0] == 2, "the mark should lie in the last shard"
+    assert mark.position.place[0] == 2, "the mark should lie in the last shard"
     tokens._pool.shutdown(cancel_futures=True)  # what it reads ahead is not to be counted
     opened, read = [], readers._parquet_rows
     again = stream_corpus(data).tokens("train")

@@ -1,7 +1,7 @@
 """`acorn prepare RECIPE [--flag value …]`: turn a text into shards of tokens."""
 
 from .config.command_line import load_recipe
-from .data.corpus import prepare, summary
+from .data.preparation import prepare
 from .data.streaming import is_streamed, refuse_stream_options
 from .system.errors import quiet_libraries, run_main
 from .system.shell import shell
@@ -15,8 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     recipe = load_recipe("prepare", argv, about=ABOUT, examples=EXAMPLES, sections=("data",))
     refuse_stream_options(recipe.data_arguments())
-    corpus = prepare(recipe.data_arguments(), name=recipe.name, check_shards=True)
-    print(summary(corpus))
+    corpus = prepare(recipe.data_arguments(), name=recipe.name, check_hashes=True)
+    print(corpus.summary())
     command = recipe.command.replace("prepare", "pretrain", 1)  # the same words find the same tokens
     streamed = is_streamed(recipe.data_arguments())
     print(f"Type next: {command}" + (f" {shell(data_dir=corpus.directory)}" if streamed else ""))

@@ -14,10 +14,18 @@ from modeling import GPTConfig, GPTForCausalLM
 
 from .config.recipe import Recipe, load_run_recipe
 from .costs import refuse_too_large
-from .data.corpus import Corpus, corpus_at, load_corpus, prepare, summary, whereabouts
+from .data.corpus import (
+    Corpus,
+    corpus_at,
+    inputs_named_by,
+    load_corpus,
+    record_inputs,
+    refuse_other_inputs,
+    whereabouts,
+)
 from .data.dataset import EvaluationRows
 from .data.datatrove_tokens import holds_datatrove, load_datatrove
-from .data.inputs import inputs_named_by, record_inputs, refuse_other_inputs
+from .data.preparation import prepare
 from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing, encoding_hash
@@ -235,7 +243,7 @@ class Run:
         args, trainer, corpus = self.args, self.trainer, self.corpus
         return (
             f"{self.recipe.name}: {self.describe_model()}\n"
-            f"{corpus.summary() if corpus.directory is None else summary(corpus)}\n"
+            f"{corpus.summary()}\n"
             f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens ({trainer.rows_per_step:,} sequences) on "
             f"{args.world_size} × {args.device.type}, {trained_in(trainer)}"
             f"{', deterministic' if args.full_determinism else ''}, {args.optimizer}, "

@@ -11,7 +11,7 @@ import yaml
 
 from modeling import PRESETS, GPTConfig
 
-from ..data.corpus import DECIDED
+from ..data.preparation import DECIDED
 from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from ..model.devices import PRECISION_KEYS
 from ..system.addresses import each_text, public_name, public_text

@@ -1,94 +1,74 @@
-"""Any text → token shards, a tokenizer and `manifest.json` in one directory, written whole or not at all."""
+"""What is trained on: tokens of two splits, their tokenizer and a manifest, prepared in a directory or streamed."""
 
 import json
 import os
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from ..system.errors import UserError
-from ..system.files import digest, hash_file, publish, write_whole
-from .building import CORPUS, STATE, building_folder, built_aside
-from .dataset import TokenShards
-from .inputs import text_digest
-from .preparation import dtype_of, read_state, saved_tokenizer, write_tokens
-from .sources import fingerprint_sources, licence_of, named_sources, read_documents
-from .splitting import SPLITS, check_split_options
-from .tokenizers import BUILDERS, build_tokenizer, load_tokenizer, tokenizer_hash
+from ..system.files import digest, hash_file, read_json, write_json
+from .dataset import Tokens, TokenShards
+from .sources import fingerprint_sources
+from .tokenizers import BUILDERS, load_tokenizer, tokenizer_hash
 
-FORMAT = "acorn-corpus"
-FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+FORMAT, FORMAT_VERSION = "acorn-corpus", 1
 MANIFEST = "manifest.json"
 HASHED_BYTES = 256 << 20  # of shards, which are hashed in the time that a person does not notice
-# What preparing decides: with tokens that are prepared it can only be said again.
-DECIDED = """
-validation_fraction validation_by validation_seed validation_characters shard_size num_proc streaming on_bad_file
-tokenizer_vocab_size text_column dataset_config dataset_split
-""".split()
+ELSEWHERE = "prepare the text again into another --data_dir"
+INPUTS = "inputs.json"
+Inputs = dict[str, str | None]  # what, in words: its fingerprint; None where it cannot be taken
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared directory: `tokens(split)` for training, `tokenizer`, and the manifest that describes them."""
+    """The tokens to train and to validate on, with their tokenizer and the manifest that describes them.
 
-    directory: Path
-    manifest: dict
-
-    @cached_property
-    def tokenizer(self):
-        return load_tokenizer(str(self.directory / "tokenizer"))
-
-    def tokens(self, split: str) -> TokenShards:
-        """Return the tokens of "train" or "validation", memory-mapped."""
-        return TokenShards([path for path, _ in self.shards(split)], np.dtype(self.manifest["dtype"]).str)
-
-    @cached_property
-    def inputs(self) -> dict[str, str | None]:
-        """What is fingerprinted of it in a run directory (see inputs.py)."""
-        tokens = {f"the {split} tokens": [shard["sha256"] for _, shard in self.shards(split)] for split in SPLITS}
-        return {
-            "the text": text_digest(self.manifest["sources"]),
-            "the validation split": digest(self.manifest["validation"]),
-            "the tokenizer": self.manifest["tokenizer"]["hash"],
-        } | {what: digest(hashes) for what, hashes in tokens.items()}
-
-    def shards(self, *splits: str) -> list[tuple[Path, dict]]:
-        """Return the path of each shard of the splits, and what the manifest says of it."""
-        listed = [shard for split in splits for shard in self.manifest["splits"][split]["shards"]]
-        return [(self.directory / shard["file"], shard) for shard in listed]
-
-
-def prepare(data, tokenizer=None, name: str = "corpus", check_shards: bool = False) -> Corpus:
-    """Tokenise the text that the data arguments name into `data_dir`, or use what already lies there.
-
-    `data_dir` defaults to corpora/<name>-<first 8 hex digits of the fingerprint>. The fingerprint covers sources,
-    tokenizer and split options, so preparing the same thing again does nothing, and a preparation that was killed goes
-    on where it was. `check_shards` compares what is there already with its hashes. Raises UserError for arguments that
-    cannot be met, for a directory that holds something else, for shards that are damaged and for a full disk.
+    It is made by `prepare` or `load_corpus` from a prepared directory, by `load_datatrove`, and by `stream_corpus`:
+    then it has no directory, its training tokens have no end, and its manifest says nothing of them. find_inputs takes
+    the fingerprints that a run directory keeps, which may mean to read all of the text.
     """
-    if data.data_dir and not named_sources(data):
-        return _prepared_with(data)
-    check_options(data)
-    description = describe(data, tokenizer)
-    fingerprint = _digest(description)
-    directory = Path(data.data_dir or f"corpora/{name}-{fingerprint[:8]}")
-    if _is_prepared(directory, fingerprint):
-        shutil.rmtree(building_folder(directory, fingerprint), ignore_errors=True)  # if it was killed at the very end
-        corpus = load_corpus(directory)
-        whole = f", and its {verify(corpus)} shards are whole" if check_shards else ""
-        if os.environ.get("RANK", "0") == "0":  # torchrun's number of this process: one line, not one a process
-            print(f"{directory} is prepared already{whole}: nothing to do.")
-        return corpus
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "name": name, "fingerprint": fingerprint}
-    with built_aside(directory, fingerprint) as folder:
-        if not _is_prepared(directory, fingerprint):  # the process that this one waited for may have done it
-            _build(folder, directory, data, tokenizer, header | description)
-    return load_corpus(directory)
+
+    directory: Path | None
+    manifest: dict
+    tokenizer: PreTrainedTokenizerFast = field(compare=False)
+    splits: dict[str, Tokens] = field(compare=False)
+    find_inputs: Callable[[], Inputs] = field(compare=False)
+
+    def tokens(self, split: str) -> Tokens:
+        """Return the tokens of "train" or "validation"."""
+        return self.splits[split]
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What a run is grown from, by fingerprints."""
+        return self.find_inputs()
+
+    def summary(self) -> str:
+        """Return one line that says what it holds."""
+        splits, vocabulary = self.manifest["splits"], f"vocabulary {self.manifest['vocab_size']:,}"
+        if self.directory is None:
+            held = splits["validation"]
+            validates = f"the first {held['tokens']:,} tokens ({held['documents']:,} documents) validate"
+            source = f"streaming {self.manifest['source']}"
+            return f"{source}: {validates}, the rest trains in order; {vocabulary}, nothing is prepared."
+        counts = " and ".join(f"{splits[split]['tokens']:,} {split}" for split in SPLITS)
+        skipped = "; ".join(f"{name}: {why}" for name, why in self.manifest.get("left_out", {}).items())
+        return f"{self.directory}: {counts} tokens, {vocabulary}.{f' Left out: {skipped[:300]}.' if skipped else ''}"
+
+
+def tokenizer_facts(name: str, tokenizer) -> dict:
+    """Return what a manifest says of a tokenizer."""
+    facts = {"tokenizer": {"name": name, "hash": tokenizer_hash(tokenizer)}}
+    return facts | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+
+
+# --- prepared directories ---------------------------------------------------------------------------------------------
 
 
 def load_corpus(directory: str | os.PathLike) -> Corpus:
@@ -97,28 +77,29 @@ def load_corpus(directory: str | os.PathLike) -> Corpus:
     Of shards beyond HASHED_BYTES together the sizes alone are compared.
     """
     directory = Path(directory)
-    corpus = Corpus(directory, read_manifest(directory))
-    sizes = _expected_sizes(corpus)
-    for path, expected in sizes:
-        _check_shard(path, expected)
-    if sum(size for _, size in sizes) <= HASHED_BYTES:
-        verify(corpus)
-    if (found := tokenizer_hash(corpus.tokenizer)) != (expected := corpus.manifest["tokenizer"]["hash"]):
-        where = f"{directory / 'tokenizer'}: its hash is {found[:8]} and the tokens were made with {expected[:8]}"
-        raise UserError(f"{where}; prepare the text again into another --data_dir")
-    return corpus
-
-
-def whereabouts(prepared: object) -> tuple[str, str] | None:
-    """Directory and fingerprint of a prepared corpus, for another process; None for what lies nowhere prepared."""
-    return (str(prepared.directory), prepared.manifest["fingerprint"]) if isinstance(prepared, Corpus) else None
-
-
-def corpus_at(whereabouts: tuple[str, str]) -> Corpus | None:
-    """The corpus that another process has prepared; None where this machine does not see it."""
-    directory, fingerprint = Path(whereabouts[0]), whereabouts[1]
-    is_here = (directory / MANIFEST).is_file() and read_manifest(directory).get("fingerprint") == fingerprint
-    return load_corpus(directory) if is_here else None
+    manifest = read_manifest(directory)
+    dtype = _check_sizes(directory, manifest)
+    if sum(path.stat().st_size for path, _ in _shards(directory, manifest, *SPLITS)) <= HASHED_BYTES:
+        check_shards(directory, manifest)
+    tokenizer = load_tokenizer(str(directory / "tokenizer"))
+    if (found := tokenizer_hash(tokenizer)) != (expected := manifest["tokenizer"]["hash"]):
+        why = f"its hash is {found[:8]} and the tokens were made with {expected[:8]}"
+        raise UserError(f"{directory / 'tokenizer'}: {why}; {ELSEWHERE}")
+    shards = {split: _shards(directory, manifest, split) for split in SPLITS}
+    return Corpus(
+        directory,
+        manifest,
+        tokenizer,
+        {split: TokenShards([path for path, _ in listed], dtype.str) for split, listed in shards.items()},
+        lambda: (
+            {
+                "the text": text_digest(manifest["sources"]),
+                "the validation split": digest(manifest["validation"]),
+                "the tokenizer": manifest["tokenizer"]["hash"],
+            }
+            | {f"the {split} tokens": digest([facts["sha256"] for _, facts in shards[split]]) for split in SPLITS}
+        ),
+    )
 
 
 def read_manifest(directory: Path) -> dict:
@@ -129,162 +110,107 @@ def read_manifest(directory: Path) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"data_dir={str(directory)!r}: holds no {MANIFEST}; make it with acorn prepare") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); prepare the text again into another --data_dir") from error
+        raise UserError(f"{path}: cannot be read ({error}); {ELSEWHERE}") from error
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("format_version")) != (FORMAT, 1):
         raise UserError(f"{path}: is not of format {FORMAT} {FORMAT_VERSION}; prepare the text again")
     return manifest
 
 
-def _expected_sizes(corpus: Corpus) -> list[tuple[Path, int]]:
-    """Return each shard's path and size in bytes; raise UserError for a manifest that contradicts itself."""
-    path, manifest = corpus.directory / MANIFEST, corpus.manifest
+def _shards(directory: Path, manifest: dict, *splits: str) -> list[tuple[Path, dict]]:
+    """Return the path of each shard of the splits, and what the manifest says of it."""
+    listed = [shard for split in splits for shard in manifest["splits"][split]["shards"]]
+    return [(directory / shard["file"], shard) for shard in listed]
+
+
+def _check_sizes(directory: Path, manifest: dict) -> np.dtype:
+    """Refuse a manifest that contradicts itself and shards of another size; return the type of the tokens."""
+    path = directory / MANIFEST
     try:
-        itemsize = np.dtype(manifest["dtype"]).itemsize
-        for split in SPLITS:
-            listed = sum(shard["tokens"] for _, shard in corpus.shards(split))
-            total = manifest["splits"][split]["tokens"]
-            if listed != total:
-                why = f"its {split} shards hold {listed:,} tokens together, and it says {total:,}"
-                raise UserError(f"{path}: {why}; prepare the text again into another --data_dir")
         manifest["tokenizer"]["hash"]
-        return [(shard_path, shard["tokens"] * itemsize) for shard_path, shard in corpus.shards(*SPLITS)]
+        dtype = np.dtype(manifest["dtype"])
+        for split in SPLITS:
+            listed = sum(shard["tokens"] for _, shard in _shards(directory, manifest, split))
+            if listed != (total := manifest["splits"][split]["tokens"]):
+                why = f"its {split} shards hold {listed:,} tokens together, and it says {total:,}"
+                raise UserError(f"{path}: {why}; {ELSEWHERE}")
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: lacks {error}; prepare the text again into another --data_dir") from error
+        raise UserError(f"{path}: lacks {error}; {ELSEWHERE}") from error
+    for path, shard in _shards(directory, manifest, *SPLITS):
+        expected = shard["tokens"] * dtype.itemsize
+        if not path.exists():
+            raise UserError(f"{path}: is missing; {ELSEWHERE}")
+        if (size := path.stat().st_size) != expected:
+            raise UserError(f"{path}: is {size} bytes long, not {expected}; {ELSEWHERE}")
+    return dtype
 
 
-def _check_shard(path: Path, expected: int) -> None:
-    size = path.stat().st_size if path.exists() else "missing"
-    if size != expected:
-        have = size if size == "missing" else f"{size} bytes long, not {expected}"
-        raise UserError(f"{path}: is {have}; prepare the text again into another --data_dir")
-
-
-def verify(corpus: Corpus) -> int:
+def check_shards(directory: Path, manifest: dict) -> int:
     """Compare each shard with its hash in the manifest and return how many there are; UserError names one that differs.
 
     Loading a large corpus compares sizes only, because this reads every byte.
     """
-    shards = corpus.shards(*SPLITS)
+    shards = _shards(directory, manifest, *SPLITS)
     for path, shard in shards:
         if hash_file(path) != shard["sha256"]:
             raise UserError(f"{path}: its bytes are not those that were written; prepare the text again elsewhere")
     return len(shards)
 
 
-def summary(corpus: Corpus) -> str:
-    """Return one line that says what a corpus holds."""
-    splits = corpus.manifest["splits"]
-    counts = " and ".join(f"{splits[split]['tokens']:,} {split}" for split in SPLITS)
-    left_out = corpus.manifest.get("left_out", {})
-    note = f" Left out: {'; '.join(f'{name}: {why}' for name, why in left_out.items())[:300]}." if left_out else ""
-    return f"{corpus.directory}: {counts} tokens, vocabulary {corpus.manifest['vocab_size']:,}.{note}"
+def whereabouts(prepared: object) -> tuple[str, str] | None:
+    """Directory and fingerprint of a prepared corpus, for another process; None for what lies nowhere prepared."""
+    fingerprint = prepared.manifest.get("fingerprint") if isinstance(prepared, Corpus) else None
+    return (str(prepared.directory), fingerprint) if fingerprint else None
 
 
-# --- what is to be prepared -------------------------------------------------------------------------------------------
+def corpus_at(whereabouts: tuple[str, str]) -> Corpus | None:
+    """The corpus that another process has prepared; None where this machine does not see it."""
+    directory, fingerprint = Path(whereabouts[0]), whereabouts[1]
+    is_here = (directory / MANIFEST).is_file() and read_manifest(directory).get("fingerprint") == fingerprint
+    return load_corpus(directory) if is_here else None
 
 
-def check_options(data) -> None:
-    """Refuse options that cannot be met, before any text is read."""
-    check_split_options(data)
+# --- the inputs of a run: recorded as it begins, and the same again whenever it goes on -------------------------------
 
 
-def describe(data, tokenizer=None) -> dict:
-    """Return all that decides which tokens come out, as a dict fit for JSON."""
-    split = {"by": data.validation_by, "fraction": data.validation_fraction, "seed": data.validation_seed}
-    return {"sources": fingerprint_sources(data), "tokenizer_choice": _choice(data, tokenizer), "validation": split}
+def text_digest(sources: dict) -> str | None:
+    """The fingerprint of sources by what they hold, wherever their files lie; None where the Hub gave no revision."""
+
+    def contents(part):
+        if isinstance(part, dict):
+            return {key: contents(value) for key, value in part.items() if key not in ("path", "python")}
+        return [contents(entry) for entry in part] if isinstance(part, list) else part
+
+    text = json.dumps(contents(sources), sort_keys=True)
+    return None if '"revision": null' in text else digest(text.encode())
 
 
-def _choice(data, tokenizer) -> dict:
-    """Name a tokenizer that is built by its recipe, and one that exists by what it does."""
-    if tokenizer is None and data.tokenizer in BUILDERS:
-        return {"build": data.tokenizer, "vocab_size": data.tokenizer_vocab_size}
-    return {"hash": tokenizer_hash(tokenizer or load_tokenizer(data.tokenizer))}
+def split_rule(data) -> dict:
+    """The rule that says which text validates, as a manifest holds it."""
+    return {"by": data.validation_by, "fraction": data.validation_fraction, "seed": data.validation_seed}
 
 
-def _digest(description: dict) -> str:
-    return digest([FORMAT_VERSION, description])
-
-
-def _texts(data) -> Iterator[str]:
-    return (document.text for document in read_documents(data))
-
-
-def _is_prepared(directory: Path, fingerprint: str) -> bool:
-    """Say whether the directory holds just this; raise UserError where it holds anything else."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return False
-    held = read_manifest(directory).get("fingerprint", "unknown")
-    if held != fingerprint:
-        what = f"holds another corpus ({held[:8]}, and this one is {fingerprint[:8]})"
-        raise UserError(f"data_dir={str(directory)!r}: {what}; name another --data_dir, or remove it yourself")
-    return True
-
-
-def _prepared_with(data) -> Corpus:
-    """Open `data_dir`, and refuse tokens that were made with another tokenizer than the one that is named.
-
-    "byte" is what stands there when nobody named one. Names are compared first: a machine without a network, to which
-    tokens were carried, cannot load "gpt2".
-    """
-    corpus = load_corpus(data.data_dir)
-    _refuse_decided(data, corpus.manifest)
-    held = corpus.manifest["tokenizer"]
-    if data.tokenizer in ("byte", held["name"]):
-        return corpus
-    if data.tokenizer in BUILDERS or tokenizer_hash(load_tokenizer(data.tokenizer)) != held["hash"]:
-        what = f"its tokens were made with {held['name']!r}"
-        mend = "name that one, or prepare the text again into another --data_dir"
-        raise UserError(f"tokenizer={data.tokenizer!r}: data_dir={data.data_dir!r} is not its: {what}; {mend}")
-    return corpus
-
-
-def _refuse_decided(data, manifest: dict) -> None:
-    """Refuse what was decided when the tokens were prepared, where it is named and was decided otherwise."""
-    held = {f"validation_{key}": value for key, value in (manifest.get("validation") or {}).items()}
-    for field in fields(data):
-        value = getattr(data, field.name)
-        if field.name in DECIDED and value not in (field.default, held.get(field.name, field.default)):
-            was = f"prepared with {held[field.name]!r}" if field.name in held else "prepared already"
-            mend = "leave it out, or prepare the text again into another --data_dir"
-            raise UserError(f"{field.name}={value!r}: the tokens in data_dir={data.data_dir!r} were {was}; {mend}")
-
-
-# --- building ---------------------------------------------------------------------------------------------------------
-
-
-def _refuse_changed_files(folder: Path, data, sources: dict) -> None:
-    """Refuse tokens of files that were written to after their fingerprint was taken; only such files are read again."""
-    before = _files_in(sources)
-    changed = sorted({path for path, *_ in before ^ _files_in(fingerprint_sources(data))}) if before else []
-    if changed:
-        (folder / STATE).unlink(missing_ok=True)  # so that the folder goes, too
-        why = "was written to while it was being prepared; start again when nothing writes to it, or name a copy"
-        raise UserError(f"{named_sources(data)[0]}: {changed[0]} {why}")
-
-
-def _files_in(sources: dict) -> set[tuple]:
-    """Return (path, bytes, hash) of each local file in a fingerprint of sources."""
-    files = {(file["path"], file["bytes"], file["sha256"]) for file in sources.get("files", ())}
-    return files.union(*map(_files_in, sources.get("parts", ())))
-
-
-def _build(folder: Path, directory: Path, data, tokenizer, header: dict) -> None:
-    """Prepare the text below `folder`, going on with what is there, and put it in the place of `directory`."""
-    begun = time.monotonic()
-    state = read_state(folder, header["fingerprint"], data.shard_size)
-    if not state.rule:
-        tokenizer = tokenizer or build_tokenizer(data.tokenizer, lambda: _texts(data), data.tokenizer_vocab_size)
-        tokenizer.save_pretrained(folder / CORPUS / "tokenizer")
-    saved = saved_tokenizer(folder)
-    manifest = header | {
-        "tokenizer": {"name": data.tokenizer, "hash": tokenizer_hash(saved)},
-        "vocab_size": len(saved),
-        "eos_token_id": saved.eos_token_id,
-        "dtype": dtype_of(saved).name,
-        "licence": licence_of(data),
+def inputs_named_by(data) -> Inputs:
+    """What can be known of the inputs before the text is prepared (again)."""
+    inputs = {
+        "the text": text_digest(fingerprint_sources(data)),
+        "the validation split": digest(split_rule(data)),
     }
-    manifest |= write_tokens(folder, state, data, saved, begun)
-    _refuse_changed_files(folder, data, header["sources"])
-    write_whole(folder / CORPUS / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    if not publish(folder / CORPUS, directory):
-        _is_prepared(directory, header["fingerprint"])  # by a process that does not see this one's lock
+    if data.tokenizer not in BUILDERS:
+        inputs["the tokenizer"] = tokenizer_hash(load_tokenizer(data.tokenizer))
+    return inputs
+
+
+def record_inputs(run_dir: Path, inputs: Inputs) -> None:
+    """Write what the run is grown from, whole."""
+    write_json(run_dir / INPUTS, inputs)
+
+
+def refuse_other_inputs(run_dir: Path, inputs: Inputs) -> None:
+    """Refuse to go on with anything else than the run began with; runs of an Acorn that recorded nothing are taken."""
+    recorded = read_json(run_dir / INPUTS, "copy it from a backup")
+    changed = [what for what, now in inputs.items() if now and recorded.get(what) and now != recorded[what]]
+    if changed:
+        raise UserError(
+            f"{run_dir}: {', '.join(changed)} changed since the run began: restore what it was, or start a new "
+            "run with another --output_dir"
+        )

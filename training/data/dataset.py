@@ -132,24 +132,26 @@ class TokenShards(Tokens):
 
 
 class ShardWriter:
-    """Writes tokens to `<split>-00000.bin` and on, `shard_size` tokens each, one file open at a time.
+    """Writes a split's tokens to `<split>-00000.bin` and on, `shard_size` tokens each, one file open at a time.
 
-    `finished` lists, for each closed file, its name, its tokens and its sha256; `tokens` counts those in the open one.
-    Given both as a writer before left them, it goes on from there: later files are removed and the open one is cut to
-    so many tokens. Raises ValueError where the files there hold less than that.
+    finished: of each closed file its name, its tokens and its sha256. tokens: how many the open one has. documents,
+    bytes: of the text, which are counted by whoever writes. Given the `state()` of a writer before, it goes on from
+    there: later files are removed and the open one is cut. Raises ValueError where the files there hold less than that.
     """
 
-    def __init__(
-        self, directory: Path, split: str, dtype: np.dtype, shard_size: int, finished: list[dict] = (), tokens: int = 0
-    ):
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_size: int, saved: dict | None = None):
+        saved = saved or {}
         self.directory, self.split, self.dtype, self.shard_size = directory, split, np.dtype(dtype), shard_size
-        self.finished, self.tokens = list(finished), tokens
+        self.finished, self.tokens = list(saved.get("shards", ())), saved.get("open_tokens", 0)
+        self.documents, self.bytes = saved.get("documents", 0), saved.get("bytes", 0)
         self._file = self._hash = None
-        for number, shard in enumerate(self.finished):
-            self._check(self._path(number), shard["tokens"])
-        for stale in sorted(directory.glob(f"{split}-*.bin"))[len(self.finished) + bool(tokens) :]:
+        held = [*(shard["tokens"] for shard in self.finished), *([self.tokens] if self.tokens else [])]
+        for path, tokens in zip(map(self._path, range(len(held))), held, strict=True):
+            if not path.exists() or path.stat().st_size < tokens * self.dtype.itemsize:
+                raise ValueError(f"{path} does not hold the {tokens:,} tokens that were written to it")
+        for stale in sorted(directory.glob(f"{split}-*.bin"))[len(held) :]:
             stale.unlink()
-        if tokens:
+        if self.tokens:
             self._reopen()
 
     def write(self, tokens: np.ndarray) -> None:
@@ -165,36 +167,39 @@ class ShardWriter:
             if self.tokens == self.shard_size:
                 self.close()
 
-    def flush(self) -> None:
-        """Have the open file, if one is, on the disk as far as it is written."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    def state(self) -> dict:
+        """Return what a writer needs to go on from here, with the tokens on the disk; it is fit for JSON."""
+        self._flush()
+        counts = {"documents": self.documents, "bytes": self.bytes}
+        return counts | {"shards": self.finished, "open_tokens": self.tokens}
 
     def close(self) -> None:
         """Finish the file that is open, if one is."""
         if self._file is not None:
-            self.flush()
+            self._flush()
             file, self._file = self._file, None
             file.close()
             name = self._path(len(self.finished)).name
             self.finished.append({"file": name, "tokens": self.tokens, "sha256": self._hash.hexdigest()})
             self.tokens = 0
 
+    def manifest(self) -> dict:
+        """Return the split's part of the manifest, once its shards are closed."""
+        tokens = sum(shard["tokens"] for shard in self.finished)
+        return {"documents": self.documents, "tokens": tokens, "bytes": self.bytes, "shards": self.finished}
+
     def _path(self, number: int) -> Path:
         return self.directory / f"{self.split}-{number:05d}.bin"
 
-    def _check(self, path: Path, tokens: int) -> None:
-        if not path.exists() or path.stat().st_size < tokens * self.dtype.itemsize:
-            raise ValueError(f"{path} does not hold the {tokens:,} tokens that were written to it")
+    def _flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _reopen(self) -> None:
         """Cut the open file to its tokens and hash them again."""
-        path = self._path(len(self.finished))
-        self._check(path, self.tokens)
-        self._file = path.open("r+b")
+        self._file, self._hash = self._path(len(self.finished)).open("r+b"), hashlib.sha256()
         self._file.truncate(self.tokens * self.dtype.itemsize)
-        self._hash = hashlib.sha256()
         while raw := self._file.read(1 << 20):
             self._hash.update(raw)
 

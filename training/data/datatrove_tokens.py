@@ -6,7 +6,6 @@ number of tokens. Source: huggingface/datatrove, `pipeline/tokens/tokenizer.py`.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ..system.errors import UserError
 from ..system.files import digest
-from .corpus import MANIFEST
+from .corpus import MANIFEST, SPLITS, Corpus, tokenizer_facts
 from .dataset import Tokens, TokenShards, TokenSpans, unit_points
 from .encoding import encode_documents
-from .splitting import SPLITS, check_split_options
+from .splitting import check_split_options
 from .tokenizers import build_tokenizer, encoding_hash, tokenizer_hash, tokenizer_kind
 
 DTYPES = {2: "<u2", 4: "<u4"}
@@ -35,81 +34,50 @@ class TokenFile:
     token_size: int
 
 
-@dataclass(frozen=True)
-class DatatroveCorpus:
-    """A directory of `.ds` files, with what training asks of a `Corpus`."""
-
-    directory: Path
-    files: list[TokenFile]
-    tokenizer: PreTrainedTokenizerFast
-    validates: np.ndarray  # bool, one a document
-    name: str
-
-    @cached_property
-    def ends(self) -> np.ndarray:
-        """The end of each document, counted in tokens through all files."""
-        offsets = np.cumsum([0, *(int(file.ends[-1]) for file in self.files)])
-        return np.concatenate([file.ends + offset for file, offset in zip(self.files, offsets[:-1], strict=True)])
-
-    def tokens(self, split: str) -> Tokens:
-        """Return the tokens of "train" or "validation", memory-mapped, document after document."""
-        shards = TokenShards([file.path for file in self.files], DTYPES[self.files[0].token_size])
-        return TokenSpans(shards, *spans(self.validates == (split == "validation"), self.ends))
-
-    @cached_property
-    def inputs(self) -> dict[str, str | None]:
-        """What is fingerprinted of it in a run directory (see inputs.py): lengths of documents, ends of files."""
-        parts = [part for file in self.files for part in (file.ends.tobytes(), both_ends(file.path))]
-        return {
-            "the tokens": digest(*parts),
-            "the validation split": digest(self.validates.tobytes()),
-            "the tokenizer": encoding_hash(self.tokenizer),
-        }
-
-    @cached_property
-    def manifest(self) -> dict:
-        """What a prepared directory's manifest would say."""
-        is_validation = {"train": ~self.validates, "validation": self.validates}
-        lengths = np.diff(self.ends, prepend=0)
-        splits = {
-            split: {"documents": int(is_validation[split].sum()), "tokens": int(lengths[is_validation[split]].sum())}
-            for split in SPLITS
-        }
-        splits["validation"]["bytes"] = count_bytes(self.tokenizer, self.tokens("validation"))
-        return {
-            "tokenizer": {"name": self.name, "hash": tokenizer_hash(self.tokenizer)},
-            "vocab_size": len(self.tokenizer),
-            "eos_token_id": self.tokenizer.eos_token_id,
-            "dtype": np.dtype(DTYPES[self.files[0].token_size]).name,
-            "licence": None,
-            "splits": splits,
-        }
-
-
 def holds_datatrove(directory: str | Path | None) -> bool:
     """Say whether a directory holds datatrove's tokens, and not those of `acorn prepare`."""
     folder = Path(directory or "")
     return bool(directory) and not (folder / MANIFEST).exists() and any(folder.glob("*.ds"))
 
 
-def load_datatrove(data) -> DatatroveCorpus:
+def load_datatrove(data) -> Corpus:
     """Open the tokens in `data_dir`; raise UserError where files are not whole or the tokenizer is another one."""
     check_split_options(data)
-    directory = Path(data.data_dir)
+    files = read_token_files(Path(data.data_dir))
+    tokenizer = build_tokenizer(data.tokenizer, None, data.tokenizer_vocab_size)
+    check_tokenizer(data.tokenizer, tokenizer, files[0])
+    lengths, dtype = np.concatenate([np.diff(file.ends, prepend=0) for file in files]), DTYPES[files[0].token_size]
+    if len(lengths) < 2:
+        raise UserError(f"{files[0].path}: one document cannot be split; tokenise two at least")
+    validates = choose_validation(data, lengths)
+    shards = TokenShards([file.path for file in files], dtype)
+    chosen = {"train": ~validates, "validation": validates}
+    tokens = {split: TokenSpans(shards, *spans(documents, lengths)) for split, documents in chosen.items()}
+    splits = {split: {"documents": int(chosen[split].sum()), "tokens": len(tokens[split])} for split in SPLITS}
+    splits["validation"]["bytes"] = count_bytes(tokenizer, tokens["validation"])
+    manifest = tokenizer_facts(data.tokenizer, tokenizer) | {"dtype": np.dtype(dtype).name, "licence": None}
+    inputs = {
+        "the tokens": digest(*(part for file in files for part in (file.ends.tobytes(), both_ends(file.path)))),
+        "the validation split": digest(validates.tobytes()),
+        "the tokenizer": encoding_hash(tokenizer),
+    }
+    return Corpus(Path(data.data_dir), manifest | {"splits": splits}, tokenizer, tokens, lambda: inputs)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_token_files(directory: Path) -> list[TokenFile]:
+    """Read what lies beside the `.ds` files of a directory, and refuse tokens that do not belong together."""
     files = [read_token_file(path) for path in sorted(directory.glob("*.ds"))]
     files = [file for file in files if len(file.ends) and file.ends[-1]]  # a task without documents leaves nothing
     if not files:
-        raise UserError(f"data_dir={data.data_dir!r}: its .ds files hold no token; {HOW}")
+        raise UserError(f"data_dir={str(directory)!r}: its .ds files hold no token; {HOW}")
     for file in files:
         if (file.tokenizer, file.token_size) != (files[0].tokenizer, files[0].token_size):
             raise UserError(f"{file.path}: was made with {file.tokenizer!r} and {files[0].path.name} with "
                             f"{files[0].tokenizer!r}: keep one of them in {directory}")  # fmt: skip
-    tokenizer = build_tokenizer(data.tokenizer, None, data.tokenizer_vocab_size)
-    check_tokenizer(data.tokenizer, tokenizer, files[0])
-    return DatatroveCorpus(directory, files, tokenizer, choose_validation(data, files), data.tokenizer)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
+    return files
 
 
 def read_token_file(path: Path) -> TokenFile:
@@ -162,26 +130,24 @@ def check_tokenizer(name: str, tokenizer, file: TokenFile) -> None:
 
     Where the tokenizer that made them is called otherwise and is not here, its tokens alone decide.
     """
-    made_by = file.tokenizer
-    if made_by not in (name, f"{name}/tokenizer.json"):
-        source = Path(made_by)
-        is_known = source.is_file()
-        is_same = is_known and tokenizer_hash(PreTrainedTokenizerFast(tokenizer_file=made_by)) == tokenizer_hash(
-            tokenizer
-        )
-        if not is_same and (is_known or tokenizer_kind(tokenizer) != "other"):
-            raise _other_tokenizer(name, file)
-    starts = [0, *file.ends[:-1]]
+    made_by = file.tokenizer.removesuffix("/tokenizer.json")
+    other = UserError(f"tokenizer={name!r}: {file.path} was made with {made_by!r}; give --tokenizer {made_by}")
+    if made_by != name and Path(file.tokenizer).is_file():
+        if tokenizer_hash(PreTrainedTokenizerFast(tokenizer_file=file.tokenizer)) != tokenizer_hash(tokenizer):
+            raise other
+    elif made_by != name and tokenizer_kind(tokenizer) != "other":
+        raise other
     tokens = TokenShards([file.path], DTYPES[file.token_size])
-    spans_checked = list(zip(starts, file.ends, strict=True))[:CHECKED_DOCUMENTS]
-    documents = [tokens.window(int(start), int(end - start)) for start, end in spans_checked if end > start]
+    lengths = np.diff(file.ends, prepend=0)[:CHECKED_DOCUMENTS].tolist()
+    ends = file.ends[:CHECKED_DOCUMENTS].tolist()
+    documents = [tokens.window(end - length, length) for end, length in zip(ends, lengths, strict=True) if length]
     if any(ids.max() >= len(tokenizer) for ids in documents):
-        raise _other_tokenizer(name, file)
+        raise other
     if not all(ids[-1] == tokenizer.eos_token_id for ids in documents):
         why = f"its documents do not end with {tokenizer.eos_token} (id {tokenizer.eos_token_id})"
         raise UserError(f"{file.path}: {why}; {HOW} with that eos_token, or name the --tokenizer that has theirs")
     if sum(_encodes_again(tokenizer, ids[:-1]) for ids in documents) < len(documents) / 2:
-        raise _other_tokenizer(name, file)
+        raise other
 
 
 def _encodes_again(tokenizer, ids: np.ndarray) -> bool:
@@ -192,19 +158,11 @@ def _encodes_again(tokenizer, ids: np.ndarray) -> bool:
     return bool(np.array_equal(encode_documents(tokenizer, [text])[0][:sure], begin[:sure]))
 
 
-def _other_tokenizer(name: str, file: TokenFile) -> UserError:
-    made_by = file.tokenizer.removesuffix("/tokenizer.json")
-    return UserError(f"tokenizer={name!r}: {file.path} was made with {made_by!r}; give --tokenizer {made_by}")
-
-
 # --- splitting --------------------------------------------------------------------------------------------------------
 
 
-def choose_validation(data, files: list[TokenFile]) -> np.ndarray:
+def choose_validation(data, lengths: np.ndarray) -> np.ndarray:
     """Return which documents validate: the last ones (position), or those that a hash of seed and number picks."""
-    lengths = np.concatenate([np.diff(file.ends, prepend=0) for file in files])
-    if len(lengths) < 2:
-        raise UserError(f"{files[0].path}: one document cannot be split; tokenise two at least")
     if data.validation_by == "documents":
         points = unit_points(np.arange(len(lengths), dtype=np.uint64), data.validation_seed)
     else:  # the share of all tokens that comes after a document begins
@@ -215,11 +173,11 @@ def choose_validation(data, files: list[TokenFile]) -> np.ndarray:
     return validates
 
 
-def spans(chosen: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spans(chosen: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where each run of chosen documents starts and where it ends, in tokens."""
     edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
-    first, after = edges[::2], edges[1::2]
-    return np.concatenate([[0], ends])[first], ends[after - 1]
+    places = np.concatenate([[0], np.cumsum(lengths)])[edges]
+    return places[::2], places[1::2]
 
 
 def count_bytes(tokenizer, tokens: Tokens) -> int:

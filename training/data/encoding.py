@@ -1,20 +1,36 @@
 """Documents to token ids: by a table, by `tokenizers`, or by tiktoken, in this process or shared out among several."""
 
+import gc
 import json
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain, islice
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from accelerate.utils import patch_environment
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ..system.errors import UserError
+from .documents import Document
 from .tokenizers import BYTE_VOCABULARY, backend_state, characters_of, splits_as_gpt2, tokenizer_kind
 
 THE_PROMPT = "the prompt"
+BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once, by each of up to eight processes; by more, less each
+PROCESSES_AT_FULL_SIZE = 8
+IS_FORKED = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"  # macOS's is not safe
+Batch = list[Document]
 
 
 def _encode_bytes(tokenizer, texts: list[str], names: list[str]) -> list[np.ndarray]:
@@ -221,3 +237,89 @@ def _threads() -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return int(os.environ.get("RAYON_NUM_THREADS", 0)) or cores or 1
+
+
+# --- in one process or several ----------------------------------------------------------------------------------------
+
+
+def encode_batch(tokenizer, dtype: np.dtype, batch: Batch) -> list[np.ndarray]:
+    """Return the ids of each text; a UserError names the one that cannot be encoded, and where in it."""
+    names = [f"{part.name} (from character {part.at} on)" if part.at else part.name for part in batch]
+    return [ids.astype(dtype) for ids in encode_documents(tokenizer, [part.text for part in batch], names)]
+
+
+def encode_in_order(
+    documents: Iterable[Document], tokenizer, dtype: np.dtype, num_proc: int
+) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+    """Yield batches of documents with the ids of each, in the order of the documents.
+
+    With num_proc > 1 so many processes encode, each without threads, and no more than two batches a process are under
+    way; what comes out is the same. A text of one batch is encoded here. (`Executor.map` takes a `buffersize` from
+    Python 3.14 on; `datasets.map` and `Pool.imap` would take all of the text at once.)
+    """
+    batches = _batches(documents, BATCH_CHARACTERS * PROCESSES_AT_FULL_SIZE // max(num_proc, PROCESSES_AT_FULL_SIZE))
+    first = list(islice(batches, 2))
+    if num_proc == 1 or len(first) < 2:
+        for batch in chain(first, batches):
+            yield batch, encode_batch(tokenizer, dtype, batch)
+        return
+    waiting: deque = deque()
+    with patch_environment(TOKENIZERS_PARALLELISM="false"):  # each process is one thread
+        pool = _start_pool(tokenizer, dtype, num_proc)
+        try:
+            for batch in chain(first, batches):
+                waiting.append((batch, pool.submit(_encode_here, batch)))
+                if len(waiting) >= 2 * num_proc:
+                    batch, future = waiting.popleft()
+                    yield batch, future.result()
+            for batch, future in waiting:
+                yield batch, future.result()
+        except BrokenProcessPool as error:
+            why = f"num_proc={num_proc}: one of the processes was ended from outside, as for want of memory"
+            raise UserError(f"{why}; the same command goes on from where it was, perhaps with fewer") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+            gc.unfreeze()
+
+
+def _batches(documents: Iterable[Document], characters: int) -> Iterator[Batch]:
+    """Group documents until they hold so many characters; none is taken apart."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _start_pool(tokenizer, dtype: np.dtype, num_proc: int) -> ProcessPoolExecutor:
+    """Start the processes; where they can be forked they share the tokenizer's and the libraries' memory."""
+    context = multiprocessing.get_context("fork" if IS_FORKED else "spawn")
+    fast_bpe(tokenizer)  # built once, here
+    gc.collect()
+    gc.freeze()  # so that collecting garbage in a fork does not copy what it shares
+    return ProcessPoolExecutor(num_proc, context, _begin_work, (tokenizer, dtype, os.getpid()))
+
+
+_worker: list = []  # the tokenizer and the dtype of a worker process; empty in any other
+
+
+def _begin_work(tokenizer, dtype: np.dtype, parent: int) -> None:
+    """Make this process a worker: Ctrl-C is the parent's affair, and it does not outlive its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker[:] = tokenizer, dtype
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: a parent that was killed cannot tell its workers."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _encode_here(batch: Batch) -> list[np.ndarray]:
+    return encode_batch(*_worker, batch)

@@ -1,6 +1,6 @@
 """Which text trains and which validates, and where a long text may be taken apart without changing its tokens."""
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,40 +9,12 @@ import numpy as np
 from ..system.errors import UserError, log
 from .documents import Document
 from .sources import named_sources, read_stretches, unit_hash
-from .tokenizers import tokenizer_kind
+from .tokenizers import backend_state, splits_as_gpt2, tokenizer_kind
 
-SPLITS = ("train", "validation")
 PIECE_CHARACTERS = 1_000_000  # a longer text is encoded in pieces where that makes no difference
 
 
-class Piece(NamedTuple):
-    """A document, or a stretch of it within one split: `starts` and `ends` say whether it is the first and the last.
-
-    Only the last piece of a document is followed by the end-of-text token. `place` is the document's (see Position),
-    and `at` counts its characters before the piece.
-    """
-
-    split: str
-    name: str
-    text: str
-    starts: bool
-    ends: bool
-    place: list[int]
-    at: int = 0
-
-
 # --- rules: which split a document, or a part of it, belongs to -------------------------------------------------------
-
-
-class Splitter(NamedTuple):
-    """A way to split: `find` reads the text for its rule (a dict fit for JSON), `apply` splits documents by it.
-
-    find(data, left_out) -> rule, which holds "bytes", the size of the text, where finding it has counted them.
-    apply(parts, data, rule, characters) -> pieces; `characters` of text lie before the first part.
-    """
-
-    find: Callable[..., dict]
-    apply: Callable[..., Iterator[Piece]]
 
 
 def check_split_options(data) -> None:
@@ -52,72 +24,66 @@ def check_split_options(data) -> None:
         raise UserError(f"validation_by='position': {why}; use --validation_by documents")
 
 
-def find_rule(data, left_out: dict) -> dict:
-    """Read as much of the text as the way of splitting needs, and return its rule."""
-    return SPLITTERS[data.validation_by].find(data, left_out)
-
-
-def split(parts: Iterator[Document], data, rule: dict, characters: int = 0) -> Iterator[Piece]:
-    """Split documents, of which the first has `characters` of text before it, by a rule that was found."""
-    return SPLITTERS[rule["by"]].apply(parts, data, rule, characters)
-
-
-def find_cut(data, left_out: dict) -> dict:
+def find_cut(data, skipped: dict) -> dict:
     """Cut the concatenated text at int(characters * (1 - fraction)), as nanoGPT does: one pass counts them."""
     characters = size = 0
-    for part in read_stretches(data, skipped=left_out):
-        characters, size = characters + len(part.text), size + len(part.text.encode())
+    for stretch in read_stretches(data, skipped=skipped):
+        characters, size = characters + len(stretch.text), size + len(stretch.text.encode())
     return {"by": "position", "cut": int(characters * (1 - data.validation_fraction)), "bytes": size}
 
 
-def split_at_cut(parts: Iterator[Document], data, rule: dict, characters: int) -> Iterator[Piece]:
+def split_at_cut(stretches: Iterator[Document], data, rule: dict, characters: int) -> Iterator[Document]:
     """Give validation what lies after the cut; the head of the document that is cut gets no end-of-text token."""
-    room, inside = max(0, rule["cut"] - characters), None
-    for part in parts:
-        head, tail = part.text[:room], part.text[room:]
+    room, is_first = max(0, rule["cut"] - characters), True
+    for stretch in stretches:
+        head, tail = stretch.text[:room], stretch.text[room:]
         if room:
-            yield Piece("train", part.name, head, inside != "train", part.ends and not tail, part.place, part.at)
-            inside = "train"
+            yield stretch._replace(split="train", text=head, ends=stretch.ends and not tail)
         if tail or not room:
-            yield Piece(
-                "validation", part.name, tail, inside != "validation", part.ends, part.place, part.at + len(head)
-            )
-            inside = "validation"
-        inside = None if part.ends else inside
+            starts = stretch.starts or is_first
+            yield stretch._replace(split="validation", text=tail, at=stretch.at + len(head), starts=starts)
+            is_first = False
         room -= len(head)
 
 
-def find_limit(data, left_out: dict) -> dict:
+def find_limit(data, skipped: dict) -> dict:
     """Give a document to validation when unit_hash("validation", seed, its number) < fraction, and at least one.
 
     Where that gives one split nothing, the document with the smallest hash is the only one in validation. A text of
     one document is split by position instead, and that is said.
     """
-    seed, limit, sides = data.validation_seed, data.validation_fraction, set()
-    lowest, count = 1.0, 0
-    for part in read_stretches(data, skipped=left_out):
-        if not part.ends:
+    limit, sides, lowest, count = data.validation_fraction, set(), 1.0, 0
+    for stretch in read_stretches(data, skipped=skipped):
+        if not stretch.ends:
             continue
-        count += 1
-        point = unit_hash("validation", seed, part.number)
-        lowest = min(lowest, point)
+        point = unit_hash("validation", data.validation_seed, stretch.number)
+        count, lowest = count + 1, min(lowest, point)
         sides.add(point < limit)
         if len(sides) == 2:  # most texts show both sides early, and then are not read twice
             return {"by": "documents", "limit": limit}
     if count == 1:
         log("one document cannot be split by documents: its end validates (validation_by=position)")
-        return find_cut(data, left_out)
+        return find_cut(data, skipped)
     return {"by": "documents", "limit": float(np.nextafter(lowest, 1))}
 
 
-def split_by_limit(parts: Iterator[Document], data, rule: dict, characters: int) -> Iterator[Piece]:
+def split_by_limit(stretches: Iterator[Document], data, rule: dict, characters: int) -> Iterator[Document]:
     """Give whole documents to either split by the hash of their numbers."""
-    starts = True
-    for part in parts:
-        is_validation = unit_hash("validation", data.validation_seed, part.number) < rule["limit"]
-        side = "validation" if is_validation else "train"
-        yield Piece(side, part.name, part.text, starts, part.ends, part.place, part.at)
-        starts = part.ends
+    for stretch in stretches:
+        point = unit_hash("validation", data.validation_seed, stretch.number)
+        yield stretch._replace(split="validation" if point < rule["limit"] else "train")
+
+
+class Splitter(NamedTuple):
+    """A way to split.
+
+    find(data, skipped): reads as much of the text as it needs and returns its rule, a dict fit for JSON, which holds
+    "bytes", the size of the text, where they were counted. split(stretches, data, rule, characters): says of each
+    stretch which split it is in; so many characters of the text lie before the first.
+    """
+
+    find: Callable[..., dict]
+    split: Callable[..., Iterator[Document]]
 
 
 SPLITTERS = {"position": Splitter(find_cut, split_at_cut), "documents": Splitter(find_limit, split_by_limit)}
@@ -127,6 +93,7 @@ SPLITTERS = {"position": Splitter(find_cut, split_at_cut), "documents": Splitter
 
 # finds, in text[start:], the place at or before `stop` (else the first after it) to cut at; None: nowhere
 FindPlace = Callable[[str, int, int], int | None]
+AFTER_WORD = re.compile(r"(?<=[^\W_])[ \n]")
 
 
 def anywhere(text: str, start: int, stop: int) -> int | None:
@@ -140,75 +107,52 @@ def after_words(text: str, start: int, stop: int) -> int | None:
     No alternative of its pattern goes from what is not white space to white space, and none looks back. So the tokens
     on either side do not depend on the other. (Radford et al., "Language Models are Unsupervised Multitask Learners".)
     """
-    for place in _white_space_backwards(text, start + 1, min(stop + 1, len(text))):
-        if text[place - 1].isalnum():
-            return place
-    place = stop
-    while (place := _next_white_space(text, place + 1)) is not None:
-        if text[place - 1].isalnum():
-            return place
-    return None
-
-
-def _white_space_backwards(text: str, start: int, stop: int) -> Iterator[int]:
-    while (place := max(text.rfind(" ", start, stop), text.rfind("\n", start, stop))) >= 0:
-        yield place
-        stop = place
-
-
-def _next_white_space(text: str, start: int) -> int | None:
-    found = [place for place in (text.find(" ", start), text.find("\n", start)) if place >= 0]
-    return min(found, default=None)
+    for begin in (max(start + 1, stop - 1000), start + 1):  # the last one is mostly near
+        if found := [match.start() for match in AFTER_WORD.finditer(text, begin, stop + 1)]:
+            return found[-1]
+    after = AFTER_WORD.search(text, stop + 1)
+    return after.start() if after else None
 
 
 def cutting_rule(tokenizer) -> FindPlace | None:
     """Return where texts may be taken apart with this tokenizer, or None where only whole documents are exact."""
     if tokenizer_kind(tokenizer) in ("byte", "char"):
         return anywhere
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, splitting = state["model"], state["pre_tokenizer"] or {}
-    is_gpt2s = splitting.get("type") == "ByteLevel" and splitting.get("use_regex", True)
-    is_gpt2s = is_gpt2s and not splitting.get("add_prefix_space") and not state["normalizer"]
-    is_exact = model["type"] == "BPE" and not model.get("dropout")
-    has_only_special = all(token["special"] for token in state["added_tokens"])  # others may hold white space
-    return after_words if is_gpt2s and is_exact and has_only_special else None
+    state = backend_state(tokenizer.backend_tokenizer)
+    is_exact = state["model"]["type"] == "BPE" and not state["model"].get("dropout")
+    return after_words if is_exact and splits_as_gpt2(state) else None
 
 
-def encodable(pieces: Iterator[Piece], find_place: FindPlace | None, limit: int) -> Iterator[Piece]:
-    """Bring pieces to about `limit` characters, taking apart and joining them within a document and a split.
+def encodable(stretches: Iterator[Document], find_place: FindPlace | None, limit: int) -> Iterator[Document]:
+    """Bring stretches to about `limit` characters, taking apart and joining them within a document and a split.
 
     Where `find_place` is None, or finds none, a text stays whole: memory then grows with the longest document.
     """
-    held: list[Piece] = []
-    for piece in pieces:
-        if held and held[0].split != piece.split:
+    held: list[Document] = []
+    for stretch in stretches:
+        if held and held[0].split != stretch.split:
             yield _joined(held)
             held = []
-        held.append(piece)
-        if piece.ends or find_place:
-            *cut, rest = _take_apart(_joined(held), find_place, limit)
-            yield from cut
-            held = [] if rest.ends else [rest]
-            if rest.ends:
-                yield rest
+        held.append(stretch)
+        if find_place is None and not stretch.ends:
+            continue
+        whole, start = _joined(held), 0
+        while find_place and len(whole.text) - start > limit:
+            place = find_place(whole.text, start, start + limit)
+            if place is None:
+                break
+            yield _between(whole, start, place)
+            start = place
+        rest = _between(whole, start, len(whole.text))
+        held = [] if rest.ends else [rest]
+        yield from [rest] if rest.ends else []
 
 
-def _joined(pieces: list[Piece]) -> Piece:
-    if len(pieces) == 1:
-        return pieces[0]
-    text = "".join(piece.text for piece in pieces)
-    return pieces[0]._replace(text=text, ends=pieces[-1].ends)
+def _joined(stretches: list[Document]) -> Document:
+    return stretches[0]._replace(text="".join(stretch.text for stretch in stretches), ends=stretches[-1].ends)
 
 
-def _take_apart(piece: Piece, find_place: FindPlace | None, limit: int) -> Iterator[Piece]:
-    """Yield the pieces of a piece, the last of them with what is left over."""
-    text, start = piece.text, 0
-    while find_place and len(text) - start > limit:
-        place = find_place(text, start, start + limit)
-        if place is None or place >= len(text):
-            break
-        yield piece._replace(
-            text=text[start:place], starts=piece.starts and start == 0, ends=False, at=piece.at + start
-        )
-        start = place
-    yield piece._replace(text=text[start:], starts=piece.starts and start == 0, at=piece.at + start)
+def _between(whole: Document, start: int, stop: int) -> Document:
+    """Return what is from character `start` to `stop` of a stretch."""
+    starts, ends = whole.starts and start == 0, whole.ends and stop == len(whole.text)
+    return whole._replace(text=whole.text[start:stop], at=whole.at + start, starts=starts, ends=ends)

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +20,12 @@ from transformers.trainer_callback import ExportableState
 
 from ..system.errors import UserError
 from ..system.files import digest
+from .corpus import Corpus, Inputs, text_digest, tokenizer_facts
 from .dataset import Rows, TokenArray, Tokens
-from .documents import Document, Position
+from .documents import START, Document, Position
 from .encoding import encode_documents
-from .inputs import text_digest
 from .sources import fingerprint_sources, licence_of, named_sources, read_stretches
-from .tokenizers import build_tokenizer, tokenizer_hash
+from .tokenizers import build_tokenizer
 
 BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once: what a resumed run encodes again, at most
 BATCHES_AHEAD = 2  # encoded by a thread of their own while the model trains
@@ -46,7 +44,7 @@ def refuse_stream_options(data) -> None:
         raise UserError(f"validation_characters={data.validation_characters}: {why}")
 
 
-def stream_corpus(data, num_workers: int = 0) -> "StreamedCorpus":
+def stream_corpus(data, num_workers: int = 0) -> Corpus:
     """Open the text that the data arguments name; raise UserError for what a stream cannot do."""
     if num_workers:
         why = "a stream is read ahead by a thread of its own"
@@ -58,48 +56,25 @@ def stream_corpus(data, num_workers: int = 0) -> "StreamedCorpus":
     if data.mixture:  # what holds for the whole holds for its parts
         data = replace(data, mixture=[{**entry, "streaming": True} for entry in data.mixture])
     tokenizer = build_tokenizer(data.tokenizer, None, data.tokenizer_vocab_size)
-    return StreamedCorpus(data, tokenizer, hold_out(data, tokenizer))
+    held = hold_out(data, tokenizer)
+    manifest = tokenizer_facts(data.tokenizer, tokenizer) | {
+        "source": named_sources(data)[0],
+        "licence": licence_of(data),
+        # of "train" nothing is known before it is read
+        "splits": {
+            "validation": {"documents": len(held.numbers), "tokens": len(held.ids), "bytes": held.num_bytes},
+        },
+    }
+    tokens = {"train": TokenStream(data, tokenizer, held), "validation": TokenArray(held.ids)}
 
-
-class StreamedCorpus:
-    """A text that is never prepared, with what training asks of a `Corpus`; it has no directory."""
-
-    directory = None
-
-    def __init__(self, data, tokenizer, held: "HeldOut"):
-        self.data, self.tokenizer, self.held = data, tokenizer, held
-        self.stream = TokenStream(data, tokenizer, held)
-        validation = {"documents": len(held.numbers), "tokens": len(held.ids), "bytes": held.num_bytes}
-        self.manifest = {
-            "tokenizer": {"name": data.tokenizer, "hash": tokenizer_hash(tokenizer)},
-            "vocab_size": len(tokenizer),
-            "eos_token_id": tokenizer.eos_token_id,
-            "licence": licence_of(data),
-            "splits": {"validation": validation},  # of "train" nothing is known before it is read
-        }
-
-    def tokens(self, split: str) -> Tokens:
-        """Return the endless tokens of "train", or those of "validation", which are held in memory."""
-        return self.stream if split == "train" else TokenArray(self.held.ids)
-
-    @cached_property
-    def inputs(self) -> dict[str, str | None]:
-        """What is fingerprinted of it in a run directory (see inputs.py); reads every local file once."""
+    def find_inputs() -> Inputs:
         return {
-            "the text": text_digest(fingerprint_sources(self.data)),
-            "the tokenizer": self.manifest["tokenizer"]["hash"],
-            "the validation tokens": digest(self.held.ids.tobytes()),
+            "the text": text_digest(fingerprint_sources(data)),
+            "the tokenizer": manifest["tokenizer"]["hash"],
+            "the validation tokens": digest(held.ids.tobytes()),
         }
 
-    def summary(self) -> str:
-        """Return one line that says what is read, and what validates."""
-        held = self.manifest["splits"]["validation"]
-        rule = (
-            f"the first {held['tokens']:,} tokens ({held['documents']:,} documents) validate, the rest trains in order"
-        )
-        return (
-            f"streaming {named_sources(self.data)[0]}: {rule}; vocabulary {len(self.tokenizer):,}, nothing is prepared."
-        )
+    return Corpus(None, manifest, tokenizer, tokens, find_inputs)
 
 
 # --- what validates ---------------------------------------------------------------------------------------------------
@@ -110,21 +85,22 @@ class HeldOut:
     """The beginning of the text, which validates, and the place after it, where training begins.
 
     numbers: of the documents in it, whole or in part; a mixture may draw them again, and then they are left out.
-    document, piece, character: where training begins, counted in a pass; a long document comes in several pieces.
+    position, character: where training begins: at a stretch of a document, and in its text.
     """
 
     ids: np.ndarray
     num_bytes: int
     numbers: frozenset[int]
-    document: int
-    piece: int
+    position: Position
     character: int
 
-    def training_part(self, document: int, piece: int, part: Document) -> str | None:
-        """Return the text of a piece, as far as it is trained on; None where it is held out."""
-        if piece <= self.piece:
-            return part.text[self.character :] if piece == self.piece else None
-        return None if part.number in self.numbers and document != self.document else part.text
+    def training_part(self, position: Position, stretch: Document) -> str | None:
+        """Return the text of a stretch, as far as it is trained on; None where it is held out."""
+        here, begin = ((place.documents, place.stretches) for place in (position, self.position))
+        if here <= begin:
+            return stretch.text[self.character :] if here == begin else None
+        is_drawn_again = stretch.number in self.numbers and position.documents != self.position.documents
+        return None if is_drawn_again else stretch.text
 
 
 def hold_out(data, tokenizer) -> HeldOut:
@@ -132,50 +108,48 @@ def hold_out(data, tokenizer) -> HeldOut:
     wanted = VALIDATION_CHARACTERS if data.validation_characters is None else data.validation_characters
     if wanted < 2:
         raise UserError(f"validation_characters={wanted}: must be at least 2, to predict one from the other")
-    heads, room, document = [], wanted, 0
-    for piece, part in enumerate(read_stretches(data)):
-        if len(part.text) > room:
-            heads += [part._replace(text=part.text[:room], ends=False)] if room else []
-            ids, numbers = encode_parts(tokenizer, heads), frozenset(head.number for head in heads)
-            return HeldOut(ids, sum(len(head.text.encode()) for head in heads), numbers, document, piece, room)
-        heads.append(part)
-        room, document = room - len(part.text), document + part.ends
+    heads, room, position = [], wanted, START
+    for stretch in read_stretches(data):
+        if len(stretch.text) > room:
+            heads += [stretch._replace(text=stretch.text[:room], ends=False)] if room else []
+            num_bytes, numbers = sum(len(head.text.encode()) for head in heads), frozenset(h.number for h in heads)
+            return HeldOut(encode_stretches(tokenizer, heads), num_bytes, numbers, position, room)
+        heads.append(stretch)
+        room, position = room - len(stretch.text), position.after(stretch)
     why = f"the text has no more than {wanted - room:,} characters, so nothing is left to train on"
     raise UserError(f"validation_characters={wanted}: {why}; lower it, or leave --streaming out")
 
 
-def encode_parts(tokenizer, parts: list[Document]) -> np.ndarray:
-    """Return the token ids of parts of documents in a row, with the end-of-text token after each that ends."""
-    encoded = encode_documents(tokenizer, [part.text for part in parts], [part.name for part in parts])
+def encode_stretches(tokenizer, stretches: list[Document]) -> np.ndarray:
+    """Return the token ids of stretches in a row, with the end-of-text token after each that ends its document."""
+    texts, names = [stretch.text for stretch in stretches], [stretch.name for stretch in stretches]
     end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
-    return np.concatenate(
-        [piece for ids, part in zip(encoded, parts, strict=True) for piece in (ids, end[: part.ends])]
-    )
+    encoded = zip(encode_documents(tokenizer, texts, names), stretches, strict=True)
+    return np.concatenate([end[:0], *(part for ids, stretch in encoded for part in (ids, end[: stretch.ends]))])
 
 
 # --- the endless tokens -----------------------------------------------------------------------------------------------
 
 
 class Mark(NamedTuple):
-    """Where a batch of pieces begins: enough to go on reading from there.
+    """Where a batch begins: `token` tokens of training lie before it in all passes, and `position` is in its own pass.
 
-    token: tokens of training before it, in all passes. documents, pieces: those of its pass before it. inside: pieces
-    of its own document before it. place: of the last document before it, as in a `Position`. digest: of its first
-    piece's text, to know it again.
+    digest: of the text of its first stretch, to know it again.
     """
 
     token: int = 0
-    documents: int = 0
-    pieces: int = 0
-    inside: int = 0
-    place: list[int] | None = None
+    position: Position = START
     digest: str = ""
 
-    def after(self, part: Document) -> "Mark":
-        """Return the mark behind the next piece; its token and digest are not known yet."""
-        if part.ends:
-            return Mark(0, self.documents + 1, self.pieces + 1, 0, part.place)
-        return Mark(0, self.documents, self.pieces + 1, self.inside + 1, self.place)
+    def to_json(self) -> dict:
+        """Return what a checkpoint keeps."""
+        documents, place, stretches, _ = self.position
+        return {"token": self.token, "documents": documents, "place": place, "inside": stretches, "digest": self.digest}
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "Mark":
+        """Return the mark of a checkpoint; those of earlier versions hold more."""
+        return cls(saved["token"], Position(saved["documents"], saved["place"], saved["inside"]), saved["digest"])
 
 
 class TokenStream(Tokens):
@@ -242,42 +216,39 @@ class TokenStream(Tokens):
 
 
 def encoded_batches(data, tokenizer, held: HeldOut, mark: Mark) -> Iterator[tuple[Mark, np.ndarray]]:
-    """Yield (where it begins, its token ids) of each batch of pieces from a mark on, pass after pass, for ever."""
+    """Yield (where it begins, its token ids) of each batch from a mark on, pass after pass, for ever."""
     token = mark.token
     while True:
         before = token
-        for begin, parts in batches_of_pass(data, mark):
-            document, kept = begin.documents, []
-            for piece, part in enumerate(parts, start=begin.pieces):
-                text = held.training_part(document, piece, part)
-                kept += [] if text is None else [part._replace(text=text)]
-                document += part.ends
-            ids = encode_parts(tokenizer, kept) if kept else np.zeros(0, dtype=np.uint32)
+        for begin, stretches in batches_of_pass(data, held, mark):
+            ids = encode_stretches(tokenizer, stretches)
             yield begin._replace(token=token), ids
             token += len(ids)
-        if token == before and mark.pieces == 0:
+        if token == before and mark.position == START:
             raise UserError("streaming: every document is held out, none trains; lower --validation_characters")
         mark = Mark()
 
 
-def batches_of_pass(data, mark: Mark) -> Iterator[tuple[Mark, list[Document]]]:
-    """Yield (where it begins, pieces) from a mark to the text's end; refuse a text that is not what it was."""
-    parts = islice(read_stretches(data, Position(mark.documents, mark.place)), mark.inside, None)
-    begin, batch, size = mark, [], 0
-    next_begin = mark
-    for part in parts:
-        if not batch:
-            begin = next_begin._replace(digest=_digest(part.text))
-            if mark.digest not in ("", begin.digest) and begin.pieces == mark.pieces:
+def batches_of_pass(data, held: HeldOut, mark: Mark) -> Iterator[tuple[Mark, list[Document]]]:
+    """Yield (where it begins, what of it trains) of each batch from a mark to the text's end.
+
+    Raises UserError where the text is not what it was.
+    """
+    position, begin, batch, size = mark.position, None, [], 0
+    for stretch in read_stretches(data, position):
+        if begin is None:
+            begin = Mark(0, position, _digest(stretch.text))
+            if position == mark.position and mark.digest not in ("", begin.digest):
                 raise _changed(mark)
-        batch.append(part)
-        size, next_begin = size + len(part.text), next_begin.after(part)
+        text = held.training_part(position, stretch)
+        batch += [] if text is None else [stretch._replace(text=text)]
+        size, position = size + len(stretch.text), position.after(stretch)
         if size >= BATCH_CHARACTERS:
             yield begin, batch
-            batch, size = [], 0
-    if batch:
+            begin, batch, size = None, [], 0
+    if begin is not None:
         yield begin, batch
-    elif next_begin.pieces == mark.pieces and mark.digest:
+    elif position == mark.position and mark.digest:
         raise _changed(mark)
 
 
@@ -286,7 +257,7 @@ def _digest(text: str) -> str:
 
 
 def _changed(mark: Mark) -> UserError:
-    why = f"document {mark.documents} of the text is not the one that it was, so the run cannot go on exactly"
+    why = f"document {mark.position.documents} of the text is not the one that it was, so the run cannot go on exactly"
     return UserError(f"streaming: {why}; bring the text back as it was, or start another run")
 
 
@@ -308,14 +279,14 @@ class StreamPosition(TrainerCallback, ExportableState):
     """Keeps in each checkpoint where its next row begins in the text, and goes on from there: no batch is replayed."""
 
     def __init__(self, trainer):
-        self.trainer, self.stream = trainer, trainer.corpus.stream
+        self.trainer, self.stream = trainer, trainer.corpus.tokens("train")
         self.tokenizer = trainer.corpus.manifest["tokenizer"]
 
     def state(self) -> dict:
         """Return the mark from which the next row can be read, as a dict fit for JSON."""
         mark = self.stream.mark_at(self.trainer.state.global_step * self.trainer.tokens_per_step)
         self.stream.know(mark)
-        return {"args": {"mark": mark._asdict(), "tokenizer": self.tokenizer["hash"]}, "attributes": {}}
+        return {"args": {"mark": mark.to_json(), "tokenizer": self.tokenizer["hash"]}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get("StreamPosition", {}).get("args") if state.global_step else None
@@ -325,7 +296,7 @@ class StreamPosition(TrainerCallback, ExportableState):
             raise UserError(
                 f"tokenizer={self.tokenizer['name']!r}: is not what it was when the run began; bring it back"
             )
-        self.stream.know(Mark(**saved["mark"]))
+        self.stream.know(Mark.from_json(saved["mark"]))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.stream.close()

@@ -11,9 +11,8 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..config.arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
-from ..data.corpus import Corpus
+from ..data.corpus import Corpus, Inputs
 from ..data.dataset import IGNORED, EvaluationRows, Rows, StepSampler, collate_rows
-from ..data.inputs import Inputs
 from ..model.devices import allow_tf32
 from ..model.optimizers import build_optimizer
 from ..model.sizes import flops_per_token
