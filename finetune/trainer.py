@@ -1,4 +1,4 @@
-"""Training's loop for any causal LM, with or without an adapter, on rows whose labels have gaps."""
+"""Training's loop for pretrained models, with or without an adapter, on rows whose labels have gaps."""
 
 from contextlib import nullcontext
 from pathlib import Path

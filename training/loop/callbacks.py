@@ -16,20 +16,18 @@ from ..share.metrics_file import append_metrics
 from ..system.distributed import max_over_processes
 from ..system.errors import detach_closed_terminal
 
-COLUMNS = {
-    "step": ("step", "{:>8,}"),
-    "tokens": ("tokens", "{:>14,}"),
-    "train_loss": ("train", "{:>8.4f}"),
-    "eval_loss": ("valid", "{:>8.4f}"),
-    "bits_per_byte": ("bpb", "{:>7.4f}"),
-    "learning_rate": ("lr", "{:>9.2e}"),
-    "grad_norm": ("grad", "{:>7.3f}"),
-    "tokens_per_second": ("tok/s", "{:>10,.0f}"),
-    "mfu": ("mfu", "{:>6.1%}"),
-    "seconds_left": ("left", "{:>9}"),
+COLUMNS = {  # of the table: header, width, format
+    "step": ("step", 8, ","),
+    "tokens": ("tokens", 14, ","),
+    "train_loss": ("train", 8, ".4f"),
+    "eval_loss": ("valid", 8, ".4f"),
+    "bits_per_byte": ("bpb", 7, ".4f"),
+    "learning_rate": ("lr", 9, ".2e"),
+    "grad_norm": ("grad", 7, ".3f"),
+    "tokens_per_second": ("tok/s", 10, ",.0f"),
+    "mfu": ("mfu", 6, ".1%"),
+    "seconds_left": ("left", 9, ""),
 }
-
-
 HANGUP = getattr(signal, "SIGHUP", None)  # comes when the terminal is closed; Windows has none
 
 
@@ -51,7 +49,7 @@ class StopOnSignal(TrainerCallback):
         self.restore()  # auto_find_batch_size begins more than once
         if args.world_size > 1 and self._group is None:  # compared on the CPU, so that no GPU is waited for
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
-        self._speaks = state.is_world_process_zero
+        self._is_first = state.is_world_process_zero
         hangup = [HANGUP] if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN else []
         for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             self._previous[number] = signal.signal(number, self._receive)
@@ -59,7 +57,7 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number, frame):
         if number == HANGUP:
             detach_closed_terminal()
-        if self.received is None and self._speaks:
+        if self.received is None and self._is_first:
             print(f"\n{signal.Signals(number).name}: finishing this step and saving …", file=sys.stderr)
         self.received = self.received or number
         if self._group is None:
@@ -100,11 +98,11 @@ class ConsoleTable(TrainerCallback, ExportableState):
         self.bar: tqdm | None = None
         self.latest: dict = {}
         self.last_evaluated: int | None = None
-        self.unlogged: dict = {}  # the losses since the last log: see GPTTrainer.keep_unlogged_loss
+        self.unlogged: dict = {}  # the losses since the last log: see keep_unlogged_loss
         self._start_interval(0)
 
     def state(self) -> dict:
-        """What goes into a checkpoint; GPTTrainer._load_callback_state sets the attributes again."""
+        """What goes into a checkpoint; ResumeCallback sets the attributes again."""
         kept = {name: getattr(self, name) for name in KEPT}
         return {"args": {}, "attributes": {**kept, "seconds_before": self._seconds()}}
 
@@ -121,7 +119,7 @@ class ConsoleTable(TrainerCallback, ExportableState):
         peak = args.peak_flops or device_peak_flops(args.device, precision, args.tf32 is not False)
         self.peak_flops = peak * args.world_size if peak else None
         if state.is_world_process_zero:
-            print("  ".join(header.rjust(len(_shown(key, 0))) for key, (header, _) in COLUMNS.items()), flush=True)
+            print_cells([header for header, _, _ in COLUMNS.values()])
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=args.disable_tqdm,
                 file=sys.stderr, mininterval=0.5,
@@ -148,13 +146,13 @@ class ConsoleTable(TrainerCallback, ExportableState):
             self.training_seconds += now - self.resumed_at
             self.latest = {key: logs.get(key) for key in ("learning_rate", "grad_norm")}
             if self.bar is not None:
-                self.bar.set_postfix(loss=f"{logs['loss']:.4f}", tok_s=f"{self._tokens_per_second(state):,.0f}")
+                self.bar.set_postfix(loss=f"{logs['loss']:.4f}", tok_s=f"{self._tokens_per_second():,.0f}")
         self.resumed_at = now
 
     def on_save(self, args, state, control, **kwargs):
         self.resumed_at = time.perf_counter()
 
-    def _tokens_per_second(self, state) -> float | None:
+    def _tokens_per_second(self) -> float | None:
         steps = self.last_logged - self.interval_start
         return steps * self.trainer.tokens_per_step / self.training_seconds if self.training_seconds else None
 
@@ -163,7 +161,7 @@ class ConsoleTable(TrainerCallback, ExportableState):
         sample = self._draw_sample(args)
         if not state.is_world_process_zero:
             return
-        speed = self._tokens_per_second(state)
+        speed = self._tokens_per_second()
         flops = speed * self.trainer.flops_per_token if speed else None
         row = {
             "step": state.global_step,
@@ -197,17 +195,17 @@ class ConsoleTable(TrainerCallback, ExportableState):
     def _print_row(self, row: dict, tokens_left: int) -> None:
         speed = row["tokens_per_second"]
         left = tqdm.format_interval(tokens_left / speed) if speed else None
-        cells = [_shown(key, {**row, "seconds_left": left}[key]) for key in COLUMNS]
+        row = {**row, "seconds_left": left}
+        cells = ["–" if row[key] is None else format(row[key], kind) for key, (_, _, kind) in COLUMNS.items()]
         with tqdm.external_write_mode(file=sys.stdout):
-            print("  ".join(cells), flush=True)
+            print_cells(cells)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
 
 
-def _shown(key: str, value) -> str:
-    """The cell of a column; a dash where there is no value, of the same width."""
-    pattern = COLUMNS[key][1]
-    width = int(pattern[3:].split(".")[0].rstrip(",}") or 0)
-    return "–".rjust(width) if value is None else pattern.format(value)
+def print_cells(cells: list[str]) -> None:
+    """A line of the table, each cell as wide as its column."""
+    widths = (width for _, width, _ in COLUMNS.values())
+    print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), flush=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from modeling.loss import CHUNK_ELEMENTS
@@ -47,7 +48,7 @@ def evaluate_rows(
     # Float64 on the CPU: some devices (MPS) have none.
     sums = torch.stack(sums).double().cpu() if sums else torch.zeros(0, 3, dtype=torch.float64)
     if world_size > 1:
-        sums = _gather(sums, world_size)
+        sums = torch.cat(gather_object([sums]))  # in the order of ranks
     nats, right, tokens = sums.T.tolist()
     return language_metrics(nats, right, tokens, num_bytes)
 
@@ -67,13 +68,6 @@ def _chunk_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     nats = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     right = (logits.argmax(-1) == labels).sum()
     return torch.stack((nats, right.float(), (labels != IGNORED).sum().float()))
-
-
-def _gather(sums: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Every process's batches, in the order of ranks."""
-    parts: list = [None] * world_size
-    torch.distributed.all_gather_object(parts, sums)
-    return torch.cat(parts)
 
 
 def language_metrics(nats: list[float], right: list[float], tokens: list[float], num_bytes: float) -> dict[str, float]:

@@ -40,10 +40,8 @@ class PushesToHub:
         if self.pushes.is_busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.pushes.start(
-            lambda: self.files_to_push(checkpoint, is_end=False),
-            f"Training in progress, step {self.state.global_step}",
-        )
+        message = f"Training in progress, step {self.state.global_step}"
+        self.pushes.start(lambda: self.files_to_push(checkpoint, is_end=False), message)
 
     def finish_pushes(self) -> None:
         """Wait for what is on its way."""
@@ -76,7 +74,8 @@ class PushesToHub:
         At the end the card is the one that was written, and every checkpoint that a failure may have kept back goes.
         """
         root, strategy = Path(self.args.output_dir), self.args.hub_strategy
-        directory = root if checkpoint is None or _has_model(root) else checkpoint
+        has_model = any((root / name).is_file() for name in ("config.json", "adapter_config.json"))
+        directory = root if checkpoint is None or has_model else checkpoint
         refuse_no_model(directory)
         card = card_of(directory) if is_end else model_card(facts_of(directory))
         files = finish_files(directory, sort_files(directory)[0], card)
@@ -88,12 +87,8 @@ class PushesToHub:
         return files
 
 
-def _has_model(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
 class BackgroundPushes:
-    """Pushes one after the other, beside training; each failure is one line on stderr."""
+    """Pushes one after the other, beside training; a failure is a line on stderr, and no reason to lose a run."""
 
     def __init__(self, args):
         self.repo_id, self.private, self.revision = repo_of(args), args.hub_private_repo, args.hub_revision
@@ -106,22 +101,25 @@ class BackgroundPushes:
         return self.latest is not None and self.latest.is_alive()
 
     def start(self, choose_files, message: str) -> None:
-        """Hold the files that `choose_files()` names as they are now, and push them in a thread of their own."""
-        if self.count == 0:
+        """Hold the files that `choose_files()` names as they are now, and push them in a thread, after those before."""
+        before, self.count = self.latest, self.count + 1
+        if before is None:
             shutil.rmtree(self.aside, ignore_errors=True)  # what a killed process left
-        self.count += 1
         folder = self.aside / str(self.count)
-        files = self._or_say(lambda: hold(choose_files(), folder), message)
-        if files is not None:
-            # A daemon, so that a network that answers nothing cannot keep a process that wants to end.
-            self.latest = Thread(target=self._push_held, args=(files, folder, message, self.latest), daemon=True)
-            self.latest.start()
+        try:
+            files = hold(choose_files(), folder)
+        except Exception as error:
+            return self._report(error, message)
 
-    def _push_held(self, files: list[Upload], folder: Path, message: str, before: Thread | None) -> None:
-        if before is not None:
-            before.join()
-        self.push(lambda: files, message)
-        shutil.rmtree(folder, ignore_errors=True)
+        def push_held() -> None:
+            if before is not None:
+                before.join()
+            self.push(lambda: files, message)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        # A daemon, so that a network that answers nothing cannot keep a process that wants to end.
+        self.latest = Thread(target=push_held, daemon=True)
+        self.latest.start()
 
     def wait(self) -> None:
         """Wait for what is on its way; nothing is left of it in the run directory then."""
@@ -130,20 +128,16 @@ class BackgroundPushes:
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def push(self, choose_files, message: str, revision: str | None = None) -> Pushed | None:
-        """Push now; where it is, or None after saying why not."""
-        return self._or_say(
-            lambda: send(choose_files(), self.repo_id, message, self.private, revision or self.revision), message
-        )
-
-    def _or_say(self, work, message: str):
+        """Push now; where it is, or None after a failure."""
         try:
-            return work()
-        except UserError as error:
-            why = str(error)
-        except Exception as error:  # of whatever kind: it is no reason to lose a run
-            why = why_push_failed(error, self.repo_id)
+            return send(choose_files(), self.repo_id, message, self.private, revision or self.revision)
+        except Exception as error:
+            return self._report(error, message)
+
+    def _report(self, error: Exception, message: str) -> None:
+        """One line on a failure of whatever kind."""
+        why = str(error) if isinstance(error, UserError) else why_push_failed(error, self.repo_id)
         tqdm.write(f"push_to_hub ({message}): {why}", file=sys.stderr)
-        return None
 
 
 def hold(files: list[Upload], folder: Path) -> list[Upload]:
@@ -152,18 +146,14 @@ def hold(files: list[Upload], folder: Path) -> list[Upload]:
     held = []
     for file in files:
         content = file.content
-        if isinstance(content, Path):
-            is_large = content.suffix in WRITTEN_ONCE
-            content = _second_name(content, folder / file.name) if is_large else content.read_bytes()
+        if isinstance(content, Path) and content.suffix in WRITTEN_ONCE:
+            source, content = content.resolve(), folder / file.name
+            content.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, content)
+            except OSError:  # a file system without hard links
+                shutil.copy2(source, content)
+        elif isinstance(content, Path):
+            content = content.read_bytes()
         held.append(Upload(file.name, content, file.why))
     return held
-
-
-def _second_name(path: Path, name: Path) -> Path:
-    """A hard link, or a copy where the file system has none."""
-    name.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path.resolve(), name)
-    except OSError:
-        shutil.copy2(path, name)
-    return name

@@ -169,18 +169,13 @@ def refuse_emulated(what: str, device_type: str, dtype: torch.dtype, mend: str) 
 # ---- what a run takes
 
 
-def device_of(args) -> str:
-    """The type of device that TrainingArguments will choose, without choosing it."""
-    return "cpu" if args.use_cpu else best_device().type
-
-
 def choose_precision(args) -> tuple[str, str]:
     """(fp32, bf16 or fp16, why): what the arguments ask for, else what the launcher does, else what the device does.
 
     Raises UserError where two of them contradict each other, and where the device only emulates what is asked for,
     unless `force_precision`.
     """
-    device_type = device_of(args)
+    device_type = "cpu" if args.use_cpu else best_device().type  # as TrainingArguments will choose
     asked, why = _asked(args), "as asked"
     if asked is None:
         asked, why = _launcher_asks(), "as accelerate launch says"

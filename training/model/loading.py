@@ -39,11 +39,12 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     verify(Path(name))
-    is_ours = Path(name).is_dir() and own_model_type(Path(name))
-    loader = GPTForCausalLM if is_ours else AutoModelForCausalLM
-    options |= {} if is_ours else {"trust_remote_code": trust_remote_code}
+    options |= {"dtype": DTYPES[dtype], "output_loading_info": True}
     try:
-        model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True, **options)
+        if is_ours(name):
+            model, report = GPTForCausalLM.from_pretrained(name, **options)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (*UNREADABLE, ImportError) as error:
         why = why_unreadable(error)
         if "Unrecognized configuration class" in why:
@@ -80,20 +81,17 @@ def in_native_dtype(model, device_type: str):
 
 def load_config(name: str, trust_remote_code: bool = False):
     """The configuration of a model directory or Hub id; what is neither is refused."""
-    is_ours = Path(name).is_dir() and own_model_type(Path(name))
-    loader = GPTConfig if is_ours else AutoConfig
-    options = {} if is_ours else {"trust_remote_code": trust_remote_code}
     try:
-        config = loader.from_pretrained(name, **options)
+        if is_ours(name):
+            config = GPTConfig.from_pretrained(name)
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
-        why = one_line(error)
-        raise UserError(
-            f"model {name!r}: is not a local model directory, and cannot be loaded from the Hub: {why}"
-        ) from error
+        why = f"is not a local model directory, and cannot be loaded from the Hub: {one_line(error)}"
+        raise UserError(f"model {name!r}: {why}") from error
     if not isinstance(getattr(text_config(config), "vocab_size", None), int):
-        raise UserError(
-            f"model {name!r}: is not a causal language model: its {type(config).__name__} has no vocabulary"
-        )
+        why = f"is not a causal language model: its {type(config).__name__} has no vocabulary"
+        raise UserError(f"model {name!r}: {why}")
     return config
 
 
@@ -105,10 +103,8 @@ def load_model_tokenizer(name: str, config, needs_end_of_text: bool = True):
     tokenizer = load_tokenizer(name, needs_end_of_text)
     size = text_config(config).vocab_size
     if len(tokenizer) > size:
-        raise UserError(
-            f"{name}: the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {size}: "
-            "they do not belong together"
-        )
+        sizes = f"the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {size}"
+        raise UserError(f"{name}: {sizes}: they do not belong together")
     return add_nothing(tokenizer) if config.model_type in OUR_TYPES else tokenizer
 
 
@@ -136,13 +132,14 @@ def refuse_torn(name: str, report: dict) -> None:
             raise UserError(f"model {name!r}: its file of weights {what} {', '.join(keys[:3])}{more}; get a whole copy")
 
 
-def own_model_type(directory: Path) -> bool:
-    """Whether the directory holds a GPT of this project; refuses a directory without a model."""
+def is_ours(name: str) -> bool:
+    """Whether `name` is a directory that holds a GPT of this project; refuses a directory without a model."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return False
     if not (directory / "config.json").is_file():
-        holds = "it has checkpoints, but" if list(directory.glob("checkpoint-*")) else ""
-        raise UserError(
-            f"model {directory}: {holds or 'there is'} no config.json in it; name a run directory or a checkpoint"
-        )
+        holds = "it has checkpoints, but" if list(directory.glob("checkpoint-*")) else "there is"
+        raise UserError(f"model {directory}: {holds} no config.json in it; name a run directory or a checkpoint")
     return read_json(directory / "config.json").get("model_type") in OUR_TYPES
 
 
