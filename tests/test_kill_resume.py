@@ -116,7 +116,7 @@ def test_from_one_process_to_two_and_back(tmp_path) -> None:
     back_to(run, 8)
     run_to_the_end(tmp_path, "training.resume", ["run"], processes=1)
     log = (tmp_path / "log").read_text()
-    assert "1 → 2 processes: the samples of each step stay" in log
+    assert "1 → 2 processes: every step keeps its samples" in log
     assert "2 → 1 processes" in log
     for ours, theirs in zip(rows(run), rows(alone), strict=True):
         assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])

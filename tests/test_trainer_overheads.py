@@ -219,14 +219,14 @@ def test_a_cpu_trains_with_its_cheap_dropout(make_trainer) -> None:
 @pytest.mark.parametrize("verb", ["pretrain", "finetune"])
 def test_what_was_trained_is_gone_before_the_best_model_is_loaded(tmp_path, monkeypatch, verb) -> None:
     """Model, gradients and optimizer: a GPU that they fill has no room for a second model."""
-    known, left, make_room = [], [], GPTTrainer.make_room
+    known, left, free_device_memory = [], [], GPTTrainer.free_device_memory
 
     def spied(self) -> None:
         known.extend(map(weakref.ref, [self.model, self.optimizer, self.optimizer.optimizer, *self.model.parameters()]))
-        make_room(self)
+        free_device_memory(self)
         left.extend(type(held()) for held in known if held() is not None)
 
-    monkeypatch.setattr(GPTTrainer, "make_room", spied)
+    monkeypatch.setattr(GPTTrainer, "free_device_memory", spied)
     run_dir = grow(tmp_path) if verb == "pretrain" else None
     if verb == "finetune":
         save(stock_model(), tmp_path / "base")

@@ -30,7 +30,7 @@ from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing, encoding_hash
 from .loop.trainer import GPTTrainer
-from .model.devices import record_precision, trained_in
+from .model.devices import describe_precision, record_precision
 from .model.sampling import context_left, prompt_tensor, sample_text
 from .share.metrics_file import mend_metrics, read_metrics
 from .share.model_card import CardFacts, write_card
@@ -245,7 +245,7 @@ class Run:
             f"{self.recipe.name}: {self.describe_model()}\n"
             f"{corpus.summary()}\n"
             f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens ({trainer.rows_per_step:,} sequences) on "
-            f"{args.world_size} × {args.device.type}, {trained_in(trainer)}"
+            f"{args.world_size} × {args.device.type}, {describe_precision(trainer)}"
             f"{', deterministic' if args.full_determinism else ''}, {args.optimizer}, "
             f"attention {trainer.model.config._attn_implementation} → {args.output_dir}"
         )
@@ -273,7 +273,7 @@ class Run:
     def finish(self) -> None:
         """Sample from the best model, write the report and say what to type next."""
         trainer, directory, sample, text = self.trainer, self.directory, self.trainer.sample, ""
-        trainer.make_room()
+        trainer.free_device_memory()
         if sample.max_new_tokens and (model := self.load_best()) is not None:
             text = sample_text(model.to(self.args.device), self.corpus.tokenizer, sample, self.args.seed)
         draw_losses(read_metrics(directory), directory / "loss.png", self.recipe.name)

@@ -112,7 +112,7 @@ class ConsoleTable(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = self.resumed_at = time.perf_counter()
         if state.global_step and self.unlogged:
-            self.trainer.take_up_unlogged_loss(**self.unlogged)
+            self.trainer.restore_unlogged_loss(**self.unlogged)
         if self.last_logged > state.global_step or not self.unlogged:  # a new run, or one of an Acorn that kept less
             self._start_interval(state.global_step)
         precision = ACCELERATE_NAMES.get(self.trainer.accelerator.mixed_precision, "")

@@ -16,7 +16,7 @@ from ..system.checkpoints import SAVING, move_into_root, processes_of, read_stat
 from ..system.errors import UserError, is_disk_full
 from ..system.run_files import STATE, missing_state
 from ..system.shell import shell
-from .sharding import OPTIMIZER_SHARDS, as_before, is_finite, load_optimizer, save_optimizer, whole_weights
+from .sharding import OPTIMIZER_SHARDS, is_finite, load_optimizer, save_optimizer, whole_weights, without_wrappers
 
 
 class ResumeCallback(TrainerCallback):
@@ -61,7 +61,7 @@ class CheckpointingTrainer(Trainer):
             return super().save_model(output_dir, _internal_call)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         weights = whole_weights(model, is_kept=self.args.should_save)
-        with as_before(model):
+        with without_wrappers(model):
             self._save(output_dir, state_dict=weights)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -182,15 +182,15 @@ class CheckpointingTrainer(Trainer):
                 return super()._load_rng_state(checkpoint)
         set_seed(self.args.seed + self.state.global_step)  # the seed alone would repeat the masks of the first steps
         if self.is_world_process_zero():
-            print(f"{before} → {self.args.world_size} processes: the samples of each step stay, dropout (if any) "
-                  "draws other masks than the unbroken run", file=sys.stderr)  # fmt: skip
+            print(f"{before} → {self.args.world_size} processes: every step keeps its samples; dropout, if any, draws "
+                  "other masks than in an uninterrupted run", file=sys.stderr)  # fmt: skip
 
     def keep_unlogged_loss(self) -> None:
         """Note each process's summed loss since the last log, so that a resumed run logs the very same mean."""
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         self.console.unlogged = {"losses": losses, "since": self._globalstep_last_logged}
 
-    def take_up_unlogged_loss(self, losses: list[float], since: int) -> None:
+    def restore_unlogged_loss(self, losses: list[float], since: int) -> None:
         """Go on with what `keep_unlogged_loss` noted; on another number of processes each takes the mean."""
         is_same = len(losses) == self.args.world_size
         self._tr_loss += losses[self.args.process_index] if is_same else math.fsum(losses) / len(losses)

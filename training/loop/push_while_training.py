@@ -63,7 +63,7 @@ class PushesToHub:
         )
         if pushed is None:
             command = shell("acorn", "push", Path(self.args.output_dir), self.pushes.repo_id)
-            print(f"The run is whole in {self.args.output_dir}. Push it later:\n  {command}", file=sys.stderr)
+            print(f"The run is saved in {self.args.output_dir}. To push it later:\n  {command}", file=sys.stderr)
         else:
             print(f"The run is at {pushed.address}", flush=True)
         return pushed

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.trainer import OPTIMIZER_NAME
 
-from ..model.optimizers import shared_out
+from ..model.optimizers import shard_like
 
 OPTIMIZER_SHARDS = "optimizer-shards"  # beside optimizer.pt, which then holds the groups alone
 
@@ -23,7 +23,7 @@ OPTIMIZER_SHARDS = "optimizer-shards"  # beside optimizer.pt, which then holds t
 
 
 @contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
+def without_wrappers(model: nn.Module) -> Iterator[None]:
     """Give a sharded model back its own class, whose module is the code that is saved, and the names of its blocks.
 
     FSDP derived a class from it; Accelerate put each block into a wrapper, by whose name PEFT would look for weights.
@@ -97,7 +97,7 @@ def load_optimizer(optimizer, folder: Path) -> None:
     for number, values in saved["state"].items():
         for key, value in values.items():
             is_whole = isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
-            values[key] = shared_out(value, parameters[number]) if is_whole else value
+            values[key] = shard_like(value, parameters[number]) if is_whole else value
     optimizer.load_state_dict(saved)
 
 

@@ -223,7 +223,7 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
             self.stop_on_nan(logs["loss"])
         super().log(logs, start_time)
 
-    def make_room(self) -> None:
+    def free_device_memory(self) -> None:
         """Let go of model, gradients and optimizer, so that the device need not hold them beside the next model."""
         self.model = self.model_wrapped = self.deepspeed = self.optimizer = self.lr_scheduler = None
         for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):

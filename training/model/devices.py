@@ -238,7 +238,7 @@ def allow_tf32(args) -> None:
         torch.set_float32_matmul_precision("highest" if args.tf32 is False else "high")
 
 
-def trained_in(trainer) -> str:
+def describe_precision(trainer) -> str:
     """What trains, read from what Accelerate does, and why."""
     args = trainer.args
     actual = ACCELERATE_NAMES[trainer.accelerator.mixed_precision]

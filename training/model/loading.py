@@ -50,12 +50,12 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
         if "Unrecognized configuration class" in why:
             why = "it is not a causal language model (none of transformers' AutoModelForCausalLM)"
         raise UserError(f"model {name!r} cannot be loaded: {why}") from error
-    refuse_torn(name, report)
-    settle_tokens(name, model.generation_config)
+    refuse_incomplete_weights(name, report)
+    check_special_tokens(name, model.generation_config)
     return model
 
 
-def settle_tokens(name: str, generation) -> None:
+def check_special_tokens(name: str, generation) -> None:
     """Refuse special tokens that are no ids; an empty list, and ids below 0, mean that no token ends a text."""
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         given = getattr(generation, field)
@@ -123,7 +123,7 @@ def load_model_and_tokenizer(
     return model.to(device).eval(), tokenizer
 
 
-def refuse_torn(name: str, report: dict) -> None:
+def refuse_incomplete_weights(name: str, report: dict) -> None:
     """Refuse weights that are not the model's: from_pretrained would start the missing ones at random."""
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
         keys = sorted(key if isinstance(key, str) else key[0] for key in report.get(kind) or ())
@@ -170,14 +170,14 @@ def load_adapter(directory: str, dtype: str = "auto", trust_remote_code: bool = 
     try:
         with without_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")  # they would stay as they begin
-            make_room_for_tokens(base, Path(directory))
+            resize_for_tokens(base, Path(directory))
             return with_cache_names(PeftModel.from_pretrained(base, directory))
     except (*UNREADABLE, UserWarning) as error:
         why = why_unreadable(error)
         raise UserError(f"adapter {directory}: is damaged, or does not fit {base_name}: {why}") from error
 
 
-def make_room_for_tokens(base, directory: Path) -> None:
+def resize_for_tokens(base, directory: Path) -> None:
     """Give the base the rows that an adapter was trained with: for tokens added to its tokenizer, as AutoPeft does.
 
     The new rows come with the adapter, where PEFT saved its embeddings; a base is never made smaller.

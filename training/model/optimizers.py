@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = parameters[i].shape
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
                 update = update.mT if rows > columns else update
-                parameters[i].add_(shared_out(update.to(parameters[i].dtype), parameters[i]), alpha=-step_size)
+                parameters[i].add_(shard_like(update.to(parameters[i].dtype), parameters[i]), alpha=-step_size)
 
     @staticmethod
     def _same_shape(updates: list[torch.Tensor]) -> dict[tuple, list[int]]:
@@ -110,7 +110,7 @@ def _whole(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
-def shared_out(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This process's shard of `whole`, which all processes have, where the parameter is sharded and it is not."""
     if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
         return whole

@@ -116,7 +116,7 @@ def prompt_tensor(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def stops_of(model) -> list[int]:
+def stop_tokens(model) -> list[int]:
     """The tokens at which the model's text ends; models name none, one or several."""
     eos = model.generation_config.eos_token_id
     return [] if eos is None else eos if isinstance(eos, list) else [eos]
@@ -143,9 +143,9 @@ def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=N
     """`input_ids`, (samples, tokens), with up to `max_new_tokens` more.
 
     Where the context is full the model goes on from its last half, as a person would reread; generation: transformers'
-    generate() arguments. A sample ends at a token of `stops_of` and is filled with the first of them.
+    generate() arguments. A sample ends at a token of `stop_tokens` and is filled with the first of them.
     """
-    context, stops = context_left(model), stops_of(model)
+    context, stops = context_left(model), stop_tokens(model)
     fill = stops[0] if stops else None
     ids, target = input_ids, input_ids.shape[1] + max_new_tokens
     has_ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
@@ -171,7 +171,7 @@ def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=N
 
 def continuations(model, tokenizer, ids: torch.Tensor, start: int) -> list[str]:
     """The text of each row of ids, (samples, tokens), from `start` to where it ends."""
-    texts, stops = [], set(stops_of(model))
+    texts, stops = [], set(stop_tokens(model))
     for row in ids.tolist():
         end = next((place for place in range(start, len(row)) if row[place] in stops), len(row))
         texts.append(decode_continuation(tokenizer, row[: end + 1], start))

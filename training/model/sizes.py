@@ -36,8 +36,8 @@ CONTEXT_NAMES = (
 ).split()
 
 
-def context_of(config, unsaid: int | None = 2048) -> int | None:
-    """How many tokens a model was made to read; `unsaid` where its configuration does not say.
+def context_of(config, default: int | None = 2048) -> int | None:
+    """How many tokens a model was made to read; `default` where its configuration does not say.
 
     config: a configuration, or what its config.json holds. A model of more than text keeps that of its text apart.
     """
@@ -46,7 +46,7 @@ def context_of(config, unsaid: int | None = 2048) -> int | None:
         lengths = (text.get(name) for name in CONTEXT_NAMES)
     else:
         lengths = (getattr(text_config(config), name, None) for name in CONTEXT_NAMES)
-    return next((length for length in lengths if isinstance(length, int) and length > 0), unsaid)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), default)
 
 
 def text_config(config):
