@@ -21,8 +21,7 @@ from training.data.corpus import Corpus, Inputs, load_corpus
 from training.data.documents import skipped_in_words
 from training.data.encoding import encode_documents
 from training.data.preparation import prepare
-from training.data.sources import unit_hash
-from training.data.splitting import check_split_options
+from training.data.sources import check_split_options, unit_hash
 from training.data.tokenizers import begin_ids
 from training.model.sampling import Rendered, encode_prompt, encode_spelled
 from training.system.errors import UserError, log, log_once, one_line

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.config.arguments import DataArguments
-from training.data import encoding, files, preparation, splitting
+from training.data import encoding, files, preparation
 from training.data.corpus import load_corpus
 from training.data.preparation import prepare
 
@@ -32,7 +32,7 @@ def small_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path.parent / f"{tmp_path.name}-cache")
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 700)
-    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(files, "STRETCH_BYTES", 333)
     write_parquet("rows.parquet", [prose(seed) for seed in range(30)])
     Path("long.txt").write_text(prose(99, words=1500), encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 from training import pretrain, resume
 from training.config.arguments import DataArguments
-from training.data.datatrove_tokens import holds_datatrove, load_datatrove, read_token_file
+from training.data.corpus import holds_datatrove, load_datatrove, read_token_file
 from training.data.encoding import encode_documents
 from training.data.tokenizers import build_tokenizer
 from training.system.errors import UserError

@@ -8,13 +8,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from training.data import files, preparation, splitting
+from training.data import encoding, files, preparation
 from training.data.documents import Document, Position
-from training.data.encoding import encode_documents
+from training.data.encoding import encodable, encode_documents
 from training.data.preparation import prepare
 from training.data.sources import read_documents, read_stretches, unit_hash
-from training.data.splitting import after_words, anywhere, cutting_rule, encodable
-from training.data.tokenizers import build_tokenizer, load_tokenizer
+from training.data.tokenizers import after_words, anywhere, build_tokenizer, cutting_rule, load_tokenizer
 from training.system.errors import UserError
 
 from .small_corpora import (
@@ -88,11 +87,11 @@ def test_sizes_of_parts_and_pieces_change_no_token(monkeypatch):
     sources = ({"text_files": ["texts"]}, {"text_files": ["texts"], **BY_DOCUMENTS}, {"text_files": ["long.txt"]})
     for name, source in enumerate(sources):
         monkeypatch.setattr(files, "STRETCH_BYTES", 10**6)
-        monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 10**6)
+        monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10**6)
         whole = prepared(f"whole-{name}", **source)
         for part_bytes, piece_characters in ((7, 100), (100, 7), (1000, 1000)):
             monkeypatch.setattr(files, "STRETCH_BYTES", part_bytes)
-            monkeypatch.setattr(splitting, "PIECE_CHARACTERS", piece_characters)
+            monkeypatch.setattr(encoding, "PIECE_CHARACTERS", piece_characters)
             assert prepared(f"{part_bytes}-{name}", **source) == whole
         whole_texts = [document.text for document in read_documents(arguments(**source))]
         assert every_text(f"whole-{name}").count("<|endoftext|>") == len(whole_texts)

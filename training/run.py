@@ -17,14 +17,15 @@ from .costs import refuse_too_large
 from .data.corpus import (
     Corpus,
     corpus_at,
+    holds_datatrove,
     inputs_named_by,
     load_corpus,
+    load_datatrove,
     record_inputs,
     refuse_other_inputs,
     whereabouts,
 )
 from .data.dataset import EvaluationRows
-from .data.datatrove_tokens import holds_datatrove, load_datatrove
 from .data.preparation import prepare
 from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus

@@ -21,7 +21,7 @@ from transformers.utils import import_utils
 from modeling import PRESETS
 
 from ..data.dataset import SAMPLERS
-from ..data.splitting import SPLITTERS
+from ..data.sources import SPLITTERS
 from ..model.loading import DTYPES
 from ..model.optimizers import OPTIMIZERS
 from ..system.errors import UserError, one_line, unknown

@@ -58,12 +58,12 @@ class Position(NamedTuple):
     stretches: int = 0
     characters: int = 0
 
-    def after(self, document: Document, characters: int | None = None) -> "Position":
-        """Return the position behind the next stretch; `characters` is its length where its text is gone already."""
+    def after(self, document: Document) -> "Position":
+        """Return the position behind the next stretch."""
         if not document.ends:
             return self._replace(stretches=self.stretches + 1)
-        length = document.at + (len(document.text) if characters is None else characters)
-        return Position(self.documents + 1, document.place, 0, self.characters + length)
+        characters = self.characters + document.at + len(document.text)
+        return Position(self.documents + 1, document.place, 0, characters)
 
 
 START = Position()

@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ..system.errors import UserError
 from .documents import Document
-from .tokenizers import BYTE_VOCABULARY, backend_state, characters_of, splits_as_gpt2, tokenizer_kind
+from .tokenizers import BYTE_VOCABULARY, FindPlace, backend_state, characters_of, splits_as_gpt2, tokenizer_kind
 
 THE_PROMPT = "the prompt"
+PIECE_CHARACTERS = 1_000_000  # a longer text is encoded in pieces where that makes no difference
 BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once, by each of up to eight processes; by more, less each
 PROCESSES_AT_FULL_SIZE = 8
 IS_FORKED = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"  # macOS's is not safe
@@ -237,6 +238,44 @@ def _threads() -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return int(os.environ.get("RAYON_NUM_THREADS", 0)) or cores or 1
+
+
+# --- long texts: where they may be taken apart ------------------------------------------------------------------------
+
+
+def encodable(stretches: Iterator[Document], find_place: FindPlace | None, limit: int) -> Iterator[Document]:
+    """Bring stretches to about `limit` characters, taking apart and joining them within a document and a split.
+
+    Where `find_place` is None, or finds none, a text stays whole: memory then grows with the longest document.
+    """
+    held: list[Document] = []
+    for stretch in stretches:
+        if held and held[0].split != stretch.split:
+            yield _joined(held)
+            held = []
+        held.append(stretch)
+        if find_place is None and not stretch.ends:
+            continue
+        whole, start = _joined(held), 0
+        while find_place and len(whole.text) - start > limit:
+            place = find_place(whole.text, start, start + limit)
+            if place is None:
+                break
+            yield _between(whole, start, place)
+            start = place
+        rest = _between(whole, start, len(whole.text))
+        held = [] if rest.ends else [rest]
+        yield from [rest] if rest.ends else []
+
+
+def _joined(stretches: list[Document]) -> Document:
+    return stretches[0]._replace(text="".join(stretch.text for stretch in stretches), ends=stretches[-1].ends)
+
+
+def _between(whole: Document, start: int, stop: int) -> Document:
+    """Return what is from character `start` to `stop` of a stretch."""
+    starts, ends = whole.starts and start == 0, whole.ends and stop == len(whole.text)
+    return whole._replace(text=whole.text[start:stop], at=whole.at + start, starts=starts, ends=ends)
 
 
 # --- in one process or several ----------------------------------------------------------------------------------------

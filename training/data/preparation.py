@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..system.errors import UserError, is_disk_full, log
 from ..system.files import digest, making, publish, write_whole
 from ..system.lock import InUse, locked
-from . import files, splitting
+from . import encoding, files
 from .corpus import (
     FORMAT,
     FORMAT_VERSION,
@@ -35,10 +35,18 @@ from .corpus import (
 )
 from .dataset import ShardWriter
 from .documents import START, Document, Position, skipped_in_words
-from .encoding import encode_in_order
-from .sources import fingerprint_sources, licence_of, named_sources, open_source, read_documents, read_stretches
-from .splitting import SPLITTERS, check_split_options, cutting_rule, encodable
-from .tokenizers import BUILDERS, build_tokenizer, load_tokenizer, tokenizer_hash
+from .encoding import encodable, encode_in_order
+from .sources import (
+    SPLITTERS,
+    check_split_options,
+    fingerprint_sources,
+    licence_of,
+    named_sources,
+    open_source,
+    read_documents,
+    read_stretches,
+)
+from .tokenizers import BUILDERS, build_tokenizer, cutting_rule, load_tokenizer, tokenizer_hash
 
 CORPUS = "corpus"  # what takes the place of the directory in the end; state and lock lie beside it
 STATE = "state.json"
@@ -256,7 +264,7 @@ class State:
 
 def read_state(folder: Path, fingerprint: str, shard_size: int) -> State:
     """Return the state that a preparation of the same text left, or a new one in a folder that is empty but for it."""
-    sizes = [files.STRETCH_BYTES, splitting.PIECE_CHARACTERS]  # of what a state counts
+    sizes = [files.STRETCH_BYTES, encoding.PIECE_CHARACTERS]  # of what a state counts
     settings = {"fingerprint": fingerprint, "shard_size": shard_size, "pieces": sizes}
     if (folder / STATE).exists():
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -335,7 +343,7 @@ def _pieces_from(state: State, data, tokenizer) -> Iterator[Document]:
     """Yield the pieces that are not done; those of a document that is done in part are made again and passed over."""
     stretches = read_stretches(data, state.position._replace(stretches=0), state.left_out)
     pieces = SPLITTERS[state.rule["by"]].split(stretches, data, state.rule, state.position.characters)
-    pieces = encodable(pieces, cutting_rule(tokenizer), splitting.PIECE_CHARACTERS)
+    pieces = encodable(pieces, cutting_rule(tokenizer), encoding.PIECE_CHARACTERS)
     return islice(pieces, state.position.stretches, None)
 
 

@@ -1,13 +1,16 @@
-"""Where text comes from: the table of sources, mixtures of them, and what the rest of Acorn asks of them."""
+"""Where text comes from: the table of sources, mixtures of them, and which part of the text validates."""
 
 import bisect
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
 
 from ..system.addresses import is_address, public_name
-from ..system.errors import UserError, unknown
+from ..system.errors import UserError, log, unknown
 from .documents import START, Document, HubSet, Position, Size, Source, StandardLibrary, Tables, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
@@ -191,3 +194,78 @@ SOURCES = {
     "dataset": HubSet,
     "mixture": Mixture,
 }
+
+
+# --- which part of the text validates ---------------------------------------------------------------------------------
+
+
+def check_split_options(data) -> None:
+    """Refuse split options that cannot be met, before any text is read."""
+    if named_sources(data) == ["mixture"] and data.validation_by == "position":
+        why = "a mixture repeats documents, so its last part may repeat what is trained on"
+        raise UserError(f"validation_by='position': {why}; use --validation_by documents")
+
+
+def find_cut(data, skipped: dict) -> dict:
+    """Cut the concatenated text at int(characters * (1 - fraction)), as nanoGPT does: one pass counts them."""
+    characters = size = 0
+    for stretch in read_stretches(data, skipped=skipped):
+        characters, size = characters + len(stretch.text), size + len(stretch.text.encode())
+    return {"by": "position", "cut": int(characters * (1 - data.validation_fraction)), "bytes": size}
+
+
+def split_at_cut(stretches: Iterator[Document], data, rule: dict, characters: int) -> Iterator[Document]:
+    """Give validation what lies after the cut; the head of the document that is cut gets no end-of-text token."""
+    room, is_first = max(0, rule["cut"] - characters), True
+    for stretch in stretches:
+        head, tail = stretch.text[:room], stretch.text[room:]
+        if room:
+            yield stretch._replace(split="train", text=head, ends=stretch.ends and not tail)
+        if tail or not room:
+            starts = stretch.starts or is_first
+            yield stretch._replace(split="validation", text=tail, at=stretch.at + len(head), starts=starts)
+            is_first = False
+        room -= len(head)
+
+
+def find_limit(data, skipped: dict) -> dict:
+    """Give a document to validation when unit_hash("validation", seed, its number) < fraction, and at least one.
+
+    Where that gives one split nothing, the document with the smallest hash is the only one in validation. A text of
+    one document is split by position instead, and that is said.
+    """
+    limit, sides, lowest, count = data.validation_fraction, set(), 1.0, 0
+    for stretch in read_stretches(data, skipped=skipped):
+        if not stretch.ends:
+            continue
+        point = unit_hash("validation", data.validation_seed, stretch.number)
+        count, lowest = count + 1, min(lowest, point)
+        sides.add(point < limit)
+        if len(sides) == 2:  # most texts show both sides early, and then are not read twice
+            return {"by": "documents", "limit": limit}
+    if count == 1:
+        log("one document cannot be split by documents: its end validates (validation_by=position)")
+        return find_cut(data, skipped)
+    return {"by": "documents", "limit": float(np.nextafter(lowest, 1))}
+
+
+def split_by_limit(stretches: Iterator[Document], data, rule: dict, characters: int) -> Iterator[Document]:
+    """Give whole documents to either split by the hash of their numbers."""
+    for stretch in stretches:
+        point = unit_hash("validation", data.validation_seed, stretch.number)
+        yield stretch._replace(split="validation" if point < rule["limit"] else "train")
+
+
+class Splitter(NamedTuple):
+    """A way to split.
+
+    find(data, skipped): reads as much of the text as it needs and returns its rule, a dict fit for JSON, which holds
+    "bytes", the size of the text, where they were counted. split(stretches, data, rule, characters): says of each
+    stretch which split it is in; so many characters of the text lie before the first.
+    """
+
+    find: Callable[..., dict]
+    split: Callable[..., Iterator[Document]]
+
+
+SPLITTERS = {"position": Splitter(find_cut, split_at_cut), "documents": Splitter(find_limit, split_by_limit)}

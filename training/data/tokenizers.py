@@ -1,6 +1,7 @@
 """Byte, character and BPE tokenizers, built with `tokenizers` and saved as Hugging Face tokenizers."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -209,3 +210,37 @@ def splits_as_gpt2(state: dict) -> bool:
     rule = (splitter.get("type"), splitter.get("add_prefix_space"), splitter.get("use_regex", True))
     has_only_special = all(token["special"] for token in state["added_tokens"])  # others may hold white space
     return rule == ("ByteLevel", False, True) and state["normalizer"] is None and has_only_special
+
+
+# --- where a text may be taken apart without changing its tokens ------------------------------------------------------
+
+# finds, in text[start:], the place at or before `stop` (else the first after it) to cut at; None: nowhere
+FindPlace = Callable[[str, int, int], int | None]
+AFTER_WORD = re.compile(r"(?<=[^\W_])[ \n]")
+
+
+def anywhere(text: str, start: int, stop: int) -> int | None:
+    """Cut at `stop`: for tokenizers of single bytes or characters."""
+    return stop if stop < len(text) else None
+
+
+def after_words(text: str, start: int, stop: int) -> int | None:
+    """Cut between a letter or digit and the space or line break after it, where GPT-2's splitting rule always cuts.
+
+    No alternative of its pattern goes from what is not white space to white space, and none looks back. So the tokens
+    on either side do not depend on the other. (Radford et al., "Language Models are Unsupervised Multitask Learners".)
+    """
+    for begin in (max(start + 1, stop - 1000), start + 1):  # the last one is mostly near
+        if found := [match.start() for match in AFTER_WORD.finditer(text, begin, stop + 1)]:
+            return found[-1]
+    after = AFTER_WORD.search(text, stop + 1)
+    return after.start() if after else None
+
+
+def cutting_rule(tokenizer) -> FindPlace | None:
+    """Return where texts may be taken apart with this tokenizer, or None where only whole documents are exact."""
+    if tokenizer_kind(tokenizer) in ("byte", "char"):
+        return anywhere
+    state = backend_state(tokenizer.backend_tokenizer)
+    is_exact = state["model"]["type"] == "BPE" and not state["model"].get("dropout")
+    return after_words if is_exact and splits_as_gpt2(state) else None
