@@ -70,7 +70,8 @@ def recognise(source: Source) -> Format:
         if kind.recognises(source):
             return kind
     known = ", ".join(kind.title for kind in FORMATS.values())
-    raise UserError(f"{source.name}: model_type={source.config.get('model_type')!r} is none that is read; {known} are")
+    model_type = source.config.get("model_type")
+    raise UserError(f"{source.name}: model_type={model_type!r} is not supported; choose from {known}")
 
 
 def convert(source: Source, found: Format, target: Format, building: Path, flags, bar: tqdm) -> list[str]:

@@ -35,14 +35,10 @@ def checkpoint_tokenizer(source: Source, vocab_size: int, tokenizer: str | None,
     """
     if tokenizer:
         return named_tokenizer(tokenizer)
-    if meta:
-        return read_meta(Path(meta))
-    return tokenizer_beside(source) or _meta_of(source) or _by_size(source, vocab_size)
-
-
-def _meta_of(source: Source) -> PreTrainedTokenizerFast | None:
-    path = next((path for path in meta_paths(source) if path.is_file()), None)
-    return read_meta(path) if path else None
+    if meta is None and (found := tokenizer_beside(source)) is not None:
+        return found
+    path = Path(meta) if meta else next((path for path in meta_paths(source) if path.is_file()), None)
+    return read_meta(path) if path else _by_size(source, vocab_size)
 
 
 def meta_paths(source: Source) -> Iterator[Path]:

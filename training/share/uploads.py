@@ -120,9 +120,8 @@ def refuse_no_model(directory: Path) -> None:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name a run, a checkpoint, a model or an adapter directory")
     names = {path.name for path in directory.iterdir()}
-    kind, config, stem = "a model", "config.json", "model"
-    if "adapter_config.json" in names:
-        kind, config, stem = "an adapter", "adapter_config.json", "adapter_model"
+    is_adapter = "adapter_config.json" in names
+    config, stem = ("adapter_config.json", "adapter_model") if is_adapter else ("config.json", "model")
     if config not in names:
         holds = sorted(name for name in names if name.startswith("checkpoint-"))
         mend = f"push one of its checkpoints, such as {directory / holds[-1]}" if holds else "name a model directory"
@@ -131,7 +130,7 @@ def refuse_no_model(directory: Path) -> None:
         if name not in names:
             pickled = [other for other in names if other.endswith(".bin") and stem.split("_")[-1] in other]
             why = f"; its weights are a pickle ({pickled[0]}), `acorn convert` writes safetensors" if pickled else ""
-            raise UserError(f"{directory} is not whole as {kind}: {name} is not there{why}")
+            raise UserError(f"{directory} is incomplete: {name} is missing{why}")
         if not is_own_file(directory / name, directory):
             raise UserError(f"{directory / name} is {LINK_OUT}, or not a file: put a copy of the file in its place")
 

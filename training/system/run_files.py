@@ -178,5 +178,7 @@ def _state_damage(checkpoint: Path) -> str | None:
         is_whole = False
     if not is_whole:
         return f"{STATE} cannot be read"
-    print(f"{checkpoint} has no {MANIFEST}, as an earlier Acorn left it: taken unverified", file=sys.stderr)
+    print(
+        f"{checkpoint} has no {MANIFEST} (an earlier Acorn wrote none): its files cannot be verified", file=sys.stderr
+    )
     return None
