@@ -126,16 +126,8 @@ FIELDS = {  # ours: theirs
     "tie_word_embeddings": "tie_word_embeddings",
     **{name: name for name in SPECIAL_IDS},
 }
-ACTIVATIONS = {  # theirs: ours; some have several names
-    "gelu_new": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_new",
-    "gelu_fast": "gelu_new",
-    "gelu": "gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "silu": "silu",
-    "swish": "silu",
-}
+ACTIVATIONS = {name: name for name in ("gelu_new", "gelu", "relu", "relu2", "silu")}  # theirs: ours
+ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D keeps (inputs, outputs)
 
 

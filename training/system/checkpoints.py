@@ -119,7 +119,8 @@ def sweep(run_dir: Path) -> None:
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     for path in run_dir.glob(".*.[0-9]*.tmp"):  # as files.replace_whole calls a file until it is whole
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 # ---- reading
