@@ -83,7 +83,7 @@ def test_the_model_is_told_how_many_labels_a_step_has(make_trainer, monkeypatch,
         return forward(*args, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels, **kwargs)
 
     monkeypatch.setattr(trainer.model, "forward", listen)
-    trainer.get_eval_dataloader = None  # evaluation goes another way: see training/evaluation.py
+    trainer.get_eval_dataloader = None  # evaluation goes another way: see training/loop/evaluation.py
     trainer.train()
     in_training = [(items, labels) for items, labels in zip(told, counted, strict=True) if labels is not None]
     assert len(in_training) == 4 * accumulation
