@@ -35,7 +35,7 @@ def example_of(corpus: Corpus | Examples) -> Example:
     if isinstance(corpus, Examples):
         return corpus.train[0]
     tokens = corpus.tokens("train")
-    ids = tokens.window(0, min(PREVIEWED, len(tokens)))
+    ids = tokens.sequence(0, min(PREVIEWED, len(tokens)))
     return Example(ids, np.ones(len(ids), dtype=bool), "text, where an end-of-text token begins the next document")
 
 

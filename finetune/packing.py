@@ -131,7 +131,7 @@ def documents_in(corpus, split: str, limit: int) -> list[Example]:
     if not isinstance(corpus, Corpus):
         return getattr(corpus, split)
     tokens = corpus.tokens(split)
-    return documents_of(tokens.window(0, len(tokens)), corpus.tokenizer.eos_token_id, limit)
+    return documents_of(tokens.sequence(0, len(tokens)), corpus.tokenizer.eos_token_id, limit)
 
 
 def documents_of(tokens: np.ndarray, end_of_text: int, limit: int) -> list[Example]:

@@ -56,7 +56,7 @@ def every_text(directory: str | Path) -> str:
     """Decode both splits, one after the other."""
     corpus = load_corpus(directory)
     splits = [corpus.tokens(split) for split in ("train", "validation")]
-    return "".join(corpus.tokenizer.decode(tokens.window(0, len(tokens)).tolist()) for tokens in splits)
+    return "".join(corpus.tokenizer.decode(tokens.sequence(0, len(tokens)).tolist()) for tokens in splits)
 
 
 def fineweb(folder: str, files: int = 3, rows: int = 40) -> list[str]:

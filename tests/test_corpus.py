@@ -58,14 +58,14 @@ def everything(folder: str = ".") -> dict[str, str]:
 
 def decoded(corpus, split: str) -> str:
     tokens = corpus.tokens(split)
-    return corpus.tokenizer.decode(tokens.window(0, len(tokens)).tolist())
+    return corpus.tokenizer.decode(tokens.sequence(0, len(tokens)).tolist())
 
 
 def test_position_cuts_one_document():
     corpus = prepare(arguments(text_files=["text.txt"]))
     train, validation = corpus.tokens("train"), corpus.tokens("validation")
-    assert train.window(0, len(train)).tolist() == list(b"0123456789" * 18)
-    assert validation.window(0, len(validation)).tolist() == [*b"0123456789" * 2, 256]
+    assert train.sequence(0, len(train)).tolist() == list(b"0123456789" * 18)
+    assert validation.sequence(0, len(validation)).tolist() == [*b"0123456789" * 2, 256]
     assert {split: part["bytes"] for split, part in corpus.manifest["splits"].items()} == {
         "train": 180,
         "validation": 20,
@@ -328,7 +328,7 @@ def test_tiny_shakespeare_is_cut_as_nanogpt_cuts_it():
     assert corpus.manifest["vocab_size"] == 66
     text = SHAKESPEARE.read_bytes().decode()
     assert decoded(corpus, "train") == text[:1_003_854]
-    assert np.array_equal(corpus.tokens("validation").window(111_540, 1), [65])
+    assert np.array_equal(corpus.tokens("validation").sequence(111_540, 1), [65])
 
 
 def test_one_document_is_split_by_position(capsys):

@@ -36,12 +36,12 @@ def starts(rows) -> list[int]:
 def test_a_shard_that_was_cut_is_one_line_and_no_signal(tmp_path, is_mapped):
     tokens = shards(tmp_path, 50_000, 20_000)
     if is_mapped:
-        tokens.window(0, 50_000)
+        tokens.sequence(0, 50_000)
     with open(tokens.paths[1], "r+b") as file:
         file.truncate(100)
-    assert not is_mapped or tokens.window(0, 20_000)[-1] == 19_999
+    assert not is_mapped or tokens.sequence(0, 20_000)[-1] == 19_999
     with pytest.raises(UserError, match=r"train-00001.bin: was 40,000 bytes long and is 100 now; restore"):
-        tokens.window(30_000, 9)
+        tokens.sequence(30_000, 9)
 
 
 def test_windows_cross_shard_borders(tmp_path):
@@ -50,19 +50,19 @@ def test_windows_cross_shard_borders(tmp_path):
     for start in range(50):
         for length in (0, 1, 20, 50 - start):
             if start + length <= 50:
-                np.testing.assert_array_equal(tokens.window(start, length), np.arange(start, start + length))
-    assert tokens.window(0, 3).dtype == np.int64
+                np.testing.assert_array_equal(tokens.sequence(start, length), np.arange(start, start + length))
+    assert tokens.sequence(0, 3).dtype == np.int64
     for start, length in ((-1, 3), (49, 2), (50, 1)):
         with pytest.raises(IndexError, match="are not all among the 50 there are"):
-            tokens.window(start, length)
+            tokens.sequence(start, length)
 
 
 def test_pickles_by_path(tmp_path):
     tokens = shards(tmp_path, 5000, shard_size=1000)
-    tokens.window(0, 10)
+    tokens.sequence(0, 10)
     pickled = pickle.dumps(tokens)
     assert len(pickled) < 2000
-    np.testing.assert_array_equal(pickle.loads(pickled).window(990, 20), tokens.window(990, 20))
+    np.testing.assert_array_equal(pickle.loads(pickled).sequence(990, 20), tokens.sequence(990, 20))
 
 
 @pytest.mark.parametrize("sampling", SAMPLERS)

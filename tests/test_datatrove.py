@@ -49,7 +49,7 @@ def arguments(**changes) -> DataArguments:
 def spelt(corpus, split: str) -> list[str]:
     """The documents of a split as text."""
     tokens = corpus.tokens(split)
-    return corpus.tokenizer.decode(tokens.window(0, len(tokens)).tolist()).split("<|endoftext|>")[:-1]
+    return corpus.tokenizer.decode(tokens.sequence(0, len(tokens)).tolist()).split("<|endoftext|>")[:-1]
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
@@ -86,11 +86,11 @@ def test_windows_pass_over_what_validates(tokenizer) -> None:
     """A window of the training tokens is the same whether it is read at once or token by token."""
     write(tokenizer)
     tokens = load_datatrove(arguments(validation_by="documents", validation_fraction=0.3)).tokens("train")
-    whole = tokens.window(0, len(tokens))
+    whole = tokens.sequence(0, len(tokens))
     for start in range(0, len(tokens) - 90, 7):
-        np.testing.assert_array_equal(tokens.window(start, 90), whole[start : start + 90])
+        np.testing.assert_array_equal(tokens.sequence(start, 90), whole[start : start + 90])
     with pytest.raises(IndexError):
-        tokens.window(len(tokens) - 5, 6)
+        tokens.sequence(len(tokens) - 5, 6)
 
 
 def test_a_run_and_its_resume(tokenizer, capsys) -> None:

@@ -31,11 +31,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def window(self, start: int, length: int) -> np.ndarray:
+    def sequence(self, start: int, length: int) -> np.ndarray:
         return self.ids[start : start + length].astype(np.int64)
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        return np.stack([self.window(int(start), length) for start in starts])
+    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return np.stack([self.sequence(int(start), length) for start in starts])
 
 
 def losses(model, row: dict) -> torch.Tensor:

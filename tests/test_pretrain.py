@@ -172,7 +172,7 @@ def test_one_seed_one_model(grown, folder) -> None:
 def test_evaluation_covers_the_whole_split(grown, folder) -> None:
     corpus = load_corpus(next((folder / "corpora").iterdir()))
     tokens = corpus.tokens("validation")
-    ids = torch.from_numpy(tokens.window(0, len(tokens)))
+    ids = torch.from_numpy(tokens.sequence(0, len(tokens)))
     model = AutoModelForCausalLM.from_pretrained(grown / "checkpoint-8", trust_remote_code=True)
     nats = 0.0
     for start in range(0, len(ids) - 1, CONTEXT):
@@ -326,5 +326,5 @@ def test_validation_tokens_are_not_trained_on(folder, grown) -> None:
     corpus = load_corpus(next((folder / "corpora").iterdir()))
     train, validation = corpus.tokens("train"), corpus.tokens("validation")
     text = (folder / "text.txt").read_text(encoding="utf-8")
-    ids = np.concatenate([train.window(0, len(train)), validation.window(0, len(validation) - 1)])
+    ids = np.concatenate([train.sequence(0, len(train)), validation.sequence(0, len(validation) - 1)])
     assert corpus.tokenizer.decode(ids) == text

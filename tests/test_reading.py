@@ -110,7 +110,7 @@ def test_a_folder_of_parquet_shards_is_read_like_the_same_files():
     for corpus in (by_folder, by_files):
         assert {split: part["documents"] for split, part in corpus.manifest["splits"].items()} == expected
         tokens = corpus.tokens("validation")
-        text = corpus.tokenizer.decode(tokens.window(0, len(tokens)).tolist())
+        text = corpus.tokenizer.decode(tokens.sequence(0, len(tokens)).tolist())
         assert text.split("<|endoftext|>")[:-1] == [text for text, held in zip(texts, held_out, strict=True) if held]
     assert by_folder.manifest["splits"] == by_files.manifest["splits"]
     assert not any(Path().rglob("*.arrow"))  # no second copy

@@ -119,7 +119,7 @@ def test_what_is_read_after_a_mark_is_read_from_there(folder, monkeypatch) -> No
 def test_what_validates_is_the_beginning_and_never_trains(folder, held: int) -> None:
     corpus = stream_corpus(arguments(validation_characters=held))
     validation = corpus.tokens("validation")
-    ids = validation.window(0, len(validation))
+    ids = validation.sequence(0, len(validation))
     assert bytes(ids[ids < 256].tolist()).decode() == "".join(DOCUMENTS)[:held]
     assert corpus.manifest["splits"]["validation"]["bytes"] == held
     assert len(EvaluationRows(validation, CONTEXT)) == -(-(len(ids) - 1) // CONTEXT)

@@ -291,7 +291,7 @@ def check_tokenizer(name: str, tokenizer, file: TokenFile) -> None:
     tokens = TokenShards([file.path], DTYPES[file.token_size])
     lengths = np.diff(file.ends, prepend=0)[:CHECKED_DOCUMENTS].tolist()
     ends = file.ends[:CHECKED_DOCUMENTS].tolist()
-    documents = [tokens.window(end - length, length) for end, length in zip(ends, lengths, strict=True) if length]
+    documents = [tokens.sequence(end - length, length) for end, length in zip(ends, lengths, strict=True) if length]
     if any(ids.max() >= len(tokenizer) for ids in documents):
         raise other
     if not all(ids[-1] == tokenizer.eos_token_id for ids in documents):
@@ -330,7 +330,7 @@ def spans(chosen: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def count_bytes(tokenizer, tokens: Tokens) -> int:
     """Return the UTF-8 bytes of the text that the tokens spell, end-of-text tokens left out."""
-    ids = tokens.window(0, len(tokens))
+    ids = tokens.sequence(0, len(tokens))
     documents = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)
     total, decode_batch = 0, tokenizer.backend_tokenizer.decode_batch
     for first in range(0, len(documents), 1000):

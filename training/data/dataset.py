@@ -24,19 +24,19 @@ class Tokens(ABC):
     def __len__(self) -> int:
         """Count the tokens."""
 
-    def window(self, start: int, length: int) -> np.ndarray:
+    def sequence(self, start: int, length: int) -> np.ndarray:
         """Return tokens[start : start + length] as int64 [length]; IndexError where that is not all inside."""
-        return self.windows(np.array([start]), length)[0]
+        return self.sequences(np.array([start]), length)[0]
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return one window a start, as int64 [len(starts), length]."""
+    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return one sequence a start, as int64 [len(starts), length]."""
         rows = np.empty((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             self._fill(row, start)
         return rows
 
     def training_rows(self, context_length: int, seed: int, num_rows: int, sampling: str) -> "Rows":
-        """Return the rows to train on, in windows drawn as `sampling` says."""
+        """Return the rows to train on, in sequences drawn as `sampling` says."""
         return TrainingRows(self, context_length, seed, num_rows, sampling)
 
     @abstractmethod
@@ -62,40 +62,50 @@ class TokenArray(Tokens):
         row[:] = self.ids[start : start + len(row)]
 
 
-class TokenSpans(Tokens):
-    """Some stretches of other tokens, starts[i] to ends[i] in order, as one sequence of its own."""
+class TokenParts(Tokens):
+    """Parts that follow each other as one sequence of tokens; a subclass copies from one part in `_copy`."""
 
-    def __init__(self, tokens: Tokens, starts: np.ndarray, ends: np.ndarray):
-        self.tokens, self.starts = tokens, starts
-        self._ends = np.cumsum(ends - starts, dtype=np.int64)
+    def __init__(self, lengths: np.ndarray):
+        self._ends = np.cumsum(lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _fill(self, row: np.ndarray, start: int) -> None:
         self._check_inside(start, len(row))
-        span, filled = int(np.searchsorted(self._ends, start, side="right")), 0
+        part, filled = int(np.searchsorted(self._ends, start, side="right")), 0
         while filled < len(row):
-            inside = start + filled - (int(self._ends[span - 1]) if span else 0)
-            length = min(len(row) - filled, int(self._ends[span]) - start - filled)
-            self.tokens._fill(row[filled : filled + length], int(self.starts[span]) + inside)
-            filled, span = filled + length, span + 1
+            begin = start + filled - (int(self._ends[part - 1]) if part else 0)
+            length = min(len(row) - filled, int(self._ends[part]) - start - filled)
+            self._copy(part, begin, row[filled : filled + length])
+            filled, part = filled + length, part + 1
+
+    @abstractmethod
+    def _copy(self, part: int, begin: int, row: np.ndarray) -> None:
+        """Copy a part's tokens from `begin` on into `row`, which goes no further than the part."""
 
 
-class TokenShards(Tokens):
+class TokenSpans(TokenParts):
+    """Some stretches of other tokens, starts[i] to ends[i] in order, as one sequence of its own."""
+
+    def __init__(self, tokens: Tokens, starts: np.ndarray, ends: np.ndarray):
+        super().__init__(ends - starts)
+        self.tokens, self.starts = tokens, starts
+
+    def _copy(self, part: int, begin: int, row: np.ndarray) -> None:
+        self.tokens._fill(row, int(self.starts[part]) + begin)
+
+
+class TokenShards(TokenParts):
     """One long read-only sequence of token ids over several files, memory-mapped when first read.
 
     `dtype` is the little-endian type on disk ("<u2" or "<u4"). Pickles by path: data loader workers map for themselves.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike], dtype: str = "<u2"):
-        self.paths = [os.fspath(path) for path in paths]
-        self.dtype = np.dtype(dtype)
+        self.paths, self.dtype = [os.fspath(path) for path in paths], np.dtype(dtype)
         self._sizes = [os.path.getsize(path) // self.dtype.itemsize for path in self.paths]
-        self._ends = np.cumsum(self._sizes, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self.paths else 0
+        super().__init__(np.array(self._sizes, dtype=np.int64))
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_shards"}
@@ -118,17 +128,10 @@ class TokenShards(Tokens):
             why = f"was {expected:,} bytes long and is {now:,} now"
             raise UserError(f"{self.paths[shard]}: {why}; restore the prepared tokens, and resume the run")
 
-    def _fill(self, row: np.ndarray, start: int) -> None:
-        """Copy the tokens from `start` on into `row`, shard by shard."""
-        self._check_inside(start, len(row))
-        shard, filled = int(np.searchsorted(self._ends, start, side="right")), 0
-        while filled < len(row):
-            begin = start + filled - (int(self._ends[shard - 1]) if shard else 0)
-            tokens, mapping = self._shards[shard]
-            self._check_size(shard, mapping.size())
-            piece = tokens[begin : begin + len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled, shard = filled + len(piece), shard + 1
+    def _copy(self, part: int, begin: int, row: np.ndarray) -> None:
+        tokens, mapping = self._shards[part]
+        self._check_size(part, mapping.size())
+        row[:] = tokens[begin : begin + len(row)]
 
 
 class ShardWriter:
@@ -240,11 +243,11 @@ def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 class TrainingRows(Rows):
-    """`num_rows` windows of the text, each a pure function of (seed, row index).
+    """`num_rows` sequences of the text, each a pure function of (seed, row index).
 
     sampling="random": every start is equally likely, with replacement, as in nanoGPT.
     sampling="shuffled": without replacement; each epoch visits adjacent blocks in a new order and from a new offset.
-    Raises UserError when the text is shorter than one window, context_length + 1 tokens.
+    Raises UserError when the text is shorter than one sequence, context_length + 1 tokens.
     """
 
     def __init__(self, tokens: Tokens, context_length: int, seed: int, num_rows: int, sampling: str = "random"):
@@ -259,12 +262,12 @@ class TrainingRows(Rows):
 
     def _inputs_and_labels(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts = self.starts(indices.astype(np.uint64), self.seed, len(self.tokens), self.context_length)
-        windows = self.tokens.windows(starts, self.context_length + 1)
-        return windows[:, :-1], windows[:, 1:]
+        sequences = self.tokens.sequences(starts, self.context_length + 1)
+        return sequences[:, :-1], sequences[:, 1:]
 
 
 class EvaluationRows(Rows):
-    """The whole split once, in adjacent windows: every token but the very first is predicted exactly once.
+    """The whole split once, in adjacent sequences: every token but the very first is predicted exactly once.
 
     The last row is filled up with the last token as inputs and -100 as labels. Raises UserError below 2 tokens.
     """
@@ -285,9 +288,9 @@ class EvaluationRows(Rows):
 
     def _row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         start = index * self.context_length
-        window = self.tokens.window(start, min(self.context_length + 1, len(self.tokens) - start))
-        missing = self.context_length + 1 - len(window)
-        padded = np.pad(window, (0, missing), mode="edge")
+        sequence = self.tokens.sequence(start, min(self.context_length + 1, len(self.tokens) - start))
+        missing = self.context_length + 1 - len(sequence)
+        padded = np.pad(sequence, (0, missing), mode="edge")
         labels = padded[1:].copy()
         labels[self.context_length - missing :] = IGNORED
         return padded[:-1], labels

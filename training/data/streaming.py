@@ -271,8 +271,8 @@ class StreamRows(Rows):
         starts = indices * self.context_length
         first = int(starts.min())
         block = self.tokens.read(first, int(starts.max()) + self.context_length + 1)
-        windows = block[(starts - first)[:, None] + np.arange(self.context_length + 1)].astype(np.int64)
-        return windows[:, :-1], windows[:, 1:]
+        sequences = block[(starts - first)[:, None] + np.arange(self.context_length + 1)].astype(np.int64)
+        return sequences[:, :-1], sequences[:, 1:]
 
 
 class StreamPosition(TrainerCallback, ExportableState):
