@@ -22,6 +22,7 @@ from ..system.files import digest, making, publish, write_whole
 from ..system.lock import InUse, locked
 from . import encoding, files
 from .corpus import (
+    ELSEWHERE,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
@@ -128,15 +129,14 @@ def _open_prepared(data) -> Corpus:
         value = getattr(data, option.name)
         if value not in (option.default, decided.get(option.name, option.default)):
             was = f"prepared with {decided[option.name]!r}" if option.name in decided else "prepared already"
-            mend = "leave it out, or prepare the text again into another --data_dir"
-            raise UserError(f"{option.name}={value!r}: the tokens in data_dir={data.data_dir!r} were {was}; {mend}")
+            what = f"the tokens in data_dir={data.data_dir!r} were {was}"
+            raise UserError(f"{option.name}={value!r}: {what}; leave it out, or {ELSEWHERE}")
     held = corpus.manifest["tokenizer"]
     if data.tokenizer in ("byte", held["name"]):
         return corpus
     if data.tokenizer in BUILDERS or tokenizer_hash(load_tokenizer(data.tokenizer)) != held["hash"]:
-        what = f"its tokens were made with {held['name']!r}"
-        mend = "name that one, or prepare the text again into another --data_dir"
-        raise UserError(f"tokenizer={data.tokenizer!r}: data_dir={data.data_dir!r} is not its: {what}; {mend}")
+        what = f"data_dir={data.data_dir!r} is not its: its tokens were made with {held['name']!r}"
+        raise UserError(f"tokenizer={data.tokenizer!r}: {what}; name that one, or {ELSEWHERE}")
     return corpus
 
 
@@ -321,7 +321,7 @@ def _write_pieces(folder: Path, state: State, data, tokenizer, writers: dict[str
     """Encode the pieces and hand them to their split's writer, saving the state now and then."""
     is_first, end_of_text = True, np.array([tokenizer.eos_token_id])
     encoding = encode_in_order(_pieces_from(state, data, tokenizer), tokenizer, writers["train"].dtype, data.num_proc)
-    with closing(encoding), Progress(state.total_bytes, *_counts(writers)) as progress:
+    with closing(encoding), closing(Progress(state.total_bytes, *_counts(writers))) as progress:
         for batch, encoded in encoding:
             sizes = [len(piece.text.encode()) for piece in batch]
             if is_first and state.total_bytes is not None:
@@ -368,10 +368,8 @@ class Progress:
         options = {"unit": "B", "unit_scale": True, "desc": "tokens", "disable": not sys.stderr.isatty()}
         self.bar = tqdm(total=total_bytes, initial=size, **options)
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
+        """Take the bar away."""
         self.bar.close()
 
     def show(self, documents: int, size: int) -> None:

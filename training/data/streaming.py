@@ -57,13 +57,11 @@ def stream_corpus(data, num_workers: int = 0) -> Corpus:
         data = replace(data, mixture=[{**entry, "streaming": True} for entry in data.mixture])
     tokenizer = build_tokenizer(data.tokenizer, None, data.tokenizer_vocab_size)
     held = hold_out(data, tokenizer)
+    validation = {"documents": len(held.numbers), "tokens": len(held.ids), "bytes": held.num_bytes}
     manifest = tokenizer_facts(data.tokenizer, tokenizer) | {
         "source": named_sources(data)[0],
         "licence": licence_of(data),
-        # of "train" nothing is known before it is read
-        "splits": {
-            "validation": {"documents": len(held.numbers), "tokens": len(held.ids), "bytes": held.num_bytes},
-        },
+        "splits": {"validation": validation},  # of "train" nothing is known before it is read
     }
     tokens = {"train": TokenStream(data, tokenizer, held), "validation": TokenArray(held.ids)}
 
