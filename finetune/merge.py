@@ -109,7 +109,7 @@ def card(directory: Path, out: Path) -> CardFacts:
     base = base_of(directory)
     kind = read_json(directory / "adapter_config.json").get("peft_type", "adapter")
     about = f"`{base}` with the {kind} adapter `{directory.name}` merged into its weights by Acorn."
-    return CardFacts(out.name, about, base_model=base, base_model_relation="finetune", tags=["acorn", kind.lower()])
+    return CardFacts(out.name, about, base_model=base, tags=["acorn", kind.lower()])
 
 
 if __name__ == "__main__":

@@ -198,7 +198,6 @@ class FinetuneRun(Run):
             license=recipe.card_arguments().license,
             language=recipe.card_arguments().language,
             base_model=base,
-            base_model_relation="finetune" if is_whole else "adapter",
             datasets=sources,
             library_name="transformers" if is_whole else "peft",
             tags=["acorn", facts["adapter"]],

@@ -27,7 +27,6 @@ FACTS = CardFacts(
     license="mit",
     language=["en", "code"],
     base_model="openai-community/gpt2",
-    base_model_relation="finetune",
     datasets=["roneneldan/TinyStories", "/home/me/text"],
     text="TinyStories",
     metrics={"loss": 1.25, "perplexity": math.exp(1.25), "bits_per_byte": 0.9, "token_accuracy": 0.5, "shift": 2.0},

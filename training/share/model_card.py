@@ -30,13 +30,12 @@ METRICS = {
 class CardFacts:
     """What a card says; `name` and `about` are needed, and what is left empty is left out.
 
-    about: a sentence or two on what the model is. base_model: Hub id or path of what was finetuned, with the Hub's word
-    for the relation: finetune, adapter, merge or quantized. datasets: names of data sets, of which Hub ids reach the
-    metadata. text: what the text is called. data: Markdown on the text, its licence and its size. metrics: measured on
-    `evaluated_on`, by the names in METRICS; metrics_before: the same before finetuning. results: Markdown below
-    the table of metrics. needs_remote_code: the directory, or an adapter's base, brings its own code. tokenizer: where
-    it is, if not in the directory. max_new_tokens: what the example writes. limits: a Markdown sentence each, added to
-    those that hold for every model of this kind.
+    about: a sentence or two on what the model is. base_model: Hub id or path of what was finetuned. datasets: names of
+    data sets, of which Hub ids reach the metadata. text: what the text is called. data: Markdown on the text, its
+    licence and its size. metrics: measured on `evaluated_on`, by the names in METRICS; metrics_before: the same before
+    finetuning. results: Markdown below the table of metrics. needs_remote_code: the directory, or an adapter's base,
+    brings its own code. tokenizer: where it is, if not in the directory. max_new_tokens: what the example writes.
+    limits: a Markdown sentence each, added to those that hold for every model of this kind.
     """
 
     name: str
@@ -44,7 +43,6 @@ class CardFacts:
     license: str | None = None
     language: list[str] = field(default_factory=list)
     base_model: str | None = None
-    base_model_relation: str | None = None
     datasets: list[str] = field(default_factory=list)
     text: str = "text"
     library_name: str = "transformers"
@@ -167,7 +165,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         library_name=facts.library_name,
         pipeline_tag="text-generation",
         base_model=base_model,
-        base_model_relation=facts.base_model_relation if base_model else None,
+        base_model_relation=("adapter" if facts.library_name == "peft" else "finetune") if base_model else None,
         datasets=datasets or None,
         tags=facts.tags,
         model_name=facts.name if results else None,

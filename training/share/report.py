@@ -121,7 +121,6 @@ def facts_of_adapter(directory: Path) -> CardFacts:
         directory.absolute().name,
         f"An adapter ({kind}) of {count_parameters(directory):,} parameters for `{base}`.",
         base_model=base,
-        base_model_relation="adapter",
         library_name="peft",
         tags=["acorn", kind.lower()],
         needs_remote_code=bool(base_config.get("auto_map")),
