@@ -131,7 +131,7 @@ def reading(checkpoint: str | None, what: str) -> Iterator[None]:
     """Make one line of whatever loading a part of a checkpoint raises: what opens may still not be what is wanted."""
     try:
         yield
-    except (*UNREADABLE, TypeError, AttributeError, IndexError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{checkpoint}: its {what} cannot be loaded ({why_unreadable(error)}): it is damaged, or belongs to "
             "another run; choose another with --checkpoint"
