@@ -20,7 +20,7 @@ MAY_IMPORT = {  # a room: the other rooms it may import
 TRAINING = ("system", "data", "model", "config", "share", "loop")
 # What a model from the Hub may count on: huggingface_hub comes with every transformers, and holds its `strict`.
 TRAVELS_WITH = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-MAX_FILE, MAX_FUNCTION = 400, 50
+MAX_FILE, MAX_FUNCTION, MAX_MODULES = 400, 50, 10
 
 FILES = sorted(path.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 FILES += [Path("acorn.py")]
@@ -109,6 +109,13 @@ def test_imports_keep_the_rule(path: Path, mains: set[str]) -> None:
 def test_files_and_functions_stay_short(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert too_long(text, ast.parse(text)) == []
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {Path("benchmarks"), Path(".")}), ids=str)
+def test_a_folder_holds_few_modules_and_says_what_they_are(folder: Path) -> None:
+    assert len([path for path in FILES if path.parent == folder and path.name != "__init__.py"]) <= MAX_MODULES
+    init = ROOT / folder / "__init__.py"
+    assert folder.name == "launch" or ast.get_docstring(ast.parse(init.read_text(encoding="utf-8")))
 
 
 def test_modeling_is_flat() -> None:
