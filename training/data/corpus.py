@@ -1,4 +1,4 @@
-"""What is trained on: tokens of two splits, their tokenizer and a manifest, prepared in a directory or streamed."""
+"""What is trained on: tokens of two splits, their tokenizer and a manifest; prepared, datatrove's, or streamed."""
 
 import json
 import os
@@ -60,7 +60,7 @@ class Corpus:
             return f"{source}: {validates}, the rest trains in order; {vocabulary}, nothing is prepared."
         counts = " and ".join(f"{splits[split]['tokens']:,} {split}" for split in SPLITS)
         skipped = "; ".join(f"{name}: {why}" for name, why in self.manifest.get("left_out", {}).items())
-        return f"{self.directory}: {counts} tokens, {vocabulary}.{f' Left out: {skipped[:300]}.' if skipped else ''}"
+        return f"{self.directory}: {counts} tokens, {vocabulary}.{f' Skipped: {skipped[:300]}.' if skipped else ''}"
 
 
 def tokenizer_facts(name: str, tokenizer) -> dict:
@@ -178,7 +178,7 @@ def corpus_at(whereabouts: tuple[str, str]) -> Corpus | None:
 
 DTYPES = {2: "<u2", 4: "<u4"}
 CHECKED_DOCUMENTS, CHECKED_TOKENS = 20, 2000  # of the first documents, that many tokens are encoded again
-HOW = "tokenise the text again (training/launch/prepare_datatrove.py)"
+AGAIN = "tokenise the text again (training/launch/prepare_datatrove.py)"
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def read_token_files(directory: Path) -> list[TokenFile]:
     files = [read_token_file(path) for path in sorted(directory.glob("*.ds"))]
     files = [file for file in files if len(file.ends) and file.ends[-1]]  # a task without documents leaves nothing
     if not files:
-        raise UserError(f"data_dir={str(directory)!r}: its .ds files hold no token; {HOW}")
+        raise UserError(f"data_dir={str(directory)!r}: its .ds files hold no token; {AGAIN}")
     for file in files:
         if (file.tokenizer, file.token_size) != (files[0].tokenizer, files[0].token_size):
             raise UserError(f"{file.path}: was made with {file.tokenizer!r} and {files[0].path.name} with "
@@ -239,18 +239,18 @@ def read_token_file(path: Path) -> TokenFile:
     index, metadata, loss = (path.with_name(f"{path.name}.{ending}") for ending in ("index", "metadata", "loss"))
     for beside, option in ((index, "save_index"), (metadata, "save_final_metadata")):
         if not beside.is_file():
-            raise UserError(f"{path}: there is no {beside.name} beside it; {HOW} with {option}=True, and let it end")
+            raise UserError(f"{path}: there is no {beside.name} beside it; {AGAIN} with {option}=True, and let it end")
     if loss.is_file():
-        raise UserError(f"{loss}: masks of the loss play no part in pretraining; {HOW} with save_loss_metadata=False")
+        raise UserError(f"{loss}: masks of the loss play no part in pretraining; {AGAIN} with save_loss_metadata=False")
     tokenizer, token_size, count = read_metadata(metadata)
     if index.stat().st_size % 8:
-        raise UserError(f"{index}: is cut off ({index.stat().st_size} bytes, no multiple of 8); {HOW}")
+        raise UserError(f"{index}: is cut off ({index.stat().st_size} bytes, no multiple of 8); {AGAIN}")
     ends = np.fromfile(index, dtype="<u8").astype(np.int64)
     held, size = int(ends[-1]) if len(ends) else 0, path.stat().st_size
     if size != held * token_size or held != count or (np.diff(ends, prepend=0) < 0).any():
         raise UserError(
             f"{path}: is {size:,} bytes long; its index ends at {held:,} tokens and its metadata count {count:,}, of "
-            f"{token_size} bytes each: it is damaged; {HOW}"
+            f"{token_size} bytes each: it is damaged; {AGAIN}"
         )
     return TokenFile(path, ends, tokenizer, token_size)
 
@@ -262,7 +262,7 @@ def read_metadata(path: Path) -> tuple[str, int, int]:
         name, _, size = first.rpartition("|") if "|" in first else (first, "|", "2")
         facts = name, int(size), int(count)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: is not datatrove's metadata ({error}); {HOW}") from error
+        raise UserError(f"{path}: is not datatrove's metadata ({error}); {AGAIN}") from error
     if facts[1] not in DTYPES:
         raise UserError(f"{path}: tokens of {facts[1]} bytes are not known, only of {' and '.join(map(str, DTYPES))}")
     return facts
@@ -296,7 +296,7 @@ def check_tokenizer(name: str, tokenizer, file: TokenFile) -> None:
         raise other
     if not all(ids[-1] == tokenizer.eos_token_id for ids in documents):
         why = f"its documents do not end with {tokenizer.eos_token} (id {tokenizer.eos_token_id})"
-        raise UserError(f"{file.path}: {why}; {HOW} with that eos_token, or name the --tokenizer that has theirs")
+        raise UserError(f"{file.path}: {why}; {AGAIN} with that eos_token, or name the --tokenizer that has theirs")
     if sum(_encodes_again(tokenizer, ids[:-1]) for ids in documents) < len(documents) / 2:
         raise other
 
