@@ -28,7 +28,7 @@ HEADINGS = {
     "recipes": "Choose",
     "tokenizer": "Text to tokens",
     "pretrain": "Tokens to model",
-    "finetune": "Model to your model",
+    "finetune": "Pretrained model to yours",
     "evaluate": "Use it",
 }
 

@@ -205,14 +205,14 @@ LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to
 ADAPTERS = {
     "full": Adapter("no adapter: every weight is trained", None, (), 5e-5),
     "lora": Adapter("low-rank updates", lora, LORA_OPTIONS, 2e-4),
-    "rslora": Adapter("LoRA scaled by the root of its rank", partial(lora, use_rslora=True), LORA_OPTIONS, 2e-4),
-    "dora": Adapter("LoRA of the direction, the length apart", partial(lora, use_dora=True), LORA_OPTIONS, 2e-4),
-    "pissa": Adapter("LoRA of the largest components", partial(lora, init_lora_weights="pissa"), LORA_OPTIONS, 5e-5),
-    "loraplus": Adapter("LoRA whose B learns faster", lora, (*LORA_OPTIONS, "loraplus_lr_ratio"), 5e-5),
+    "rslora": Adapter("LoRA scaled by lora_alpha / sqrt(r)", partial(lora, use_rslora=True), LORA_OPTIONS, 2e-4),
+    "dora": Adapter("LoRA of directions, and magnitudes", partial(lora, use_dora=True), LORA_OPTIONS, 2e-4),
+    "pissa": Adapter("LoRA from the largest components", partial(lora, init_lora_weights="pissa"), LORA_OPTIONS, 5e-5),
+    "loraplus": Adapter("LoRA with a higher learning rate of B", lora, (*LORA_OPTIONS, "loraplus_lr_ratio"), 5e-5),
     "qlora": Adapter("LoRA on a 4-bit base", lora, LORA_OPTIONS, 2e-4),
-    "ia3": Adapter("learned factors", ia3, ("target_modules", "feedforward_modules", "modules_to_save"), 5e-3),
-    "prompt": Adapter("virtual tokens", prompt, ("num_virtual_tokens", "prompt_tuning_init_text"), 1e-2),
-    "prefix": Adapter("virtual keys and values", prefix, ("num_virtual_tokens",), 1e-2),
+    "ia3": Adapter("learned scales", ia3, ("target_modules", "feedforward_modules", "modules_to_save"), 5e-3),
+    "prompt": Adapter("trained virtual tokens", prompt, ("num_virtual_tokens", "prompt_tuning_init_text"), 1e-2),
+    "prefix": Adapter("trained virtual keys and values", prefix, ("num_virtual_tokens",), 1e-2),
 }
 
 

@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     directory, out = Path(flags.adapter), Path(flags.out)
     if flags.dtype not in DTYPES or flags.dtype == "auto":
         raise UserError(f"dtype={flags.dtype!r}: choose float32, bfloat16 or float16")
+    if not directory.is_dir():
+        raise UserError(f"adapter {flags.adapter!r}: there is no such directory")
     if not is_adapter(str(directory)):
         what = "holds a plain model already" if (directory / "config.json").is_file() else "holds no adapter"
         raise UserError(f"{directory}: {what} (no adapter_config.json); name a run of `acorn finetune` with an adapter")

@@ -19,7 +19,7 @@ TOLERANCE = 1e-5  # of logits up to 1; of larger ones float32 keeps no more digi
 PROOF_TOKENS = 1024
 
 EPILOG = """SRC may be a run or model directory of Acorn's, a stock GPT2LMHeadModel (directory or Hub id), or a
-checkpoint (ckpt.pt, or the directory that holds it) of nanoGPT's or of its rotary sibling; it is found out which.
+checkpoint (ckpt.pt, or the directory that holds it) of nanoGPT's or of its rotary sibling; the format is detected.
 
 The weights are written in float32. The logits of SRC and of what was written are compared on random tokens, each
 computed as its format defines them; where they differ nothing is left in DST.

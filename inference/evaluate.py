@@ -25,8 +25,8 @@ from training.system.errors import UserError, one_line, quiet_libraries, run_mai
 from training.system.flags import FlagParser
 
 EPILOG = """examples:
-  acorn evaluate runs/quickstart                          the validation split it was trained beside
-  acorn evaluate runs/quickstart --text_files my.txt      any other text
+  acorn evaluate runs/quickstart                          the validation split of its run
+  acorn evaluate runs/quickstart --text_files my.txt      another text
   acorn evaluate runs/quickstart/checkpoint-225 --dataset python-stdlib"""
 
 
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset_config", help="configuration of the Hub dataset")
     add("--dataset_split", default="test", help="split of the Hub dataset")
     add("--text_column", default="text", help="column that holds the text")
-    add("--on_bad_file", default="stop", choices=CHOICES["on_bad_file"], help="on an unreadable file or row")
+    add("--on_bad_file", default="stop", choices=CHOICES["on_bad_file"], help="unreadable file or row: stop or skip")
     add("--block_size", type=int, help="tokens per sequence (default: the model's context)")
     add("--per_device_eval_batch_size", type=int, default=32, help="sequences per batch")
     add("--bf16", action="store_true", help="compute the logits in bf16 (default: in the type of the weights)")
@@ -92,6 +92,7 @@ def save(flags: argparse.Namespace, results: dict) -> None:
     """Keep the results as the `evaluate` library does: with what was evaluated, the time and the versions."""
     import evaluate  # half a second that a plain evaluation need not wait for
 
+    evaluate.saving._git_commit_hash = lambda: None  # fails without git, and prints `fatal` outside of a repository
     try:
         evaluate.save(flags.save, **results, **{name: value for name, value in vars(flags).items() if value})
     except OSError as error:

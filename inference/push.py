@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(
         prog="acorn push",
         description="Upload a model or an adapter in one commit: weights, modeling code, tokenizer, generation config, "
-        "card, and what a run measured. Resume states, pickles and temporary files stay.",
+        "card, and what a run measured. What only a resume needs, pickles and temporary files stay here.",
         epilog=EPILOG,
     )
     parser.add_argument("directory", metavar="RUN_OR_MODEL_DIR", type=Path, help="run, checkpoint, model or adapter")
@@ -90,7 +90,7 @@ def listing(flags: argparse.Namespace, files: list[Upload], staying: list[Upload
     lines += ["", "the card's metadata:", *(f"  {line}" for line in metadata.to_yaml().splitlines())]
     if metadata.license == NOT_CHOSEN:
         lines.append("Nobody may use weights without a licence: choose one with --license, such as apache-2.0.")
-    return "\n".join([*lines, "", f"{summary(flags, files)}. Nothing was sent: leave --dry_run out to send it."])
+    return "\n".join([*lines, "", f"{summary(flags, files)}. Nothing was uploaded: leave out --dry_run to upload."])
 
 
 def in_bytes(size: int) -> str:

@@ -208,7 +208,7 @@ def test_help_names_every_adapter_and_flag(capsys) -> None:
     [
         ([], "needs a RECIPE (gpt2-full-text"),
         (["--adapter", "lora"], "needs a RECIPE"),
-        (["nowhere/at/all", *TEXT], "is not a local model directory"),
+        (["nowhere/at/all", *TEXT], "there is no such directory"),
         (["gpt2", "--adaptor", "lora"], "did you mean '--adapter'"),
         (["gpt2", "--adapter", "lorra", *TEXT], "did you mean 'lora'"),
         (["gpt2", "--adapter", "full", "--r", "4", *TEXT], "--r: adapter=full does not read it"),

@@ -187,7 +187,7 @@ def test_generate_takes_an_adapter_as_it_is_and_merged(folder, tmp_path, capsys)
     ("argv", "words"),
     [
         (["gpt2", "out"], "holds a plain model already"),
-        (["nowhere", "out"], "holds no adapter"),
+        (["nowhere", "out"], "there is no such directory"),
         (["LORA", "gpt2"], "is not empty"),
         (["LORA", "chat.txt"], "is not empty"),
         (["PROMPT", "out"], "nothing to merge"),

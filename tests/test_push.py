@@ -72,7 +72,7 @@ def test_a_dry_run_lists_everything_and_needs_no_network_and_no_token(run, no_to
         assert f"  {name} " in stays and name not in up
     listed = {line.split()[0].rstrip("/") for line in up.splitlines() + stays.splitlines() if line.startswith("  ")}
     assert {path.name for path in run.iterdir()} <= listed
-    assert "Nothing was sent" in stays and "license: unknown" in stays and "--license" in stays
+    assert "Nothing was uploaded" in stays and "license: unknown" in stays and "--license" in stays
     assert contents(run) == before
 
 

@@ -44,11 +44,11 @@ def parse(argv: list[str], kind: type[Recipe]) -> argparse.Namespace:
     """The verb's flags, and those of the run's kind of recipe."""
     about = "Continue a run exactly where it stopped; flags change what can change, such as --max_steps."
     examples = "  acorn resume runs/quickstart --max_steps 1200"
-    takes = ("RUN_DIR", "directory of a run of `acorn pretrain` or `acorn finetune`; with it --help shows its flags")
+    takes = ("RUN_DIR", "directory of a run; `acorn resume RUN_DIR --help` shows the flags of that run")
     parser = recipe_parser("resume", about, examples, kind, takes=takes)
     parser.add_argument("--checkpoint", default="last", help="last, best or checkpoint-N")
     switch = {"nargs": "?", "default": False, "const": True, "type": lambda word: coerce("fresh_state", word, bool)}
-    parser.add_argument("--fresh_state", help="start a state that the checkpoint does not hold afresh", **switch)
+    parser.add_argument("--fresh_state", help="start from zero the states that the checkpoint lacks", **switch)
     return parser.parse_args(argv)
 
 

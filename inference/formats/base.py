@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 
 from modeling import GPTConfig, GPTForCausalLM
 from training.data.tokenizers import BUILDERS, build_tokenizer, load_tokenizer
+from training.model.loading import refuse_missing_directory
 from training.system.errors import UserError, one_line
 from training.system.pickles import UNREADABLE, read_pickle, why_unreadable
 from training.system.run_files import verify
@@ -102,8 +103,9 @@ def open_source(name: str) -> Source:
         is_adapter = (path / "adapter_config.json").is_file()
         mend = "it is an adapter: `acorn merge` it first" if is_adapter else "name a model directory or a checkpoint"
         raise UserError(f"{name}: holds neither config.json nor {CHECKPOINT}; {mend}")
-    if not path.is_dir() and (path.suffix in (".pt", ".pth", ".bin", ".safetensors") or name.startswith((".", "/"))):
+    if not path.is_dir() and path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise UserError(f"{name}: there is no such file or directory")
+    refuse_missing_directory(name)
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:

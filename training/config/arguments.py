@@ -43,7 +43,7 @@ class DataArguments:
     shard_size: int = help_field("Tokens per shard file.", 100_000_000)
     num_proc: int = help_field("Number of tokenizing processes; 1 uses the tokenizer's own threads.", 1)
     on_bad_file: str = help_field("What to do about an unreadable file or row: stop or skip.", "stop")
-    sampling: str = help_field("Draw training sequences random (as nanoGPT) or shuffled (each once).", "random")
+    sampling: str = help_field("Training sequences at random offsets, or shuffled: each once per epoch.", "random")
 
 
 @dataclass
@@ -88,7 +88,7 @@ class GPTTrainingArguments(TrainingArguments):
     muon_learning_rate: float = help_field("Peak learning rate of the hidden matrices under muon.", 0.02)
     muon_momentum: float = 0.95
     lr_scheduler_type: str = help_field("Learning rate schedule, as in transformers.", "cosine_with_min_lr")
-    lr_scheduler_kwargs: dict | None = help_field("Settings of the schedule, such as {min_lr_rate: 0.1}.")
+    lr_scheduler_kwargs: dict | None = help_field("Arguments of the schedule, such as {min_lr_rate: 0.1}.")
     warmup_steps: float = help_field("Steps of linear warmup; below 1, the fraction of all steps.", 100)
     weight_decay: float = help_field("Weight decay of matrices (under muon: of the hidden matrices).", 0.1)
     adam_beta2: float = 0.95

@@ -182,8 +182,11 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
 def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
     """The recipe that a run directory was grown from."""
     if not (run_dir / "recipe.yaml").is_file():
+        if (run_dir.parent / "recipe.yaml").is_file():
+            raise UserError(f"{run_dir} is no run; name the run: {run_dir.parent} --checkpoint {run_dir.name}")
         what = "has no recipe.yaml, so it is not a run directory" if run_dir.is_dir() else "does not exist"
-        raise UserError(f"{run_dir} {what}: name a directory that `acorn pretrain` made, such as runs/quickstart")
+        made = "that `acorn pretrain` or `acorn finetune` made"
+        raise UserError(f"{run_dir} {what}: name a directory {made}, such as runs/quickstart")
     check_hash(run_dir / "recipe.yaml")
     recipe = load_recipe_file(str(run_dir / "recipe.yaml"), kind)
     if not recipe.training.keys() & set(PRECISION_KEYS):

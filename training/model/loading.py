@@ -49,7 +49,10 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
         why = why_unreadable(error)
         if "Unrecognized configuration class" in why:
             why = "it is not a causal language model (none of transformers' AutoModelForCausalLM)"
-        raise UserError(f"model {name!r} cannot be loaded: {why}") from error
+        where = (
+            "cannot be loaded" if Path(name).exists() else "is not a local directory, and cannot be loaded from the Hub"
+        )
+        raise UserError(f"model {name!r} {where}: {why}") from error
     refuse_incomplete_weights(name, report)
     check_special_tokens(name, model.generation_config)
     return model
@@ -132,9 +135,18 @@ def refuse_incomplete_weights(name: str, report: dict) -> None:
             raise UserError(f"model {name!r}: its file of weights {what} {', '.join(keys[:3])}{more}; get a whole copy")
 
 
+def refuse_missing_directory(name: str) -> None:
+    """Refuse a path where nothing is; a Hub id is NAME or OWNER/NAME, and OWNER is no directory here."""
+    path = Path(name)
+    is_path = name.startswith((".", "/", "~")) or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+    if is_path and not path.exists():
+        raise UserError(f"model {name!r}: there is no such directory")
+
+
 def is_ours(name: str) -> bool:
     """Whether `name` is a directory that holds a GPT of this project; refuses a directory without a model."""
     directory = Path(name)
+    refuse_missing_directory(name)
     if not directory.is_dir():
         return False
     if not (directory / "config.json").is_file():

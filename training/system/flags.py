@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,6 +86,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         width = max(shutil.get_terminal_size().columns - 2, 110)  # one line a flag, where that is possible
         super().__init__(prog, max_help_position=34, width=width)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Long sentences are wrapped, the line breaks of examples and tables kept."""
+        return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return ", ".join(action.option_strings) or super()._format_action_invocation(action)
 
@@ -106,13 +111,7 @@ class FlagParser(argparse.ArgumentParser):
         refuse_broken_text(args)
         words = [word.partition("=")[0] for word in args]
         for word in words:
-            action = self._option_string_actions.get(word)
-            if (
-                words.count(word) > 1
-                and action
-                and action.nargs != 0
-                and not isinstance(action, argparse._AppendAction)
-            ):
+            if words.count(word) > 1 and self._takes_one(word):
                 raise UserError(f"{word} is given twice; give it once")
         flags, rest = super().parse_known_args(args, namespace)
         if rest and rest[0].startswith("--"):
