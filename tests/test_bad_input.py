@@ -188,7 +188,8 @@ def test_an_output_directory_that_is_a_file(here) -> None:
 
 def test_what_is_no_run_is_not_resumed(run, tmp_path) -> None:
     before = contents(tmp_path)
-    assert "no recipe.yaml" in refused(resume.main, "run/checkpoint-4", "--max_steps", "9")
+    assert "name the run: run --checkpoint checkpoint-4" in refused(resume.main, "run/checkpoint-4", "--max_steps", "9")
+    assert "no recipe.yaml" in refused(resume.main, "corpora", "--max_steps", "9")
     assert "does not exist" in refused(resume.main, "runs/nowhere")
     assert contents(tmp_path) == before
 
@@ -250,6 +251,7 @@ def test_generate_refuses(run, argv: list[str], named: str) -> None:
     ("argv", "named"),
     [
         (["corpora"], "config.json"),
+        (["run/checkpoint-99"], "there is no such directory"),
         (["run", "--text_files", "nowhere.txt"], "text_files='nowhere.txt'"),
         (["run", "--text_files", "other.txt"], "'Ω' (U+03A9) at offset 4"),
         (["run", "--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0"),

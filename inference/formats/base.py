@@ -103,7 +103,7 @@ def open_source(name: str) -> Source:
         is_adapter = (path / "adapter_config.json").is_file()
         mend = "it is an adapter: `acorn merge` it first" if is_adapter else "name a model directory or a checkpoint"
         raise UserError(f"{name}: holds neither config.json nor {CHECKPOINT}; {mend}")
-    if not path.is_dir() and path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+    if not path.is_dir() and (path.suffix in (".pt", ".pth", ".bin", ".safetensors") or name.startswith((".", "/"))):
         raise UserError(f"{name}: there is no such file or directory")
     refuse_missing_directory(name)
     try:
