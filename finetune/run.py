@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from training.config.checks import check_attention
+from training.config.publishing import is_hub_id
 from training.costs import refuse_large_batch
 from training.data.corpus import Corpus, refuse_other_inputs
 from training.model.devices import peak_memory
@@ -214,7 +215,7 @@ class FinetuneRun(Run):
 
     def closing_words(self, sample: str) -> str:
         samples = f"\n{side_by_side(self.facts['sample_before'], sample)}\n\n" if sample else ""
-        return samples + summary(self.directory, self.facts, self.sample.prompt)
+        return samples + summary(self.directory, self.facts, self.sample.prompt, self.trainer.state.global_step)
 
     def held_out(self, model, tokenizer, block_size: int | None) -> tuple:
         data = self.recipe.data_arguments()
@@ -241,18 +242,20 @@ def cost_in_words(facts: dict) -> str:
     return f"{facts['seconds']:,.0f} seconds, {memory}"
 
 
-def summary(run_dir: Path, facts: dict, prompt: str) -> str:
+def summary(run_dir: Path, facts: dict, prompt: str, step: int) -> str:
     """The figures before and after, what they cost, and what to type next."""
     before, after = facts["perplexity_before"], facts["perplexity_after"]
     shown = f"{before:,.3f} before, {after:,.3f} after" if before else f"{after:,.3f} after"
     is_worse = before is not None and after >= before
+    is_whole = facts["adapter"] == "full"  # else its base must be on the Hub where it goes
+    push = {} if is_whole or is_hub_id(facts["base_model"]) else {"base_model": "YOU/BASE"}
     merge = [] if facts["adapter"] in ("full", "prompt", "prefix") else [("merge", run_dir, Path(f"{run_dir}-merged"))]
     return "\n".join(
         [
             f"perplexity on held-out text: {shown} (step {facts['best_step']:,})"
             + ("; it did not get better: lower --learning_rate, or give more text" if is_worse else ""),
             f"{share_in_words(facts)}; {cost_in_words(facts)}",
-            next_steps(run_dir, prompt, "model" if facts["adapter"] == "full" else "adapter", *merge),
+            next_steps(run_dir, prompt, step, "model" if is_whole else "adapter", *merge, **push),
         ]
     )
 

@@ -294,7 +294,7 @@ def test_one_verb_goes_on_with_every_kind_of_run(folder, tuned, monkeypatch, cap
         acorn.main(["resume", "by-the-door", "--help"])
     assert "--lora_alpha " in capsys.readouterr().out, "the flags of this kind of run"
     acorn.main(["resume", "by-the-door", "--max_steps", "9"])
-    assert "acorn resume by-the-door --max_steps …" in capsys.readouterr().out
+    assert "acorn resume by-the-door --max_steps 18" in capsys.readouterr().out
     recipe = load_recipe_file(str(folder / "by-the-door" / "recipe.yaml"), FinetuneRecipe)
     assert recipe.command.endswith(" && acorn resume by-the-door --max_steps 9")
 

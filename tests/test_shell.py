@@ -78,8 +78,15 @@ def test_what_to_type_next_can_be_pasted(kind: str, tmp_path) -> None:
     """A data row is the prompt of what finetuning prints: it must not run."""
     run_dir, prompt = Path("my runs/$(touch HACKED)"), "`touch HACKED`\n$(touch HACKED) it's"
     facts = {"perplexity_before": 3.0, "perplexity_after": 2.0, "best_step": 4, "trained_parameters": 1}
-    facts |= {"parameters": 2, "peak_memory_bytes": 9, "device": "cpu", "seconds": 1, "adapter": "lora"}
-    text = next_steps(run_dir, prompt) if kind == "pretrain" else summary(run_dir, facts, prompt)
+    facts |= {
+        "parameters": 2,
+        "peak_memory_bytes": 9,
+        "device": "cpu",
+        "seconds": 1,
+        "adapter": "lora",
+        "base_model": "gpt2",
+    }
+    text = next_steps(run_dir, prompt, 4) if kind == "pretrain" else summary(run_dir, facts, prompt, 4)
     commands = [line.strip() for line in text.splitlines() if line.startswith("  acorn ")]
     said = [pasted(command, tmp_path) for command in commands]
     assert {words[0] for words in said} >= {"generate", "resume", "push"}

@@ -206,7 +206,7 @@ class Run:
     def closing_words(self, sample: str) -> str:
         """What is printed last: the sample, and what to type next."""
         shown = f"\n{'─' * 20} a sample {'─' * 20}\n{sample}\n{'─' * 50}\n" if sample else ""
-        return shown + next_steps(self.directory, self.trainer.sample.prompt)
+        return shown + next_steps(self.directory, self.trainer.sample.prompt, self.trainer.state.global_step)
 
     def held_out(self, model, tokenizer, block_size: int | None) -> tuple[EvaluationRows, int, int]:
         """(rows, tokens that count, UTF-8 bytes) of what the run validates on, for a model of this run."""

@@ -174,13 +174,13 @@ def metrics_of(row: dict) -> dict[str, float]:
     return metrics | ({"token_accuracy": row["token_accuracy"]} if row.get("token_accuracy") is not None else {})
 
 
-def next_steps(run_dir: Path, prompt: str, what: str = "model", *more: tuple) -> str:
-    """What a person can type now; more: the words of other commands."""
+def next_steps(run_dir: Path, prompt: str, step: int, what: str = "model", *more: tuple, **push: str) -> str:
+    """What a person can type now, after `step` steps; more: the words of other commands, push: flags of the push."""
     commands = [
         shell("acorn", "generate", run_dir, prompt=prompt),
         shell("acorn", "evaluate", run_dir),
-        f"{shell('acorn', 'resume', run_dir)} --max_steps …",
+        shell("acorn", "resume", run_dir, max_steps=2 * step),
         *(shell("acorn", *words) for words in more),
-        shell("acorn", "push", run_dir, "YOU/NAME", "--dry_run"),
+        shell("acorn", "push", run_dir, "YOU/NAME", "--dry_run", **push),
     ]
     return "\n  ".join([f"The {what} is in {run_dir} (the best at the root). Next:", *commands])
