@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import sys
 
 from transformers import TrainingArguments
@@ -101,7 +102,7 @@ def _help_texts(kind: type[Recipe], section: str) -> dict[str, str]:
         return MODEL_HELP if section == "model" else {}
     texts = {}
     for parent in reversed(kind.sections[section].__mro__):
-        own = {} if parent is TrainingArguments else vars(parent).get("__annotations__", {})
+        own = {} if parent is TrainingArguments else inspect.get_annotations(parent)
         helps = {name: parent.__dataclass_fields__[name].metadata.get("help") for name in own}
         texts |= {name: text for name, text in helps.items() if text}
     for field in dataclasses.fields(kind.sections[section]):
