@@ -4,7 +4,7 @@ transformers keeps documents apart where positions step back, as long as there i
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -25,7 +25,7 @@ PROBED = 8  # tokens in each of two documents
 
 
 class SeparatedRows(Rows):
-    """Windows of a text, given the `position_ids` that keep its documents apart.
+    """Sequences of a text, given the `position_ids` that keep its documents apart.
 
     An end-of-text token is the first token of the document after it, as it is of a prompt that starts one; so every
     token of the text is predicted, and from its own document alone.
@@ -34,7 +34,7 @@ class SeparatedRows(Rows):
     def __init__(self, rows: Rows, end_of_text: int):
         self.rows, self.end_of_text, self.num_rows = rows, end_of_text, len(rows)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    def _read(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
         """The rows of a batch, each with LongTensor[context_length] `position_ids`."""
         return [row | {"position_ids": self._positions(row["input_ids"])} for row in self.rows.__getitems__(indices)]
 
@@ -67,14 +67,10 @@ class ExampleRows(Rows):
         self.bins = pack(lengths, context_length) if packing else [[number] for number in range(len(examples))]
         self.num_rows = len(self.bins) if num_rows is None else num_rows
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """The rows of a batch."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_rows):
-            raise IndexError(f"row {indices} is not among the {self.num_rows} there are")
+    def _read(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
         if self.is_shuffled:
-            chosen = shuffled_starts(chosen.astype(np.uint64), self.seed, len(self.bins) + 1, 1)
-        return [self._row(self.bins[index]) for index in chosen.tolist()]
+            indices = shuffled_starts(indices.astype(np.uint64), self.seed, len(self.bins) + 1, 1)
+        return [self._row(self.bins[index]) for index in indices.tolist()]
 
     def _row(self, numbers: list[int]) -> dict[str, torch.Tensor]:
         inputs = np.full(self.context_length, self.fill, dtype=np.int64)

@@ -207,15 +207,14 @@ class ShardWriter:
             self._hash.update(raw)
 
 
-class Rows(Dataset):
-    """A map-style data set of next-token rows; a subclass reads them in `_inputs_and_labels(indices)`.
+class Rows(Dataset, ABC):
+    """A map-style data set of `num_rows` next-token rows; a subclass reads them in `_read(indices)`.
 
     A row is {"input_ids": LongTensor[context_length], "shift_labels": LongTensor[context_length]}, where
     shift_labels[i] is the token after input_ids[i], or -100 where there is none to predict.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int, num_rows: int):
-        self.tokens, self.context_length, self.num_rows = tokens, context_length, num_rows
+    num_rows: int
 
     def __len__(self) -> int:
         return self.num_rows
@@ -224,17 +223,32 @@ class Rows(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Return the rows of a batch, read and hashed together; they are views of two tensors."""
+        """Return the rows of a batch, read together; IndexError for a row that is not there."""
         chosen = np.asarray(indices, dtype=np.int64)
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_rows):
             raise IndexError(f"row {indices} is not among the {self.num_rows} there are")
-        inputs, labels = self._inputs_and_labels(chosen)
+        return self._read(chosen)
+
+    @abstractmethod
+    def _read(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        """Return the rows of int64 indices that are there."""
+
+
+class TokenRows(Rows):
+    """Rows of one long sequence of tokens; a subclass says which in `_inputs_and_labels(indices)`."""
+
+    def __init__(self, tokens: Tokens, context_length: int, num_rows: int):
+        self.tokens, self.context_length, self.num_rows = tokens, context_length, num_rows
+
+    def _read(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        """Return views of two tensors, which are hashed and read together."""
+        inputs, labels = self._inputs_and_labels(indices)
         pairs = zip(torch.from_numpy(inputs).unbind(0), torch.from_numpy(labels).unbind(0), strict=True)
         return [{"input_ids": row, "shift_labels": shifted} for row, shifted in pairs]
 
+    @abstractmethod
     def _inputs_and_labels(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return two int64 arrays [len(indices), context_length]."""
-        raise NotImplementedError
 
 
 def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -242,7 +256,7 @@ def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-class TrainingRows(Rows):
+class TrainingRows(TokenRows):
     """`num_rows` sequences of the text, each a pure function of (seed, row index).
 
     sampling="random": every start is equally likely, with replacement, as in nanoGPT.
@@ -266,7 +280,7 @@ class TrainingRows(Rows):
         return sequences[:, :-1], sequences[:, 1:]
 
 
-class EvaluationRows(Rows):
+class EvaluationRows(TokenRows):
     """The whole split once, in adjacent sequences: every token but the very first is predicted exactly once.
 
     The last row is filled up with the last token as inputs and -100 as labels. Raises UserError below 2 tokens.

@@ -4,6 +4,7 @@ import atexit
 import bisect
 import platform
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,7 @@ class Size(NamedTuple):
     bytes: int | None = None
 
 
-class Source:
+class Source(ABC):
     """A source of documents, as `data` (the data arguments) names it in `field`.
 
     skipped: what on_bad_file=skip leaves out, a dict fit for JSON: of a file why, and of rows why the first is, and
@@ -109,17 +110,17 @@ class Source:
         if numbers[place : place + 1] != [row.number]:  # it is read several times
             numbers.insert(place, row.number)
 
+    @abstractmethod
     def read(self, after: list[int] | None = None) -> Iterator[Document]:
         """Yield the documents behind the one whose place is `after`, in an order that never changes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> dict:
         """Return what identifies the text, as a dict fit for JSON."""
-        raise NotImplementedError
 
+    @abstractmethod
     def size(self) -> Size:
         """Return how much text there is, as far as that is known without reading it."""
-        raise NotImplementedError
 
 
 def skipped_in_words(skipped: dict) -> dict[str, str]:

@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from ..system.errors import UserError
 from ..system.files import digest
 from .corpus import Corpus, Inputs, text_digest, tokenizer_facts
-from .dataset import Rows, TokenArray, Tokens
+from .dataset import TokenArray, TokenRows, Tokens
 from .documents import START, Document, Position
 from .encoding import encode_documents
 from .sources import fingerprint_sources, licence_of, named_sources, read_stretches
@@ -262,7 +262,7 @@ def _changed(mark: Mark) -> UserError:
 # --- rows and their position ------------------------------------------------------------------------------------------
 
 
-class StreamRows(Rows):
+class StreamRows(TokenRows):
     """`num_rows` rows side by side in a stream: row i reads tokens i * context_length to (i + 1) * context_length."""
 
     def _inputs_and_labels(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
