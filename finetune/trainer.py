@@ -24,6 +24,8 @@ class FinetuneTrainer(GPTTrainer):
     AdapterArguments. base: (name, fingerprint) of the model that was adapted.
     """
 
+    labels_differ = True
+
     def __init__(self, model, args, corpus, context_length, data, sample, *, packing: bool, adapter, base):
         self.packing, self.adapter, self.base = packing, adapter, base
         super().__init__(model, args, corpus, context_length, data, sample)

@@ -48,6 +48,8 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
     Raises UserError when the loss stops being a number; the checkpoints before that are kept.
     """
 
+    labels_differ = False  # in number from process to process: training sequences have no gaps
+
     def __init__(
         self,
         model,
@@ -170,7 +172,7 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
             return batches, None
         counted = sum((batch["shift_labels"] != IGNORED).sum() for batch in batches).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counted = self.accelerator.gather(counted).sum()
+            counted = self.accelerator.gather(counted).sum() if self.labels_differ else counted * self.args.world_size
         return batches, counted.clamp(min=1)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
