@@ -15,7 +15,7 @@ from training.config.checks import check_attention
 from training.config.publishing import is_hub_id
 from training.costs import refuse_large_batch
 from training.data.corpus import Corpus, refuse_other_inputs
-from training.model.devices import peak_memory
+from training.model.devices import choose_attention, peak_memory
 from training.model.loading import (
     fingerprint,
     in_native_dtype,
@@ -124,8 +124,8 @@ class FinetuneRun(Run):
         if model.dtype == "auto" and not args.force_precision:
             base = in_native_dtype(base, args.device.type)
         known = None if adapter == "qlora" or is_whole_again else fingerprint(base)
-        if not model.attn_implementation and args.device.type == "cpu" and args.bf16:
-            base.set_attn_implementation("eager")  # the backward pass of fused attention is slower in bf16 on CPUs
+        if not model.attn_implementation:
+            choose_attention(base, args)
         return base, name, known
 
     def claim(self, checkpoint: Path | None) -> bool:

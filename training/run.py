@@ -31,7 +31,7 @@ from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing, encoding_hash
 from .loop.trainer import GPTTrainer
-from .model.devices import describe_precision, record_precision
+from .model.devices import choose_attention, describe_precision, record_precision
 from .model.sampling import context_left, prompt_tensor, sample_text
 from .share.metrics_file import mend_metrics, read_metrics
 from .share.model_card import CardFacts, write_card
@@ -138,9 +138,8 @@ class Run:
         add_nothing(tokenizer)  # what travels with the model reads a text as training does
         if sample.max_new_tokens:  # a prompt that cannot be read is refused now, not after all of training
             prompt_tensor(tokenizer, sample.prompt, context_length)
-        if "attn_implementation" not in recipe.model and args.device.type == "cpu" and args.bf16:
-            # The backward pass of torch's fused CPU attention is slower in bf16 than plain matmuls.
-            model.set_attn_implementation("eager")
+        if "attn_implementation" not in recipe.model:
+            choose_attention(model, args)
         trainer = GPTTrainer(model, args, self.corpus, context_length, recipe.data_arguments(), sample)
         if is_streamed(recipe.data_arguments()):
             trainer.add_callback(StreamPosition(trainer))

@@ -16,6 +16,7 @@ from ..data.preparation import DECIDED
 from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from ..model.devices import PRECISION_KEYS
 from ..system.addresses import each_text, public_name, public_text
+from ..system.checkpoints import run_of
 from ..system.distributed import check_launch, check_partitions
 from ..system.errors import UserError, one_line, unknown
 from ..system.files import check_hash, write_with_hash
@@ -183,7 +184,7 @@ def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
 def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
     """The recipe that a run directory was grown from."""
     if not (run_dir / "recipe.yaml").is_file():
-        if (run_dir.parent / "recipe.yaml").is_file():
+        if run_of(run_dir) is not None:
             raise UserError(f"{run_dir} is no run; name the run: {run_dir.parent} --checkpoint {run_dir.name}")
         what = "has no recipe.yaml, so it is not a run directory" if run_dir.is_dir() else "does not exist"
         made = "that `acorn pretrain` or `acorn finetune` made"

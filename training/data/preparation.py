@@ -319,8 +319,9 @@ def write_tokens(folder: Path, state: State, data, tokenizer, writers: dict[str,
 
 def _write_pieces(folder: Path, state: State, data, tokenizer, writers: dict[str, ShardWriter], saved: float) -> None:
     """Encode the pieces and hand them to their split's writer, saving the state now and then."""
-    is_first, end_of_text = True, np.array([tokenizer.eos_token_id])
-    encoding = encode_in_order(_pieces_from(state, data, tokenizer), tokenizer, writers["train"].dtype, data.num_proc)
+    is_first, dtype = True, writers["train"].dtype
+    end_of_text = np.array([tokenizer.eos_token_id], dtype)
+    encoding = encode_in_order(_pieces_from(state, data, tokenizer), tokenizer, dtype, data.num_proc)
     with closing(encoding), closing(Progress(state.total_bytes, *_counts(writers))) as progress:
         for batch, encoded in encoding:
             sizes = [len(piece.text.encode()) for piece in batch]

@@ -55,11 +55,7 @@ OTHERS = {"mig", "laptop", "d", "ti"}
 ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
-PRECISION_KEYS = (
-    "precision",
-    "bf16",
-    "fp16",
-)  # of a recipe, all about one thing: a flag that names one replaces them all
+PRECISION_KEYS = ("precision", "bf16", "fp16")  # of a recipe, for one thing: a flag for one replaces them all
 ACCELERATE_PRECISIONS = {ours: theirs for theirs, ours in ACCELERATE_NAMES.items()}  # our names to its
 # NVIDIA's compute capabilities whose tensor cores multiply the type: Volta and Ampere.
 CUDA_FROM = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
@@ -244,6 +240,12 @@ def describe_precision(trainer) -> str:
     actual = ACCELERATE_NAMES[trainer.accelerator.mixed_precision]
     tf32 = ", TF32 matmuls" if args.device.type == "cuda" and actual == "fp32" and args.tf32 is not False else ""
     return f"{actual} ({args.precision_reason if actual == args.precision else 'as DeepSpeed is set'}{tf32})"
+
+
+def choose_attention(model, args) -> None:
+    """Train in bf16 on a CPU with plain matmuls: the backward pass of torch's fused attention is slower there."""
+    if args.device.type == "cpu" and args.bf16:
+        model.set_attn_implementation("eager")
 
 
 def newton_schulz_dtype(precision: str, device: torch.device) -> torch.dtype:
