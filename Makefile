@@ -6,6 +6,7 @@ QUICKSTART := runs/quickstart
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 PIP := -m pip install -q --disable-pip-version-check
 OLDEST := .venv/oldest
+CLIENTS := .venv-clients
 # What a version of transformers can break: the model, its saved directory, generate, Trainer, PEFT and the conversions.
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilities hub_copy generate cli pretrain resume \
 	trainer_overheads signals finetune finetune_bases adapters merge convert formats_gpt2))
@@ -13,7 +14,7 @@ VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilitie
 TORCH := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow conformance test-versions newest lock style format
+.PHONY: help install quickstart test test-slow test-clients conformance test-versions newest lock style format
 
 help:  ## show this list
 	@echo "Acorn: plant a text, grow a GPT."
@@ -37,9 +38,13 @@ quickstart: $(INSTALLED)  ## train a small GPT on this machine, from nothing to 
 test: $(INSTALLED)  ## run the tests: tiny, offline, on the CPU
 	$(PYTEST)
 
-test-slow: $(INSTALLED)  ## run the tests that take longer
+test-slow: $(INSTALLED) $(CLIENTS)/.installed  ## run the tests that take longer
 	-@$(BIN)/python -m tests.transformers_tests
-	ACORN_CONFORMANCE=some $(PYTEST) -m slow
+	ACORN_CONFORMANCE=some $(PYTEST) -m 'slow and not clients'
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q -m 'slow and clients'
+
+test-clients: $(INSTALLED) $(CLIENTS)/.installed  ## run the tests of what takes an Acorn model: TRL, lm-eval, gradio, onnxruntime ...
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q -n 2 -m 'clients and not slow'
 
 conformance: $(INSTALLED)  ## run transformers' own tests of models over every variant: an hour
 	$(BIN)/python -m tests.transformers_tests
@@ -80,6 +85,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
 	@$(BIN)/python $(PIP) -c constraints.txt setuptools
 	@$(BIN)/python $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# An environment on top of .venv: it sees what is installed there, and adds the clients.
+$(CLIENTS)/.installed: tests/clients.txt $(INSTALLED)
+	@echo "Installing the clients of tests/clients.txt into $(CLIENTS) (a minute or two) ..."
+	@rm -rf $(CLIENTS)
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/acorn.pth
+	@$(CLIENTS)/bin/python $(PIP) -c constraints.txt -r tests/clients.txt
 	@touch $@
 
 # Beside the environment, in a folder that PYTHONPATH puts before it.

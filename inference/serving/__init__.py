@@ -1,0 +1,1 @@
+"""A model that people and programs talk to: conversations, the OpenAI protocol, a page in the browser."""
