@@ -4,13 +4,9 @@ Of a chat or a pair only the answers count in the loss.
 """
 
 import copy
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +19,13 @@ from training.data.encoding import encode_documents
 from training.data.preparation import prepare
 from training.data.sources import check_split_options, unit_hash
 from training.data.tokenizers import begin_ids
+from training.model.chat_template import render_messages
 from training.model.sampling import Rendered, encode_prompt, encode_spelled
-from training.system.errors import UserError, log, log_once, one_line
+from training.system.errors import UserError, log
 from training.system.files import digest
 
 from .chat_files import Conversation, Pair, find_format, read_conversations, read_pairs
 
-RENDER_SECONDS = 5  # for one conversation: a template is a program, and may not end
-RENDER_BYTES = 1 << 30  # which it may take in addition: `'x' * 10**10` would take all there is
 # For tokenizers without a template of their own. It needs no new tokens: the end-of-text token ends an answer.
 PLAIN_TEMPLATE = (
     "{%- if tools %}{{- 'Tools: ' + tools | tojson + '\n' }}{%- endif %}"
@@ -67,59 +62,8 @@ def with_template(tokenizer):
 
 
 def render(tokenizer, conversation: Conversation, add_generation_prompt: bool = False) -> str:
-    """The text that the chat template makes of messages; what the template refuses is refused with file and line."""
-    where, messages, tools = conversation
-    if any(message["role"] == "tool" for message in messages) and not knows_tools(tokenizer):
-        messages = [message | {"role": "user"} if message["role"] == "tool" else message for message in messages]
-    try:
-        with bounded():
-            return tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-    except TimeoutError:
-        why = f"has not come to an end in {RENDER_SECONDS} seconds"
-        raise UserError(f"{where}: the tokenizer's chat template {why}; give the tokenizer another") from None
-    except Exception as error:  # a template is a program: what it raises is of every class
-        raise UserError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
-
-
-@lru_cache(maxsize=8)
-def knows_tools(tokenizer) -> bool:
-    """Whether the chat template shows what a tool answers; where it does not, it is given as the user's turn."""
-    turns = [("user", "a"), ("assistant", "b"), ("tool", "TOOL-TURN"), ("assistant", "c")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    shown = ""
-    with suppress(Exception), bounded():  # as in `render`
-        shown = tokenizer.apply_chat_template(messages, tokenize=False)
-    if "TOOL-TURN" not in shown:
-        log_once("the tokenizer's chat template has no turns of tools: they are given as the user's")
-    return "TOOL-TURN" in shown
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Raise TimeoutError or MemoryError in what takes more than a template may.
-
-    The time is kept in the main thread where the system has timers, the memory on Linux.
-    """
-
-    def stop(*_):
-        raise TimeoutError
-
-    with ExitStack() as undo:
-        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-            undo.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
-            undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-            signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
-        with suppress(ImportError, OSError):
-            import resource
-
-            held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-            soft, hard = before = resource.getrlimit(resource.RLIMIT_AS)
-            limits = [size for size in (held + RENDER_BYTES, soft, hard) if size != resource.RLIM_INFINITY]
-            undo.callback(resource.setrlimit, resource.RLIMIT_AS, before)
-            resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-        yield
+    """The text that the chat template makes of a conversation."""
+    return render_messages(tokenizer, *conversation, add_generation_prompt=add_generation_prompt)
 
 
 def answer_spans(tokenizer, conversation: Conversation, text: str) -> list[tuple[int, int]]:

@@ -379,7 +379,7 @@ def test_the_commonest_pairs_are_known(tmp_path, row: dict, pair: tuple) -> None
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch) -> None:
-    monkeypatch.setattr("finetune.data.RENDER_SECONDS", 0.3)
+    monkeypatch.setattr("training.model.chat_template.RENDER_SECONDS", 0.3)
     tokenizer = build_tokenizer("byte")
     tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"^here: the tokenizer's chat template has not come to an end in 0.3 seconds"):

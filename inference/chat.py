@@ -1,0 +1,196 @@
+"""`acorn chat MODEL`: a conversation in the terminal, or with whatever is on standard input, one turn a line."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from training.model.devices import best_device
+from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
+from training.model.sampling import TextPrinter, context_left, continue_ids, sampling_arguments
+from training.system.errors import UserError, quiet_libraries, run_main, unknown
+from training.system.files import write_whole
+from training.system.flags import FlagParser
+
+from .serving.conversation import Continuation, Conversation, conversation_with
+
+EPILOG = """examples:
+  acorn chat runs/my-chat
+  acorn chat runs/my-chat --system "You are a forester." --temperature 0.5
+  acorn chat runs/my-chat < questions.txt          one turn a line"""
+COMMANDS = {
+    "/help": "what can be typed",
+    "/reset": "forget what was said",
+    "/system": "TEXT: what the model is told before the conversation, which starts anew; none without TEXT",
+    "/save": "FILE: keep the conversation as a line of JSON, which `acorn finetune` reads",
+    "/exit": "end, as Ctrl-D does; Ctrl-C stops an answer",
+}
+NO_TEMPLATE = (
+    "has no chat template: it continues text, and does not answer. What you type is continued, line by line, and Enter "
+    "alone goes on. For answers finetune it on a chat: `acorn finetune MODEL --text_files chat.txt`."
+)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb's flags; names are generate()'s where it has one."""
+    parser = FlagParser(
+        prog="acorn chat",
+        description="Talk with a model in the terminal. Type a message and Enter; /help lists the commands.",
+        epilog=EPILOG,
+    )
+    add = parser.add_argument
+    add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
+    add("--system", default="", help="what the model is told before the conversation")
+    add("--max_new_tokens", type=int, default=300, help="longest answer in tokens")
+    add("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy")
+    add("--top_k", type=int, default=200, help="sample from the k most likely tokens; 0: all")
+    add("--top_p", type=float, help="sample from the most likely tokens whose probabilities add up to this")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less")
+    add("--seed", type=int, default=1337, help="seed of the sampling")
+    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
+    add("--dtype", default="auto", help=dtypes)
+    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
+    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Talk until the end of standard input or /exit."""
+    flags = parse(argv)
+    if flags.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={flags.max_new_tokens}: must be above 0")
+    quiet_libraries()
+    generation = sampling_arguments(
+        flags.temperature, flags.top_k, flags.top_p, repetition_penalty=flags.repetition_penalty
+    )
+    if not flags.force_precision:
+        refuse_emulated_dtype(flags.dtype, best_device().type)
+    model, tokenizer = load_model_and_tokenizer(
+        flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
+    )
+    conversation = conversation_with(tokenizer, context_left(model))
+    set_system(conversation, flags.system)
+    set_seed(flags.seed)
+    greet(conversation, flags.model)
+    talk(model, conversation, flags.max_new_tokens, generation)
+
+
+def greet(conversation: Conversation, name: str) -> None:
+    """Say what can be typed; of a base model also what it does instead of answering."""
+    if isinstance(conversation, Continuation):
+        note(f"{name} {NO_TEMPLATE}")
+    if sys.stdin.isatty():
+        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+
+
+def talk(model, conversation: Conversation, max_new_tokens: int, generation: dict) -> None:
+    """Turn for turn, to the end of the input; a person at a terminal can mend what is refused, a file can not."""
+    is_person = sys.stdin.isatty()
+    if is_person:
+        import readline  # noqa: F401 (gives input() its line editing and history)
+    while True:
+        try:
+            line = read_line(is_person)
+            if line is None or line == "/exit":
+                return
+            if line.startswith("/"):
+                run_command(conversation, line)
+            elif line or isinstance(conversation, Continuation):
+                answer(model, conversation, line, max_new_tokens, generation)
+        except KeyboardInterrupt:
+            if not is_person:
+                raise
+            print()
+        except UserError as error:
+            if not is_person:
+                raise
+            note(str(error))
+
+
+def read_line(is_person: bool) -> str | None:
+    """What is typed next, None at its end."""
+    try:
+        return input("> " if is_person else "").strip()
+    except EOFError:
+        if is_person:
+            print()
+        return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"your message: is not UTF-8 ({error.reason}); type it in UTF-8") from error
+
+
+def answer(model, conversation: Conversation, text: str, max_new_tokens: int, generation: dict) -> None:
+    """Stream the model's answer; what Ctrl-C cuts off counts as said."""
+    fallen = conversation.fallen
+    ids = conversation.ask(text, max_new_tokens)
+    if conversation.fallen > fallen:
+        note(f"(the context is full: the oldest {conversation.fallen} {conversation.unit} are no longer read)")
+    said: list[str] = []
+    printer = TextPrinter(conversation.tokenizer, ids, lambda piece: show(piece, said))
+    try:
+        continue_ids(model, torch.tensor([ids], device=model.device), max_new_tokens, streamer=printer, **generation)
+        printer.finish()
+    finally:
+        conversation.answered("".join(said))
+    print(flush=True)
+
+
+def show(piece: str, said: list[str]) -> None:
+    """Print a piece of the answer, less the space that it begins with."""
+    said.append(piece)
+    print(piece.lstrip() if not "".join(said[:-1]).strip() else piece, end="", flush=True)
+
+
+# ---- commands
+
+
+def run_command(conversation: Conversation, line: str) -> None:
+    """What a line that begins with a slash asks for."""
+    name, _, rest = line.partition(" ")
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    if name == "/help":
+        for command, what in COMMANDS.items():
+            note(f"{command:<9}{what}")
+    elif name == "/reset":
+        conversation.reset()
+        note("(forgotten)")
+    elif name == "/system":
+        set_system(conversation, rest.strip())
+        note("(the conversation starts anew)")
+    else:
+        save(conversation, rest.strip())
+
+
+def set_system(conversation: Conversation, text: str) -> None:
+    """Give the model another system message, and let the conversation start anew."""
+    if text and isinstance(conversation, Continuation):
+        raise UserError("system: this model has no chat template, and so no system message; begin the text with it")
+    conversation.system = text
+    conversation.reset()
+
+
+def save(conversation: Conversation, name: str) -> None:
+    """Write the conversation to a file that is not there yet."""
+    if not name:
+        raise UserError("/save: name a file, such as /save chat.jsonl")
+    path = Path(name).expanduser()
+    if path.exists():
+        raise UserError(f"/save {name}: is there already; choose another name")
+    try:
+        write_whole(path, json.dumps({"messages": conversation.messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"/save {name}: {error.strerror}; choose another name") from error
+    note(f"(saved in {name})")
+
+
+def note(line: str) -> None:
+    """Say something beside the conversation."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
