@@ -217,7 +217,10 @@ class FinetuneRun(Run):
         samples = f"\n{side_by_side(self.facts['sample_before'], sample)}\n\n" if sample else ""
         return samples + summary(self.directory, self.facts, self.sample.prompt, self.trainer.state.global_step)
 
-    def held_out(self, model, tokenizer, block_size: int | None) -> tuple:
+    def held_out(self, model, tokenizer, block_size: int | None, stride: int | None = None) -> tuple:
+        if stride is not None:
+            why = "what this run held out are documents, and no sequence runs over the end of one"
+            raise UserError(f"stride={stride}: {why}; leave it out, or evaluate on text (--text_files)")
         data = self.recipe.data_arguments()
         usual = data.block_size or min(sequence_length(model, None), DEFAULT_BLOCK)
         length = sequence_length(model, block_size, usual)

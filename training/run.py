@@ -207,16 +207,14 @@ class Run:
         shown = f"\n{'─' * 20} a sample {'─' * 20}\n{sample}\n{'─' * 50}\n" if sample else ""
         return shown + next_steps(self.directory, self.trainer.sample.prompt, self.trainer.state.global_step)
 
-    def held_out(self, model, tokenizer, block_size: int | None) -> tuple[EvaluationRows, int, int]:
+    def held_out(
+        self, model, tokenizer, block_size: int | None, stride: int | None = None
+    ) -> tuple[EvaluationRows, int, int]:
         """(rows, tokens that count, UTF-8 bytes) of what the run validates on, for a model of this run."""
         corpus = corpus_of_run(self.recipe, self.directory)
-        if encoding_hash(tokenizer) != encoding_hash(corpus.tokenizer):
-            raise UserError(
-                f"{self.directory}: the tokenizer is not the one that {corpus.directory} was made with; "
-                "evaluate on text instead (--text_files)"
-            )
+        refuse_other_tokenizer(tokenizer, corpus, self.directory)
         tokens = corpus.tokens("validation")
-        rows = EvaluationRows(tokens, sequence_length(model, block_size))
+        rows = EvaluationRows(tokens, sequence_length(model, block_size), stride)
         return rows, len(tokens) - 1, corpus.manifest["splits"]["validation"]["bytes"]
 
     # ---- what every kind of run does
@@ -303,6 +301,15 @@ def sequence_length(model, block_size: int | None, usual: int | None = None) -> 
     if not 1 <= length <= limit:
         raise UserError(f"block_size={length}: must be between 1 and the model's context, {limit}")
     return length
+
+
+def refuse_other_tokenizer(tokenizer, corpus: Corpus, model: Path | str) -> None:
+    """Refuse to measure a model on tokens that its tokenizer would not make."""
+    if encoding_hash(tokenizer) != encoding_hash(corpus.tokenizer):
+        raise UserError(
+            f"{model}: the tokenizer is not the one that {corpus.directory} was made with; "
+            "evaluate on text instead (--text_files)"
+        )
 
 
 # ---- the model and the tokens of a recipe

@@ -281,32 +281,42 @@ class TrainingRows(TokenRows):
 
 
 class EvaluationRows(TokenRows):
-    """The whole split once, in adjacent sequences: every token but the very first is predicted exactly once.
+    """The whole split once, in sequences `stride` apart: every token but the very first is predicted exactly once.
 
-    The last row is filled up with the last token as inputs and -100 as labels. Raises UserError below 2 tokens.
+    Without a stride they are adjacent. With one they overlap, and all but the first count their last `stride` tokens
+    alone, each of which has at least context_length - stride of context; a batch without the first row holds only
+    those labels. The last row is filled up with the last token as inputs and -100 as labels. Raises UserError below 2
+    tokens, and for a stride outside 1 to context_length.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int):
+    def __init__(self, tokens: Tokens, context_length: int, stride: int | None = None):
         _check_context_length(context_length)
+        self.stride = context_length if stride is None else stride
+        if not 1 <= self.stride <= context_length:
+            raise UserError(f"stride={stride}: must be between 1 and the sequence length, {context_length}")
         if len(tokens) < 2:
             raise UserError(
                 f"validation: the split has {len(tokens)} tokens and at least 2 are needed; "
                 "raise validation_fraction or add text"
             )
-        super().__init__(tokens, context_length, num_rows=-(-(len(tokens) - 1) // context_length))
+        beyond_first = max(0, len(tokens) - 1 - context_length)
+        super().__init__(tokens, context_length, num_rows=1 - (-beyond_first // self.stride))
 
     def _inputs_and_labels(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = [self._row(int(index)) for index in indices]
         inputs, labels = zip(*rows, strict=True)
-        return np.stack(inputs), np.stack(labels)
+        counted = self.stride if indices.min() > 0 else self.context_length
+        return np.stack(inputs), np.stack(labels)[:, -counted:]
 
     def _row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        start = index * self.context_length
+        start = index * self.stride
         sequence = self.tokens.sequence(start, min(self.context_length + 1, len(self.tokens) - start))
         missing = self.context_length + 1 - len(sequence)
         padded = np.pad(sequence, (0, missing), mode="edge")
         labels = padded[1:].copy()
         labels[self.context_length - missing :] = IGNORED
+        if index:
+            labels[: self.context_length - self.stride] = IGNORED
         return padded[:-1], labels
 
 

@@ -10,24 +10,42 @@ from torch import nn
 
 from modeling.loss import CHUNK_ELEMENTS
 
-from ..data.dataset import IGNORED, EvaluationRows, collate_rows
+from ..data.dataset import IGNORED, Rows, collate_rows
+
+
+class PositionSums:
+    """Nats, right predictions and counted tokens by how many tokens of its context the model had read before one.
+
+    sums: float64 (3, context_length), on the CPU. A packed document's context begins with the document.
+    """
+
+    def __init__(self, context_length: int):
+        self.sums = torch.zeros(3, context_length, dtype=torch.float64)
+
+    def add(self, counted: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+        """Add what `_token_sums` says of a batch's labels: (3, rows × labels)."""
+        labels = batch["shift_labels"]
+        positions = batch.get("position_ids", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
+        self.sums.index_add_(1, positions[:, -labels.shape[1] :].flatten().cpu(), counted.cpu().double())
 
 
 @torch.no_grad()
 def evaluate_rows(
     model: nn.Module,
-    rows: EvaluationRows,
+    rows: Rows,
     num_bytes: int,
     batch_size: int,
     autocast=nullcontext,
     rank: int = 0,
     world_size: int = 1,
     on_batch=None,
+    by_position: PositionSums | None = None,
 ) -> dict[str, float]:
     """Loss, perplexity, bits per byte and token accuracy of `model` on `rows`, in float32 from the logits on.
 
     num_bytes: UTF-8 bytes of the text the rows hold. autocast: a context-manager factory for the forward. Of several
     processes each takes every world_size-th batch and all return the same. on_batch is called after each batch.
+    by_position: takes the sums of this process's batches apart.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -40,8 +58,11 @@ def evaluate_rows(
             start = number % batches * batch_size
             batch = collate_rows(rows.__getitems__(range(start, min(start + batch_size, len(rows)))))
             batch = {key: value.to(device) for key, value in batch.items()}
-            counted = _batch_sums(model, batch, autocast, batch_size)
-            sums += [counted] if number < batches else []
+            counted = _token_sums(model, batch, autocast, batch_size)
+            if number < batches:
+                sums.append(counted.sum(1))
+                if by_position is not None:
+                    by_position.add(counted, batch)
             if on_batch is not None:
                 on_batch()
     model.train(was_training)
@@ -53,21 +74,20 @@ def evaluate_rows(
     return language_metrics(nats, right, tokens, num_bytes)
 
 
-def _batch_sums(model: nn.Module, batch: dict[str, torch.Tensor], autocast, full_batch: int) -> torch.Tensor:
-    """Summed nats, right predictions and counted tokens of one batch: (3,)."""
+def _token_sums(model: nn.Module, batch: dict[str, torch.Tensor], autocast, full_batch: int) -> torch.Tensor:
+    """Nats, right prediction (0 or 1) and whether it counts, of each label of a batch: (3, rows × labels)."""
     labels, inputs = batch["shift_labels"], {key: value for key, value in batch.items() if key != "shift_labels"}
-    sums, start = torch.zeros(3, device=labels.device), 0
+    sums, start = [], 0
     with autocast():  # one for all chunks: it keeps the weights that it has rounded until it ends
         for logits in chunked_logits(model, inputs, labels.shape[1], full_batch):
-            sums += _chunk_sums(logits, labels.flatten()[start : start + len(logits)])
+            sums.append(_chunk_sums(logits, labels.flatten()[start : start + len(logits)]))
             start += len(logits)
-    return sums
+    return torch.cat(sums, dim=1)
 
 
 def _chunk_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    nats = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    right = (logits.argmax(-1) == labels).sum()
-    return torch.stack((nats, right.float(), (labels != IGNORED).sum().float()))
+    nats = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    return torch.stack((nats, (logits.argmax(-1) == labels).float(), (labels != IGNORED).float()))
 
 
 def language_metrics(nats: list[float], right: list[float], tokens: list[float], num_bytes: float) -> dict[str, float]:

@@ -175,6 +175,24 @@ def publish(building: Path, directory: Path, replaced: Path | None = None) -> bo
     return True
 
 
+def check_output(shown: str, path: Path, endings: tuple[str, ...] = ()) -> None:
+    """Refuse, before anything long, a file that could not be written in the end: its ending, its place, its folder.
+
+    shown: the flag that names the file. Without endings the path may be a folder too, and folders are made.
+    """
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(f"{shown}={path}: must end in {' or '.join(endings)}")
+    if endings and path.is_dir():
+        raise UserError(f"{shown}={path}: is a directory; name a file in it")
+    folder = path if path.is_dir() else path.absolute().parent
+    while not endings and not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{shown}={path}: there is no directory {folder}; make it first, or name another file")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{shown}={path}: nothing can be written in {folder}; name another file")
+
+
 def refuse_used(directory: Path) -> None:
     """Refuse, before anything long, an output directory that holds anything to lose, or that cannot be written.
 

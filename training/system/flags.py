@@ -41,7 +41,7 @@ _RANGES = {
     "seed data_seed validation_seed": _whole(0, 2**32 - 1),
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps tokens_per_step": _whole(1),
     "save_total_limit early_stopping_patience dataloader_prefetch_factor torch_empty_cache_steps": _whole(1),
-    "shard_size validation_characters tokenizer_vocab_size block_size num_virtual_tokens": _whole(1),
+    "shard_size validation_characters tokenizer_vocab_size block_size stride num_virtual_tokens": _whole(1),
     "ddp_timeout ddp_bucket_cap_mb": _whole(1, 10**9),
     "num_train_epochs peak_flops lora_alpha loraplus_lr_ratio": Range(
         "a finite number above 0", lambda x: 0 < x < math.inf
