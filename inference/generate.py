@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 from transformers import set_seed
@@ -19,6 +18,8 @@ from training.model.sampling import (
 )
 from training.system.errors import UserError, quiet_libraries, run_main
 from training.system.flags import FlagParser
+
+from .decoding.prompts import read_prompt
 
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("
@@ -49,19 +50,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
     add("--no_stream", action="store_true", help="generate all samples in one batch, and print each when complete")
     return parser.parse_args(argv)
-
-
-def read_prompt(prompt: str) -> str:
-    """The prompt itself, or the text of the file it names after FILE:."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    path = Path(prompt.removeprefix("FILE:"))
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"--prompt FILE:{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt FILE:{path}: not UTF-8 at byte {error.start}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
