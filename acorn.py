@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": ("inference.evaluate", "measure loss, perplexity and bits per byte"),
     "generate": ("inference.generate", "generate text with a model"),
     "chat": ("inference.chat", "talk with a model in the terminal"),
+    "serve": ("inference.serve", "serve a model by the OpenAI protocol"),
     "convert": ("inference.convert", "convert GPT-2 and nanoGPT checkpoints to Acorn's, and back"),
     "push": ("inference.push", "upload a model or an adapter to the Hub"),
 }

@@ -1,0 +1,131 @@
+"""`acorn serve MODEL`: the OpenAI protocol for any model, through transformers' own server."""
+
+import argparse
+import os
+import signal
+import socket
+from contextlib import suppress
+from importlib.util import find_spec
+
+import torch
+
+from training.model.devices import best_device
+from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
+from training.system.errors import UserError, log, quiet_libraries, run_main
+from training.system.flags import FlagParser
+from training.system.shell import shell
+
+EPILOG = """examples:
+  acorn serve runs/my-chat
+  acorn serve runs/my-chat --port 8080 --continuous_batching
+  ACORN_API_KEY=... acorn serve runs/my-chat --host 0.0.0.0
+
+Any client of the OpenAI protocol then asks http://127.0.0.1:8000/v1: /models, /completions, /chat/completions."""
+KEY_VARIABLE = "ACORN_API_KEY"
+PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
+GRACE = 5  # seconds that answers have to end in when the server is stopped
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb's flags; names are `transformers serve`'s where it has one."""
+    parser = FlagParser(
+        prog="acorn serve",
+        description="Serve a model on this machine by the OpenAI protocol, until Ctrl-C.",
+        epilog=EPILOG,
+    )
+    add = parser.add_argument
+    add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every address of this machine")
+    add("--port", type=int, default=8000, help="port to listen at; 0: one that is free")
+    add("--api_key", help=f"key that every call must bring; the variable {KEY_VARIABLE} shows it to nobody else here")
+    add("--continuous_batching", action="store_true", help="draw requests together instead of one after the other")
+    add("--log_level", default="warning", choices=["info", "warning"], help="info: a line for each request")
+    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
+    add("--dtype", default="auto", help=dtypes)
+    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
+    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    flags = parse(argv)
+    refuse_missing_packages()
+    key = api_key(flags.api_key)
+    quiet_libraries()
+    if not flags.force_precision:
+        refuse_emulated_dtype(flags.dtype, best_device().type)
+    with listen(flags.host, flags.port) as listening:  # before the model is loaded: a port in use is said at once
+        model, tokenizer = load_model_and_tokenizer(
+            flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
+        )
+        torch.seed()
+        from .serving.app import build_app
+
+        name = flags.model.rstrip("/") or flags.model
+        app = build_app(name, model, tokenizer, flags.continuous_batching, key)
+        serve(app, listening, name, flags, has_template=bool(tokenizer.chat_template), has_key=key is not None)
+
+
+def serve(app, listening: socket.socket, name: str, flags, has_template: bool, has_key: bool) -> None:
+    """Answer requests until a signal; the answers under way then have a few seconds to end."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level=flags.log_level, timeout_graceful_shutdown=GRACE, lifespan="on")
+    say_where(listening, name, flags.host, has_template, has_key)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises anew what it was stopped by
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
+    log("stopped.")
+
+
+def say_where(listening: socket.socket, name: str, host: str, has_template: bool, has_key: bool) -> None:
+    """Where the server is, and what to type next."""
+    address, port = listening.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
+    if not has_key and address not in ("127.0.0.1", "::1"):
+        log(f"{host}: whoever reaches this machine can ask the model; --api_key or {KEY_VARIABLE} asks for a key.")
+    log(f"{name} is served at http://{shown}:{port}/v1 until Ctrl-C. Type next, in another terminal:")
+    path = "chat/completions" if has_template else "completions"
+    asked = '"messages": [{"role": "user", "content": "Hello"}]' if has_template else '"prompt": "Once upon"'
+    key = ["-H", f"Authorization: Bearer ${KEY_VARIABLE}"] if has_key else []
+    log("  " + shell("curl", f"http://{shown}:{port}/v1/{path}", "--json", f"{{{asked}}}", *key))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; refuses one that is taken or not this machine's."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"port={port}: must be from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"host={host}: there is no such address; take 127.0.0.1 or one of this machine") from error
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        raise UserError(f"host={host} port={port}: {error.strerror}; choose another --port") from error
+    return listening
+
+
+def api_key(flag: str | None) -> str | None:
+    """The key of the flag or else of the environment; refuses one that no header can carry."""
+    key, where = (flag, "--api_key") if flag is not None else (os.environ.get(KEY_VARIABLE), KEY_VARIABLE)
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(f"{where}: must be letters, digits and signs of ASCII, without spaces")
+    return key
+
+
+def refuse_missing_packages() -> None:
+    """Refuse to go on without the packages of the extra."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"acorn serve needs {', '.join(missing)}: .venv/bin/pip install -e '.[serve]'")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,217 @@
+"""transformers' own server of the OpenAI protocol, serving one model that is loaded already, whatever its class."""
+
+import asyncio
+import hmac
+import inspect
+import uuid
+from collections.abc import Callable
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
+
+from training.model.chat_template import render_messages
+from training.model.sampling import Rendered, context_left, encode_prompt
+from training.system.errors import UserError
+
+from .protocol import Refusal, check_fields, fit_context, read_messages, read_prompt, read_wish
+from .streams import OneByOne, Together
+
+ROUTES = {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health"}
+SERVER_ERROR = "server_error"
+
+
+class ServedModel(ModelManager):
+    """One loaded model under one name: no request loads another."""
+
+    def __init__(self, name: str, model, tokenizer, is_batched: bool):
+        self.force_model, self.model, self.tokenizer, self.is_batched = name, model, tokenizer, is_batched
+        self.context_length = context_left(model)
+        self.generator = Together() if is_batched else OneByOne()
+        if is_batched:
+            self.generator.begin(model)
+
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "local"}]
+
+    get_gen_models = list_models  # its name before transformers 5.24
+
+    def load_model_and_processor(self, *args, **kwargs):
+        return self.model, self.tokenizer
+
+    def shutdown(self) -> None:
+        self.generator.stop()
+
+
+class State(GenerationState):
+    """What `/health` asks of the batch."""
+
+    def __init__(self, served: ServedModel):
+        super().__init__(continuous_batching=served.is_batched)
+        self._cb_manager = served.generator if served.is_batched else None
+
+
+class Answers:
+    """What transformers' handlers do with a request, for the one served model: checked, drawn, and answered by them."""
+
+    kind: str
+
+    async def handle_request(self, body: dict, request_id: str) -> StreamingResponse | JSONResponse:
+        served = self.model_manager
+        given = check_fields(body, self.kind)
+        refuse_other_model(given.get("model", served.force_model), served.force_model)
+        wish = read_wish(given, served.is_batched, served.model.config.get_text_config().vocab_size)
+        ids = self.prompt_ids(given, served.tokenizer)
+        fit_context(wish, len(ids), served.context_length)
+        is_streamed = given.get("stream", False)
+        answer = self._streaming if is_streamed else self._non_streaming
+        more = {"tools": given.get("tools")} if "tools" in inspect.signature(answer).parameters else {}
+        answered = answer(
+            f"{self.kind}-{uuid.uuid4().hex}",
+            served.model,
+            served.tokenizer,
+            served.force_model,
+            {"input_ids": ids},
+            wish,
+            gen_manager=served.generator,
+            **more,
+        )
+        return with_done(answered) if is_streamed else await answered
+
+    def prompt_ids(self, given: dict, tokenizer) -> list[int]:
+        raise NotImplementedError
+
+
+class Completions(Answers, CompletionHandler):
+    """`/v1/completions`: a text goes on."""
+
+    kind = "completions"
+
+    def prompt_ids(self, given: dict, tokenizer) -> list[int]:
+        return encode_prompt(tokenizer, read_prompt(given))
+
+
+class Chats(Answers, ChatCompletionHandler):
+    """`/v1/chat/completions`: messages are answered."""
+
+    kind = "chat"
+
+    def prompt_ids(self, given: dict, tokenizer) -> list[int]:
+        messages = read_messages(given)
+        if not tokenizer.chat_template:
+            message = f"{self.model_manager.force_model} has no chat template: it continues text; ask /v1/completions"
+            raise Refusal(400, message, "no_chat_template", "messages")
+        text = render_messages(tokenizer, "messages", messages, given.get("tools"), add_generation_prompt=True)
+        return encode_prompt(tokenizer, Rendered(text))
+
+
+def refuse_other_model(name: str, served: str) -> None:
+    if name != served:
+        raise Refusal(404, f"model {name!r} is not served here; ask for {served!r}", "model_not_found", "model")
+
+
+def with_done(response: StreamingResponse) -> StreamingResponse:
+    """The stream with the protocol's last line, which transformers leaves out."""
+    pieces = response.body_iterator
+
+    async def body():
+        async for piece in pieces:
+            yield piece
+        yield "data: [DONE]\n\n"
+
+    response.body_iterator = body()
+    return response
+
+
+def build_app(name: str, model, tokenizer, is_batched: bool = False, api_key: str | None = None) -> Callable:
+    """The server as an ASGI application; with `api_key` every call must bring it."""
+    served = ServedModel(name, model, tokenizer, is_batched)
+    state = State(served)
+    needed = inspect.signature(build_server).parameters
+    handlers = {"chat_handler": Chats(served, state), "completion_handler": Completions(served, state)}
+    handlers |= {name: None for name in needed if name.endswith("_handler") and name not in handlers}
+    app = build_server(served, **handlers, generation_state=state)
+    app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
+    answer_in_protocol(app)
+    return Guard(app, api_key)
+
+
+# ---- around the application
+
+
+def answer_in_protocol(app: FastAPI) -> None:
+    """Let every error be the protocol's object."""
+
+    def refused(request: Request, error: Refusal) -> JSONResponse:
+        return JSONResponse(error.body(), error.status)
+
+    def failed(request: Request, error: Exception) -> JSONResponse:
+        return refused(request, as_refusal(error))
+
+    app.add_exception_handler(Refusal, refused)
+    for kind in (UserError, HTTPException, RequestValidationError, CBWorkerDeadError, Exception):
+        app.add_exception_handler(kind, failed)
+
+
+def as_refusal(error: Exception) -> Refusal:
+    """What goes to the client for an error of any class; of a bug nothing but that it was one."""
+    if isinstance(error, UserError):
+        return Refusal(400, str(error), "invalid_value")
+    if isinstance(error, RequestValidationError):
+        return Refusal(400, "the body must be a JSON object, sent as application/json", "invalid_json")
+    if isinstance(error, HTTPException):
+        message = f"there is nothing here; {', '.join(sorted(ROUTES))} are served" if error.status_code == 404 else None
+        return Refusal(error.status_code, message or str(error.detail), None)
+    if isinstance(error, CBWorkerDeadError):
+        return Refusal(503, "the batch has died; start the server again", "batch_died", kind=SERVER_ERROR)
+    return Refusal(500, "the server failed; its terminal says why", "internal_error", kind=SERVER_ERROR)
+
+
+class Guard:
+    """Around the application: the key of every call is compared, and what a client has left behind is given up."""
+
+    def __init__(self, app, api_key: str | None):
+        self.app, self.api_key = app, api_key
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif self.api_key is not None and not self._has_key(scope["headers"]):
+            message = "a key is needed, as `Authorization: Bearer KEY`, and it must be the one that the server has"
+            refusal = Refusal(401, message, "invalid_api_key")
+            await JSONResponse(refusal.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    def _has_key(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        given = [value for name, value in headers if name == b"authorization"]
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key.encode())
+
+    async def _answer(self, scope, receive, send) -> None:
+        """Run the application until it has answered, or until the client is gone."""
+        messages: asyncio.Queue = asyncio.Queue()
+        answering = asyncio.create_task(self.app(scope, messages.get, send))
+
+        async def listen() -> None:
+            while True:
+                message = await receive()
+                messages.put_nowait(message)
+                if message["type"] == "http.disconnect":
+                    answering.cancel()
+                    return
+
+        listening = asyncio.create_task(listen())
+        try:
+            await asyncio.wait([answering])
+            if not answering.cancelled():
+                answering.result()
+        finally:
+            answering.cancel()
+            listening.cancel()

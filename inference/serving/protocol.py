@@ -1,0 +1,236 @@
+"""What a request of the OpenAI protocol may say: every field checked, and none that is read and ignored."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from training.model.sampling import sampling_arguments
+from training.system.errors import UserError, unknown
+
+INVALID = "invalid_request_error"  # the protocol's name for what the client can mend
+
+
+class Refusal(Exception):
+    """An answer that is an error: HTTP status, message, and the protocol's type, code and name of the field."""
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, kind: str = INVALID
+    ):
+        super().__init__(message)
+        self.status, self.kind, self.code, self.param = status, kind, code, param
+
+    def body(self) -> dict:
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class Kind(NamedTuple):
+    """The values that a field takes: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_stops(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return 1 <= len(texts) <= 16 and all(isinstance(text, str) and text for text in texts)
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key.isascii() and key.isdigit() and _is_number(bias) and -100 <= bias <= 100 for key, bias in value.items()
+    )
+
+
+NUMBER = Kind("a number", _is_number)
+PENALTY = Kind("a number from -2 to 2", lambda value: _is_number(value) and -2 <= value <= 2)
+WHOLE = Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
+COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+STOPS = Kind("a text, or a list of 1 to 16 texts, none of them empty", _is_stops)
+BIAS = Kind("an object of token ids and numbers from -100 to 100", _is_bias)
+STREAM_OPTIONS = Kind(
+    '{"include_usage": true} or false', lambda value: isinstance(value, dict) and set(value) <= {"include_usage"}
+)
+OBJECTS = Kind("a list of objects", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
+ANY = Kind("anything", lambda value: True)
+
+# The fields of both kinds of request. top_k, min_p and repetition_penalty are transformers' names, beyond the protocol.
+SHARED = {
+    "model": TEXT,
+    "stream": SWITCH,
+    "stream_options": STREAM_OPTIONS,  # the usage comes with the last piece, asked for or not
+    "max_tokens": COUNT,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": WHOLE,
+    "min_p": NUMBER,
+    "repetition_penalty": NUMBER,
+    "frequency_penalty": PENALTY,
+    "presence_penalty": PENALTY,
+    "logit_bias": BIAS,
+    "stop": STOPS,
+    "seed": WHOLE,
+    # a client's own notes, without meaning for the text
+    "user": TEXT,
+    "metadata": ANY,
+    "safety_identifier": ANY,
+    "prompt_cache_key": ANY,
+}
+FIELDS = {
+    "completions": {**SHARED, "prompt": ANY},
+    "chat": {**SHARED, "messages": ANY, "max_completion_tokens": COUNT, "tools": OBJECTS},
+}
+# What the protocol has and this server has not: the values that ask for nothing.
+ABSENT = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False, 0), "top_logprobs": (0,),
+    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "parallel_tool_calls": (True,),
+    "modalities": (["text"],), "service_tier": ("auto", "default"), "store": (False,), "audio": (),
+    "function_call": (), "functions": (), "prediction": (), "reasoning_effort": (), "verbosity": (),
+    "web_search_options": (),
+}  # fmt: skip
+# What continuous batching draws by for each request; the rest would be the same for all of them.
+BATCHED = ("temperature", "top_p", "top_k")
+UNBATCHED = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed")
+
+
+@dataclass
+class Wish:
+    """What a request wants drawn: at most so many tokens (None: as fit), by generate()'s arguments, up to a stop."""
+
+    max_new_tokens: int | None = None
+    sampling: dict = field(default_factory=dict)
+    stops: list[str] = field(default_factory=list)
+    seed: int | None = None
+    penalties: tuple[float, float] = (0.0, 0.0)  # frequency, presence
+
+
+def check_fields(body: dict, kind: str) -> dict:
+    """The fields of a request that say something, each of its kind; Refusal for what is unknown, wrong or not there."""
+    given = {name: value for name, value in body.items() if value is not None}
+    fields = FIELDS[kind]
+    for name, value in given.items():
+        if name in ABSENT:
+            if not any(type(value) is type(none) and value == none for none in ABSENT[name]):
+                raise Refusal(400, f"{name}: this server does not have it; leave it out", "unsupported", name)
+        elif name not in fields:
+            raise Refusal(400, str(unknown("field", name, fields)), "unknown_field", name)
+        elif not fields[name].holds(value):
+            raise Refusal(400, f"{name}={str(value)[:100]}: must be {fields[name].words}", "invalid_value", name)
+    return {name: value for name, value in given.items() if name not in ABSENT}
+
+
+def read_wish(given: dict, is_batched: bool, vocabulary: int) -> Wish:
+    """What checked fields ask for; the protocol's default is to sample from all tokens at temperature 1."""
+    if is_batched:
+        for name in UNBATCHED:
+            if name in given:
+                why = (
+                    "continuous batching has one for all requests; leave it out, or serve without --continuous_batching"
+                )
+                raise Refusal(400, f"{name}: {why}", "unsupported", name)
+    more = {name: given[name] for name in ("min_p", "repetition_penalty") if name in given}
+    try:
+        sampling = sampling_arguments(given.get("temperature", 1.0), given.get("top_k"), given.get("top_p"), **more)
+    except UserError as error:
+        raise Refusal(400, str(error), "invalid_value", str(error).partition("=")[0]) from error
+    if given.get("logit_bias"):
+        sampling["sequence_bias"] = {(int(token),): float(bias) for token, bias in given["logit_bias"].items()}
+        beyond = [token for (token,) in sampling["sequence_bias"] if token >= vocabulary]
+        if beyond:
+            raise Refusal(400, f"logit_bias: there is no token {beyond[0]}", "invalid_value", "logit_bias")
+    stop = given.get("stop", [])
+    return Wish(
+        max_new_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
+        sampling=sampling,
+        stops=[stop] if isinstance(stop, str) else stop,
+        seed=given.get("seed"),
+        penalties=(given.get("frequency_penalty", 0.0), given.get("presence_penalty", 0.0)),
+    )
+
+
+LONGEST = 1024  # tokens of an answer whose request names no number
+
+
+def fit_context(wish: Wish, prompt_tokens: int, context_length: int) -> None:
+    """Give the answer a length that fits the context with its prompt; Refusal where what is asked for does not."""
+    room = context_length - prompt_tokens
+    if room < (wish.max_new_tokens or 1):
+        asked = f" and {wish.max_new_tokens} for the answer" if wish.max_new_tokens else ""
+        message = f"the model's context is {context_length} tokens, and these are {prompt_tokens} of the prompt{asked}"
+        raise Refusal(
+            400, f"{message}; shorten one of them", "context_length_exceeded", "max_tokens" if asked else None
+        )
+    wish.max_new_tokens = wish.max_new_tokens or min(LONGEST, room)
+
+
+# ---- what the model is asked
+
+
+def read_prompt(given: dict) -> str:
+    """The one prompt of a completion."""
+    prompt = given.get("prompt", "")
+    prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+    if not isinstance(prompt, str):
+        raise Refusal(400, "prompt: must be one text; ask once for each", "invalid_value", "prompt")
+    return _utf8(prompt, "prompt")
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def read_messages(given: dict) -> list[dict]:
+    """The messages of a chat as a chat template takes them: texts alone."""
+    messages = given.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Refusal(400, "messages: must be a list of at least one message", "invalid_value", "messages")
+    return [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _read_message(message: Any, where: str) -> dict:
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ROLES:
+        raise Refusal(
+            400, f"{where}: must be an object whose role is one of {', '.join(ROLES)}", "invalid_value", where
+        )
+    content, calls = message.get("content"), message.get("tool_calls") or []
+    if content is None and calls and role == "assistant":
+        content = ""
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        content = None if None in parts else " ".join(map(str, parts))
+    if not isinstance(content, str):
+        raise Refusal(400, f"{where}.content: must be a text; this model reads nothing else", "invalid_value", where)
+    read = {"role": "system" if role == "developer" else role, "content": _utf8(content, where)}
+    read |= {"tool_calls": _read_calls(calls, where)} if calls else {}
+    return read | {name: message[name] for name in ("name", "tool_call_id") if isinstance(message.get(name), str)}
+
+
+def _read_calls(calls: Any, where: str) -> list[dict]:
+    """An assistant's calls of tools, with their arguments as objects, as templates take them."""
+    try:
+        functions = [dict(call["function"]) for call in calls]
+        for function in functions:
+            if isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"])
+        return [{"type": "function", "function": function} for function in functions]
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        message = f"{where}.tool_calls: must be calls with a function's name and arguments as JSON"
+        raise Refusal(400, message, "invalid_value", where) from error
+
+
+def _utf8(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{where}: character {error.start} is half of a pair, and no UTF-8"
+        raise Refusal(400, message, "invalid_value", where) from error
+    return text

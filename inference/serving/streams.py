@@ -1,0 +1,203 @@
+"""How requests get their text: one after the other by the one sampler, or together by continuous batching."""
+
+import asyncio
+import threading
+import traceback
+from collections.abc import Callable
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cli.serving.utils import (
+    CBGenerateManager,
+    DirectStreamer,
+    GenerateManager,
+    _GenerationCancelled,
+    _StreamError,
+)
+
+from training.model.sampling import TextPrinter, continue_ids, stop_tokens
+from training.system.errors import one_line
+
+from .protocol import Wish
+
+
+class Ended(Exception):
+    """Raised out of generate() where a request's text has ended or nobody waits for it any more."""
+
+
+class TextStream(TextPrinter):
+    """The text of one request, delivered piece by piece and None at its end; it ends before a text to stop at.
+
+    deliver: called with each piece. cancel() makes whoever feeds it stop at the next token.
+    """
+
+    def __init__(self, tokenizer, prompt_ids: list[int], stops: list[str], deliver: Callable[[str | None], object]):
+        super().__init__(tokenizer, prompt_ids, self._hold_back)
+        self.prompt_length, self.stops, self.deliver = len(prompt_ids), stops, deliver
+        self.held, self.has_ended, self.cancelled = "", False, threading.Event()
+
+    @property
+    def generated_ids(self) -> list[int]:
+        return self.ids[self.prompt_length :]
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.cancelled.is_set():
+            raise Ended
+        super().put(value)
+        if self.has_ended:
+            raise Ended
+
+    def finish(self) -> None:
+        if not self.has_ended:
+            super().finish()
+            if self.held:
+                self.deliver(self.held)
+        self.has_ended = True
+        self.deliver(None)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def _hold_back(self, piece: str) -> None:
+        """Deliver what is no part of a text to stop at, and cannot become one."""
+        text = self.held + piece
+        ends = [text.find(stop) for stop in self.stops if stop in text]
+        if ends:
+            self.has_ended = True
+            self.deliver(text[: min(ends)])
+            return
+        begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        ready = len(text) - max(begun, default=0)
+        self.held = text[ready:]
+        if ready:
+            self.deliver(text[:ready])
+
+
+class Penalties(LogitsProcessor):
+    """The protocol's penalties of tokens that were written: one for each time (frequency), one once (presence)."""
+
+    def __init__(self, frequency: float, presence: float, prompt_length: int):
+        self.frequency, self.presence, self.prompt_length = frequency, presence, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        written = input_ids[:, self.prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add(1, written, torch.ones_like(written, dtype=scores.dtype))
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+def draw(model, ids: list[int], wish: Wish, streamer) -> None:
+    """Let the one sampler write a request's text into `streamer`; a seed leaves the other requests' draws alone."""
+    generation = dict(wish.sampling)
+    if any(wish.penalties):
+        generation["logits_processor"] = LogitsProcessorList([Penalties(*wish.penalties, len(ids))])
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=wish.seed is not None):
+        if wish.seed is not None:
+            torch.manual_seed(wish.seed)
+        prompt = torch.tensor([ids], device=model.device)
+        continue_ids(model, prompt, wish.max_new_tokens, streamer=streamer, **generation)
+
+
+def failed(error: Exception) -> _StreamError:
+    """What a stream says of a bug; the traceback is for whoever runs the server."""
+    traceback.print_exception(error)
+    return _StreamError(one_line(error).replace("\\", "/").replace('"', "'"))  # transformers puts it between quotes
+
+
+async def collect(queue: asyncio.Queue, stream) -> str:
+    """The whole text of a stream, which is cancelled if nobody waits for it any more."""
+    pieces: list[str] = []
+    try:
+        while (piece := await queue.get()) is not None:
+            if isinstance(piece, _StreamError):
+                raise RuntimeError(piece.msg)
+            pieces.append(piece)
+    except asyncio.CancelledError:
+        stream.cancel()
+        raise
+    return "".join(pieces)
+
+
+class OneByOne(GenerateManager):
+    """Requests one after the other, in the order of their coming, on one thread."""
+
+    def generate_streaming(self, model, processor, inputs, gen_config: Wish, request_id, response_parser=None):
+        ids, loop, queue = inputs["input_ids"], asyncio.get_running_loop(), asyncio.Queue()
+        if response_parser is None:
+            stream = TextStream(
+                processor, ids, gen_config.stops, lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece)
+            )
+        else:  # a model whose answers have parts, such as calls of tools
+            stream = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
+        self.submit(self._run, model, ids, gen_config, stream, loop, queue)
+        return queue, stream
+
+    def _run(self, model, ids, wish, stream, loop, queue) -> None:
+        try:
+            draw(model, ids, wish, stream)
+        except (Ended, _GenerationCancelled):
+            pass
+        except Exception as error:
+            loop.call_soon_threadsafe(queue.put_nowait, failed(error))
+            return
+        if isinstance(stream, TextStream):
+            stream.finish()
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config: Wish, request_id):
+        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        text = await collect(queue, stream)
+        return text, len(inputs["input_ids"]), stream.generated_ids
+
+
+class Together(CBGenerateManager):
+    """Requests together, token by token, by transformers' continuous batching."""
+
+    def begin(self, model) -> None:
+        """Start the batch; each request then brings its own temperature, top_k and top_p in the place of these."""
+        ends = stop_tokens(model)
+        self.init_cb(
+            model, GenerationConfig(do_sample=True, temperature=0.5, top_k=1, top_p=0.5, eos_token_id=ends or -1)
+        )
+
+    def generate_streaming(self, model, processor, inputs, gen_config: Wish, request_id, response_parser=None):
+        self._check_alive(request_id)
+        ids, queue = inputs["input_ids"], asyncio.Queue()
+        stream = TextStream(processor, ids, gen_config.stops, queue.put_nowait)
+        stream.is_prompt_next = False
+
+        def take(output) -> None:
+            if stream.has_ended:
+                return
+            try:
+                stream.put(torch.tensor(output.generated_tokens[stream.total_tokens :]))
+            except Ended:
+                self._cb.cancel_request(request_id)
+                stream.finish()
+                return
+            if output.error is not None:
+                queue.put_nowait(_StreamError(output.error))
+            elif output.is_finished():
+                stream.finish()
+
+        self._cb.register_result_handler(request_id, take)
+        sampling = gen_config.sampling
+        greedy = {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+        drawn = {"temperature": float(sampling.get("temperature", 1)), "top_k": sampling.get("top_k") or 2**30}
+        drawn |= {"top_p": float(sampling.get("top_p", 1))}
+        self._cb.add_request(
+            ids,
+            request_id=request_id,
+            streaming=True,
+            max_new_tokens=gen_config.max_new_tokens,
+            **(drawn if sampling["do_sample"] else greedy),
+        )
+        return queue, stream
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config: Wish, request_id):
+        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        text = await collect(queue, stream)
+        return text, len(inputs["input_ids"]), stream.generated_ids
