@@ -21,6 +21,7 @@ VERBS = {
     "generate": ("inference.generate", "generate text with a model"),
     "chat": ("inference.chat", "talk with a model in the terminal"),
     "serve": ("inference.serve", "serve a model by the OpenAI protocol"),
+    "playground": ("inference.playground", "write and talk with a model on a page in the browser"),
     "convert": ("inference.convert", "convert GPT-2 and nanoGPT checkpoints to Acorn's, and back"),
     "push": ("inference.push", "upload a model or an adapter to the Hub"),
 }

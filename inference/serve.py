@@ -15,6 +15,8 @@ from training.system.errors import UserError, log, quiet_libraries, run_main
 from training.system.flags import FlagParser
 from training.system.shell import shell
 
+from .serving.listening import address_of, is_open_to_others, listen
+
 EPILOG = """examples:
   acorn serve runs/my-chat
   acorn serve runs/my-chat --port 8080 --continuous_batching
@@ -81,35 +83,14 @@ def serve(app, listening: socket.socket, name: str, flags, has_template: bool, h
 
 def say_where(listening: socket.socket, name: str, host: str, has_template: bool, has_key: bool) -> None:
     """Where the server is, and what to type next."""
-    address, port = listening.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
-    if not has_key and address not in ("127.0.0.1", "::1"):
+    address = address_of(listening)
+    if not has_key and is_open_to_others(listening):
         log(f"{host}: whoever reaches this machine can ask the model; --api_key or {KEY_VARIABLE} asks for a key.")
-    log(f"{name} is served at http://{shown}:{port}/v1 until Ctrl-C. Type next, in another terminal:")
+    log(f"{name} is served at {address}/v1 until Ctrl-C. Type next, in another terminal:")
     path = "chat/completions" if has_template else "completions"
     asked = '"messages": [{"role": "user", "content": "Hello"}]' if has_template else '"prompt": "Once upon"'
     key = ["-H", f"Authorization: Bearer ${KEY_VARIABLE}"] if has_key else []
-    log("  " + shell("curl", f"http://{shown}:{port}/v1/{path}", "--json", f"{{{asked}}}", *key))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; refuses one that is taken or not this machine's."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"port={port}: must be from 0 to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"host={host}: there is no such address; take 127.0.0.1 or one of this machine") from error
-    try:
-        if os.name == "posix":  # elsewhere it would let two servers share a port
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        raise UserError(f"host={host} port={port}: {error.strerror}; choose another --port") from error
-    return listening
+    log("  " + shell("curl", f"{address}/v1/{path}", "--json", f"{{{asked}}}", *key))
 
 
 def api_key(flag: str | None) -> str | None:
