@@ -1,17 +1,20 @@
 """The one sampler: a prompt to ids, and text from a model by generate(), past the context too."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
-from transformers.generation import BaseStreamer, GenerationConfig
+from transformers.generation import BaseStreamer, GenerationConfig, StoppingCriteria
 
 from ..data.encoding import THE_PROMPT, encode_documents
 from ..data.tokenizers import begin_ids
 from ..system.errors import UserError, one_line
 from ..system.flags import check_number
 from .sizes import context_of
+from .windows import reading_windows
 
 # ---- from text to ids and back
 
@@ -62,6 +65,72 @@ def first_id(tokenizer) -> int:
     return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
 
 
+# ---- where a text ends
+
+KEPT = 8  # tokens before the new ones that are decoded with them
+
+
+def before_stop(text: str, stop_strings: Sequence[str]) -> str:
+    """The text before the first of `stop_strings` in it, or all of it."""
+    return text[: min((place for string in stop_strings if (place := text.find(string)) >= 0), default=len(text))]
+
+
+def begun_stop(text: str, stop_strings: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one of `stop_strings`."""
+    lengths = (n for string in stop_strings for n in range(1, len(string)) if text.endswith(string[:n]))
+    return max(lengths, default=0)
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row once its text after the first `start` tokens holds one of `stop_strings`, whatever tokens spell it.
+
+    transformers' own StopStringCriteria also takes what begins in the prompt for one, and reads tokens as text apart
+    from their neighbours.
+    """
+
+    def __init__(self, tokenizer, start: int, stop_strings: Sequence[str]):
+        self.tokenizer, self.start, self.stop_strings = tokenizer, start, tuple(stop_strings)
+        self.longest = max(len(string.encode()) for string in stop_strings)  # in tokens too: each holds a byte or more
+        self.seen = start
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        """input_ids: (rows, tokens). Returns (rows,), true where a row is to end."""
+        first = max(self.start, self.seen - self.longest)
+        left = max(0, first - KEPT)
+        self.seen = input_ids.shape[1]
+        ends = [self._ends(row, first - left) for row in input_ids[:, left:].tolist()]
+        return torch.tensor(ends, dtype=torch.bool, device=input_ids.device)
+
+    def _ends(self, row: list[int], start: int) -> bool:
+        text = decode_continuation(self.tokenizer, row, start)
+        return before_stop(text, self.stop_strings) != text
+
+
+class Sample(NamedTuple):
+    """What was generated after a prompt."""
+
+    text: str
+    tokens: list[int]  # the end-of-text token, or those of a stop string, among them
+    finish_reason: str  # as in OpenAI's protocol: "stop" at an end of text or a stop string, else "length"
+
+
+def cut_sample(tokenizer, ids: list[int], start: int, ends: Sequence[int] = (), stop_strings=()) -> Sample:
+    """What `ids[start:]` say up to the first token of `ends`, or before the first of `stop_strings`."""
+    places = (place + 1 for place in range(start, len(ids)) if ids[place] in ends)
+    end = next(places, None)
+    whole = decode_continuation(tokenizer, ids[:end], start)
+    text = before_stop(whole, stop_strings)
+    if text == whole:
+        return Sample(text, ids[start:end], "length" if end is None else "stop")
+
+    def holds_stop(length: int) -> bool:
+        text = decode_continuation(tokenizer, ids[:length], start)
+        return before_stop(text, stop_strings) != text
+
+    lengths = range(start + 1, len(ids[:end]) + 1)
+    return Sample(text, ids[start : lengths[bisect_left(lengths, True, key=holds_stop)]], "stop")
+
+
 # ---- sampling
 
 
@@ -69,15 +138,14 @@ class TextPrinter(BaseStreamer):
     """Hands the text after `prompt_ids` to `write` as it comes, over several generate() calls; `finish` ends it.
 
     Tokens are decoded together with those before them, which give them their spaces, and held back while a character
-    is half there.
+    is half there, or while one of `stop_strings` may be: the text ends before the first of those.
     """
 
-    KEPT = 8  # tokens before the new ones that are decoded with them
-
-    def __init__(self, tokenizer, prompt_ids: list[int], write: Callable[[str], object]):
+    def __init__(self, tokenizer, prompt_ids: list[int], write: Callable[[str], object], stop_strings=()):
         self.tokenizer, self.ids, self.write = tokenizer, list(prompt_ids), write
         self.written = len(self.ids)
         self.is_prompt_next = True
+        self.stop_strings, self.held, self.has_stopped = tuple(stop_strings), "", False
 
     def put(self, value: torch.Tensor) -> None:
         if self.is_prompt_next:  # generate() begins with what it was given
@@ -93,14 +161,24 @@ class TextPrinter(BaseStreamer):
 
     def finish(self) -> None:
         self._write(self._new_text())
+        if not self.has_stopped:
+            self.write(self.held)
+        self.held = ""
 
     def _new_text(self) -> str:
-        first = max(0, self.written - self.KEPT)
+        first = max(0, self.written - KEPT)
         return decode_continuation(self.tokenizer, self.ids[first:], self.written - first)
 
     def _write(self, text: str) -> None:
         self.written = len(self.ids)
-        self.write(text)
+        if self.has_stopped:
+            return
+        self.held += text
+        whole = before_stop(self.held, self.stop_strings)
+        self.has_stopped = whole != self.held
+        begun = 0 if self.has_stopped else begun_stop(whole, self.stop_strings)
+        self.held = whole[len(whole) - begun :]
+        self.write(whole[: len(whole) - begun])
 
 
 def prompt_tensor(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
@@ -123,14 +201,15 @@ def stop_tokens(model) -> list[int]:
 
 
 @contextmanager
-def own_generation(model) -> Iterator[None]:
+def own_generation(model, ends: Sequence[int]) -> Iterator[None]:
     """Let generate() take of the model's generation config the special tokens alone: how to sample is said here.
 
-    A foreign one may hold what streaming cannot do, such as beams, or strings to stop at.
+    A foreign one may hold what streaming cannot do, such as beams, or strings to stop at. ends: in place of its
+    end-of-text tokens.
     """
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
-    tokens = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {"bos_token_id": kept.bos_token_id, "pad_token_id": kept.pad_token_id, "eos_token_id": list(ends) or None}
     holder.generation_config = GenerationConfig(**tokens)
     try:
         yield
@@ -138,44 +217,74 @@ def own_generation(model) -> Iterator[None]:
         holder.generation_config = kept
 
 
-@torch.no_grad()
-def continue_ids(model, input_ids: torch.Tensor, max_new_tokens: int, streamer=None, **generation) -> torch.Tensor:
-    """`input_ids`, (samples, tokens), with up to `max_new_tokens` more.
+BEYOND_CONTEXT = ("window", "extrapolate")
+DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")  # generate()'s arguments for drafts, which it then verifies
 
-    Where the context is full the model goes on from its last half, as a person would reread; generation: transformers'
-    generate() arguments. A sample ends at a token of `stop_tokens` and is filled with the first of them.
+
+@torch.no_grad()
+def continue_ids(
+    model,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    streamer=None,
+    attention_mask: torch.Tensor | None = None,
+    ends: Sequence[int] | None = None,
+    beyond_context: str = "window",
+    **generation,
+) -> torch.Tensor:
+    """`input_ids`, (rows, tokens), with up to `max_new_tokens` more.
+
+    attention_mask: (rows, tokens), zero where a row is padded on the left. ends: the tokens that end a row, which is
+    filled with the first of them; None: the model's own. beyond_context: where the context is full the model goes on
+    from its last half ("window"), or at positions it has not been trained on ("extrapolate"). generation:
+    transformers' generate() arguments.
     """
-    context, stops = context_left(model), stop_tokens(model)
-    fill = stops[0] if stops else None
-    ids, target = input_ids, input_ids.shape[1] + max_new_tokens
-    has_ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    while ids.shape[1] < target and not has_ended.all():
-        window = ids if ids.shape[1] < context else ids[:, -max(1, context // 2) :]
-        new_tokens = min(max(1, context - window.shape[1]), target - ids.shape[1])
-        with own_generation(model):
+    ends = stop_tokens(model) if ends is None else ends
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    settings = {"streamer": streamer, "pad_token_id": ends[0] if ends else None, **generation}
+    context, length = context_left(model), input_ids.shape[1] + max_new_tokens
+    if beyond_context == "extrapolate" or length + (generation.get("prompt_lookup_num_tokens") or 0) <= context:
+        reading = nullcontext()
+    elif any(generation.get(name) is not None for name in DRAFTS):
+        return continue_by_windows(model, input_ids, max_new_tokens, context, ends, settings)
+    else:
+        reading = reading_windows(model, context)
+    with own_generation(model, ends), reading:
+        return model.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
+
+
+def continue_by_windows(model, ids: torch.Tensor, max_new_tokens: int, context: int, ends, settings) -> torch.Tensor:
+    """One row, (1, tokens), with up to `max_new_tokens` more, by calls of generate() that each stay in one window.
+
+    For drafts: they are verified in one pass, and may not reach from one window into the next. Those of prompt lookup
+    are not held to the length that is asked for; so a window's last tokens are written without them.
+    """
+    plain = {name: value for name, value in settings.items() if name not in DRAFTS}
+    reach = settings.get("prompt_lookup_num_tokens") or 0
+    target, start = ids.shape[1] + max_new_tokens, 0
+    while True:
+        if ids.shape[1] - start > context:
+            start = ids.shape[1] - max(1, context // 2)
+        window = ids[:, start:]
+        drafted = context + 1 - reach - window.shape[1]
+        left = drafted if drafted > 0 else context + 1 - window.shape[1]
+        asked = min(left, target - ids.shape[1])
+        with own_generation(model, ends):
             grown = model.generate(
                 window,
                 attention_mask=torch.ones_like(window),
-                max_new_tokens=new_tokens,
-                streamer=streamer,
-                pad_token_id=fill,
-                **generation,
+                max_new_tokens=asked,
+                **(settings if drafted > 0 else plain),
             )
         new = grown[:, window.shape[1] :]
-        if stops:
-            new = torch.where(has_ended, fill, new)
-            has_ended |= torch.isin(new, torch.tensor(stops, device=new.device)).any(dim=1, keepdim=True)
         ids = torch.cat((ids, new), dim=1)
-    return ids
+        if ids.shape[1] >= target or new.shape[1] < asked or int(new[0, -1]) in ends:
+            return ids
 
 
 def continuations(model, tokenizer, ids: torch.Tensor, start: int) -> list[str]:
     """The text of each row of ids, (samples, tokens), from `start` to where it ends."""
-    texts, stops = [], set(stop_tokens(model))
-    for row in ids.tolist():
-        end = next((place for place in range(start, len(row)) if row[place] in stops), len(row))
-        texts.append(decode_continuation(tokenizer, row[: end + 1], start))
-    return texts
+    return [cut_sample(tokenizer, row, start, stop_tokens(model)).text for row in ids.tolist()]
 
 
 def context_left(model) -> int:
