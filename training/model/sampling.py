@@ -145,7 +145,7 @@ class TextPrinter(BaseStreamer):
         self.tokenizer, self.ids, self.write = tokenizer, list(prompt_ids), write
         self.written = len(self.ids)
         self.is_prompt_next = True
-        self.stop_strings, self.held, self.has_stopped = tuple(stop_strings), "", False
+        self.stop_strings, self._held, self._has_stopped = tuple(stop_strings), "", False
 
     def put(self, value: torch.Tensor) -> None:
         if self.is_prompt_next:  # generate() begins with what it was given
@@ -161,9 +161,9 @@ class TextPrinter(BaseStreamer):
 
     def finish(self) -> None:
         self._write(self._new_text())
-        if not self.has_stopped:
-            self.write(self.held)
-        self.held = ""
+        if not self._has_stopped:
+            self.write(self._held)
+        self._held = ""
 
     def _new_text(self) -> str:
         first = max(0, self.written - KEPT)
@@ -171,13 +171,13 @@ class TextPrinter(BaseStreamer):
 
     def _write(self, text: str) -> None:
         self.written = len(self.ids)
-        if self.has_stopped:
+        if self._has_stopped:
             return
-        self.held += text
-        whole = before_stop(self.held, self.stop_strings)
-        self.has_stopped = whole != self.held
-        begun = 0 if self.has_stopped else begun_stop(whole, self.stop_strings)
-        self.held = whole[len(whole) - begun :]
+        self._held += text
+        whole = before_stop(self._held, self.stop_strings)
+        self._has_stopped = whole != self._held
+        begun = 0 if self._has_stopped else begun_stop(whole, self.stop_strings)
+        self._held = whole[len(whole) - begun :]
         self.write(whole[: len(whole) - begun])
 
 

@@ -50,7 +50,7 @@ class Window:
         self.has_moved = False
 
     def __call__(self, input_ids, next_sequence_length=None, attention_mask=None, **kwargs) -> dict:
-        """input_ids: (rows, tokens), the whole text. attention_mask: (rows, tokens), zero at the padding on the left."""
+        """input_ids: (rows, tokens), the whole text. attention_mask: (rows, tokens), zero where a row is padded."""
         length = input_ids.shape[1]
         if self.starts is None:
             self.starts = [0] * len(input_ids) if attention_mask is None else (attention_mask == 0).sum(1).tolist()
