@@ -1,0 +1,98 @@
+"""The tokenizer of a GGUF file: llama.cpp's byte-level BPE, as which bytes and characters can be written too."""
+
+from transformers import PreTrainedTokenizerFast
+
+from training.data.tokenizers import BYTE_VOCABULARY, backend_state, characters_of, splits_as_gpt2, tokenizer_kind
+from training.system.errors import UserError
+
+LETTERS = {byte: letter for letter, byte in BYTE_VOCABULARY.items()}  # byte: how byte-level vocabularies write it
+# llama.cpp wants one merge at least; these two bytes are in no UTF-8 text.
+NO_MERGE = f"{LETTERS[0xC0]} {LETTERS[0xC1]}"
+PRE = "gpt-2"  # llama.cpp's name of the rule by which GPT-2 takes a text apart before the merges
+PLAIN = {"dropout": None, "byte_fallback": False, "ignore_merges": False}  # of a BPE that merges by rank alone
+
+
+def add_vocabulary(writer, tokenizer: PreTrainedTokenizerFast, model) -> None:
+    """Add entries, merges, special tokens and the chat template of a tokenizer to a GGUFWriter; UserError if it cannot.
+
+    Entries that the model has beyond the tokenizer's are marked as unused. Nothing is put around a text.
+    """
+    kind = tokenizer_kind(tokenizer)
+    entries, merges = characters(tokenizer) if kind == "char" else byte_pairs(tokenizer)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE)
+    texts, types = whole_list(tokenizer, entries, model.config.vocab_size)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges or [NO_MERGE])
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    add_special(writer, tokenizer, model.generation_config)
+    if tokenizer.chat_template:
+        template = tokenizer.chat_template
+        named = [{"name": name, "template": text} for name, text in template.items()] if type(template) is dict else []
+        writer.add_chat_template(named or template)
+
+
+def add_special(writer, tokenizer, generation) -> None:
+    """Which tokens begin, end and fill a text; of several that end one, the first two."""
+    ends = generation.eos_token_id
+    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
+    for add, token in zip((writer.add_eos_token_id, writer.add_eot_token_id), ends, strict=False):
+        if token is not None:
+            add(token)
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token is not None:
+            add(token)
+
+
+def whole_list(tokenizer, entries: dict[int, str], size: int) -> tuple[list[str], list[int]]:
+    """(texts, GGUF's token types) of `size` entries, in the order of their ids."""
+    from gguf import TokenType
+
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    texts, types = [], []
+    for index in range(size):
+        if index in added:
+            texts.append(added[index].content)
+            types.append(TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED)
+        elif index in entries:
+            texts.append(entries[index])
+            types.append(TokenType.NORMAL)
+        else:
+            texts.append(f"[UNUSED{index}]")
+            types.append(TokenType.UNUSED)
+    return texts, types
+
+
+def byte_pairs(tokenizer) -> tuple[dict[int, str], list[str]]:
+    """(entries by id, merges) of a byte-level BPE; UserError for other models and other rules of taking texts apart."""
+    state = backend_state(tokenizer.backend_tokenizer)
+    model = state["model"]
+    is_plain = model["type"] == "BPE" and all(model.get(name, value) == value for name, value in PLAIN.items())
+    is_bytes = tokenizer_kind(tokenizer) == "byte"  # which is not taken apart, and has no merges to be kept apart
+    if not is_plain or not (is_bytes or splits_as_gpt2(state)):
+        what = (state["pre_tokenizer"] or {}).get("type")
+        raise UserError(
+            f"the tokenizer ({model['type']}, pre_tokenizer={what}) cannot be written: bytes, characters and BPE with "
+            "GPT-2's splitting rule can be; convert a stock model with llama.cpp's convert_hf_to_gguf.py instead"
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return {index: text for text, index in model["vocab"].items()}, merges
+
+
+def characters(tokenizer) -> tuple[dict[int, str], list[str]]:
+    """(entries by id, merges) that make characters of their UTF-8 bytes.
+
+    Each merge adds one byte to the first ones of a character, so that none reaches over the border of two.
+    """
+    entries, merges = {}, {}  # of merges the keys alone, in their order
+    for index, character in enumerate(characters_of(tokenizer)):
+        letters = [LETTERS[byte] for byte in character.encode()]
+        entries[index] = "".join(letters)
+        merges |= dict.fromkeys(f"{''.join(letters[:n])} {letters[n]}" for n in range(1, len(letters)))
+    return entries, list(merges)
