@@ -67,6 +67,7 @@ class Answers:
         given = check_fields(body, self.kind)
         refuse_other_model(given.get("model", served.force_model), served.force_model)
         wish = read_wish(given, served.is_batched, served.model.config.get_text_config().vocab_size)
+        wish.is_answer = self.kind == "chat"
         ids = self.prompt_ids(given, served.tokenizer)
         fit_context(wish, len(ids), served.context_length)
         is_streamed = given.get("stream", False)

@@ -33,7 +33,7 @@ class Kind(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < 1e38  # NaN is not
 
 
 def _is_stops(value: Any) -> bool:
@@ -47,7 +47,9 @@ def _is_bias(value: Any) -> bool:
     )
 
 
-NUMBER = Kind("a number", _is_number)
+NUMBER = Kind("a finite number", _is_number)
+SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+SEED = Kind("a whole number of 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**63)
 PENALTY = Kind("a number from -2 to 2", lambda value: _is_number(value) and -2 <= value <= 2)
 WHOLE = Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
 COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
@@ -70,13 +72,13 @@ SHARED = {
     "temperature": NUMBER,
     "top_p": NUMBER,
     "top_k": WHOLE,
-    "min_p": NUMBER,
+    "min_p": SHARE,
     "repetition_penalty": NUMBER,
     "frequency_penalty": PENALTY,
     "presence_penalty": PENALTY,
     "logit_bias": BIAS,
     "stop": STOPS,
-    "seed": WHOLE,
+    "seed": SEED,
     # a client's own notes, without meaning for the text
     "user": TEXT,
     "metadata": ANY,
@@ -109,6 +111,7 @@ class Wish:
     stops: list[str] = field(default_factory=list)
     seed: int | None = None
     penalties: tuple[float, float] = (0.0, 0.0)  # frequency, presence
+    is_answer: bool = False  # in a chat
 
 
 def check_fields(body: dict, kind: str) -> dict:
@@ -135,9 +138,11 @@ def read_wish(given: dict, is_batched: bool, vocabulary: int) -> Wish:
                     "continuous batching has one for all requests; leave it out, or serve without --continuous_batching"
                 )
                 raise Refusal(400, f"{name}: {why}", "unsupported", name)
-    more = {name: given[name] for name in ("min_p", "repetition_penalty") if name in given}
+    numbers = {name: float(given[name]) for name in ("top_p", "min_p", "repetition_penalty") if name in given}
     try:
-        sampling = sampling_arguments(given.get("temperature", 1.0), given.get("top_k"), given.get("top_p"), **more)
+        sampling = sampling_arguments(
+            float(given.get("temperature", 1)), given.get("top_k"), numbers.pop("top_p", None), **numbers
+        )
     except UserError as error:
         raise Refusal(400, str(error), "invalid_value", str(error).partition("=")[0]) from error
     if given.get("logit_bias"):
@@ -162,8 +167,8 @@ def fit_context(wish: Wish, prompt_tokens: int, context_length: int) -> None:
     """Give the answer a length that fits the context with its prompt; Refusal where what is asked for does not."""
     room = context_length - prompt_tokens
     if room < (wish.max_new_tokens or 1):
-        asked = f" and {wish.max_new_tokens} for the answer" if wish.max_new_tokens else ""
-        message = f"the model's context is {context_length} tokens, and these are {prompt_tokens} of the prompt{asked}"
+        asked = f" and max_tokens={wish.max_new_tokens}" if wish.max_new_tokens else ""
+        message = f"the model's context is {context_length} tokens, and the prompt has {prompt_tokens}{asked}"
         raise Refusal(
             400, f"{message}; shorten one of them", "context_length_exceeded", "max_tokens" if asked else None
         )

@@ -28,13 +28,15 @@ class Ended(Exception):
 class TextStream(TextPrinter):
     """The text of one request, delivered piece by piece and None at its end; it ends before a text to stop at.
 
-    deliver: called with each piece. cancel() makes whoever feeds it stop at the next token.
+    An answer in a chat begins without the space that the template sets before it. deliver: called with each piece.
+    cancel() makes whoever feeds it stop at the next token.
     """
 
-    def __init__(self, tokenizer, prompt_ids: list[int], stops: list[str], deliver: Callable[[str | None], object]):
+    def __init__(self, tokenizer, prompt_ids: list[int], wish: Wish, deliver: Callable[[str | None], object]):
         super().__init__(tokenizer, prompt_ids, self._hold_back)
-        self.prompt_length, self.stops, self.deliver = len(prompt_ids), stops, deliver
-        self.held, self.has_ended, self.cancelled = "", False, threading.Event()
+        self.prompt_length, self.deliver = len(prompt_ids), deliver
+        self.stops, self.is_answer = wish.stops, wish.is_answer
+        self.held, self.has_begun, self.has_ended, self.cancelled = "", False, False, threading.Event()
 
     @property
     def generated_ids(self) -> list[int]:
@@ -64,10 +66,11 @@ class TextStream(TextPrinter):
 
     def _hold_back(self, piece: str) -> None:
         """Deliver what is no part of a text to stop at, and cannot become one."""
-        text = self.held + piece
+        text = self.held + (piece.lstrip() if self.is_answer and not self.has_begun else piece)
+        self.has_begun |= bool(text)
         ends = [text.find(stop) for stop in self.stops if stop in text]
         if ends:
-            self.has_ended = True
+            self.has_ended, self.held = True, ""
             self.deliver(text[: min(ends)])
             return
         begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
@@ -129,7 +132,7 @@ class OneByOne(GenerateManager):
         ids, loop, queue = inputs["input_ids"], asyncio.get_running_loop(), asyncio.Queue()
         if response_parser is None:
             stream = TextStream(
-                processor, ids, gen_config.stops, lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece)
+                processor, ids, gen_config, lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece)
             )
         else:  # a model whose answers have parts, such as calls of tools
             stream = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
@@ -166,7 +169,7 @@ class Together(CBGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config: Wish, request_id, response_parser=None):
         self._check_alive(request_id)
         ids, queue = inputs["input_ids"], asyncio.Queue()
-        stream = TextStream(processor, ids, gen_config.stops, queue.put_nowait)
+        stream = TextStream(processor, ids, gen_config, queue.put_nowait)
         stream.is_prompt_next = False
 
         def take(output) -> None:
