@@ -89,8 +89,8 @@ def say_where(listening: socket.socket, name: str, host: str, has_template: bool
     log(f"{name} is served at {address}/v1 until Ctrl-C. Type next, in another terminal:")
     path = "chat/completions" if has_template else "completions"
     asked = '"messages": [{"role": "user", "content": "Hello"}]' if has_template else '"prompt": "Once upon"'
-    key = ["-H", f"Authorization: Bearer ${KEY_VARIABLE}"] if has_key else []
-    log("  " + shell("curl", f"{address}/v1/{path}", "--json", f"{{{asked}}}", *key))
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
+    log("  " + shell("curl", f"{address}/v1/{path}", "--json", f"{{{asked}}}") + key)
 
 
 def api_key(flag: str | None) -> str | None:

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 from finetune.data import PLAIN_TEMPLATE
 from inference import generate, serve
 from inference.serving.app import build_app
+from inference.serving.listening import listen
 from training.data.tokenizers import build_tokenizer
 from training.model.loading import load_model_and_tokenizer
 
@@ -30,7 +31,7 @@ class Served:
     def __init__(self, directory, **options):
         self.directory = directory
         self.model, tokenizer = load_model_and_tokenizer(str(directory))
-        self.listening = serve.listen("127.0.0.1", 0)
+        self.listening = listen("127.0.0.1", 0)
         self.port = self.listening.getsockname()[1]
         app = build_app("tiny", self.model, tokenizer, **options)
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
@@ -320,6 +321,6 @@ def test_flags_that_can_not_be(directory, flags: list[str], said: str) -> None:
 
 
 def test_a_port_in_use_is_said(directory) -> None:
-    with serve.listen("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert f"port={port}: Address already in use" in refused(serve.main, str(directory), "--port", port)
