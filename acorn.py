@@ -18,6 +18,7 @@ VERBS = {
     "finetune": ("finetune.finetune", "finetune a pretrained model on a text or a chat, with an adapter or in full"),
     "merge": ("finetune.merge", "merge an adapter into its base model"),
     "evaluate": ("inference.evaluate", "measure loss, perplexity and bits per byte"),
+    "inspect": ("inference.inspect", "draw attention maps, positions and next tokens of a prompt"),
     "generate": ("inference.generate", "generate text with a model"),
     "chat": ("inference.chat", "talk with a model in the terminal"),
     "serve": ("inference.serve", "serve a model by the OpenAI protocol"),
