@@ -8,8 +8,8 @@ PIP := -m pip install -q --disable-pip-version-check
 OLDEST := .venv/oldest
 CLIENTS := .venv-clients
 # What a version of transformers can break: the model, its saved directory, generate, Trainer, PEFT and the conversions.
-VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilities hub_copy generate cli pretrain resume \
-	trainer_overheads signals finetune finetune_bases adapters merge convert formats_gpt2))
+VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilities continuous_batching hub_copy generate cli pretrain \
+	resume trainer_overheads signals finetune finetune_bases adapters merge convert formats_gpt2))
 # `make newest TORCH=torch==2.13.0` keeps torch as it is
 TORCH := torch
 

@@ -85,7 +85,7 @@ class SoftmaxAttention(nn.Module):
             query, key = self.rotate(query, key, position_embeddings)
             key, value = key.to(value.dtype), value  # a norm under autocast gives float32
             if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
+                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # read by paged caches
             if self.kv_sharing_mode == "store":
                 shared_key_values[self.layer_idx] = (key, value)
         else:

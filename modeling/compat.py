@@ -1,7 +1,8 @@
 """What differs within the range of transformers that this model works with, and what that range is.
 
 transformers 5.24 renamed `past_key_values` to `cache`, in what `generate()` passes, in the mask functions and in the
-outputs. When the range begins at 5.24 or later, `CACHE_NAME` and `given_cache` go, and their users just say `cache`.
+outputs. When the range begins at 5.24 or later, `CACHE_NAME`, `given_cache` and `layers_name` go, and their users just
+say `cache`.
 """
 
 import transformers
@@ -28,6 +29,14 @@ def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | N
     return past_key_values if cache is None else cache
 
 
+def layers_name(cache: Cache | None) -> str:
+    """By which name layers get this cache.
+
+    Before transformers 5.24 the paged cache of continuous batching, which is no Cache, is for the attention function.
+    """
+    return CACHE_NAME if cache is None or isinstance(cache, Cache) else "cache"
+
+
 def warn_beyond_range(version: str = transformers.__version__) -> None:
     """Say once a process that this version of transformers is newer or older than those this model was tested with."""
     if not OLDEST_TRANSFORMERS <= tuple(int(part) for part in version.split(".")[:2]) <= NEWEST_TRANSFORMERS:
@@ -38,4 +47,4 @@ def warn_beyond_range(version: str = transformers.__version__) -> None:
         )
 
 
-__all__ = ["CACHE_NAME", "KVSharingDict", "given_cache", "warn_beyond_range"]
+__all__ = ["CACHE_NAME", "KVSharingDict", "given_cache", "layers_name", "warn_beyond_range"]

@@ -16,7 +16,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import SoftmaxAttention
-from .compat import CACHE_NAME, KVSharingDict, given_cache, warn_beyond_range
+from .compat import CACHE_NAME, KVSharingDict, given_cache, layers_name, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .loss import causal_lm_loss
 from .positions import NoPositions, build_positions
@@ -222,7 +222,7 @@ class GPTModel(GPTPreTrainedModel):
                 position_ids=position_ids,
                 position_embeddings=angles[layer_type],
                 shared_key_values=shared_key_values,
-                **{CACHE_NAME: cache},
+                **{layers_name(cache): cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
