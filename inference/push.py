@@ -1,4 +1,4 @@
-"""`acorn push RUN_OR_MODEL_DIR REPO_ID`: a model, or an adapter, with its code, tokenizer and card, to the Hub."""
+"""`acorn push RUN_OR_MODEL_DIR REPO_ID`: a model or an adapter, with its code and card, or a page of it, to the Hub."""
 
 import argparse
 from pathlib import Path
@@ -15,11 +15,14 @@ from training.system.flags import FlagParser
 from training.system.run_files import verify
 from training.system.shell import shell
 
+from .serving.space import DOCUMENTS, SDK, space_files
+
 EPILOG = """examples:
   acorn push runs/quickstart me/my-gpt --dry_run                what would go up, and why; needs no network
   acorn push runs/quickstart me/my-gpt --license apache-2.0
   acorn push runs/quickstart/checkpoint-225 me/my-gpt --revision step-225 --private
   acorn push runs/my-adapter me/my-adapter --base_model openai-community/gpt2
+  acorn push runs/quickstart me/my-page --space         a Space: the page of `acorn playground` with this model
 
 The token: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another Hub."""
 
@@ -35,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("directory", metavar="RUN_OR_MODEL_DIR", type=Path, help="run, checkpoint, model or adapter")
     parser.add_argument("repo_id", metavar="REPO_ID", help="YOU/NAME, or NAME alone for the token's owner")
     parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded and why, and stop")
+    parser.add_argument("--space", action="store_true", help="make a Space: a page that everyone can try the model on")
     parser.add_argument("--private", action="store_true", help="create a new repository as private")
     parser.add_argument("--revision", help="branch to commit to; created if missing (default: main)")
     parser.add_argument("--commit_message", help="message of the commit (default: Upload NAME with Acorn)")
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     verify(flags.directory)
     going, staying = sort_files(flags.directory)
     files = finish_files(flags.directory, going, card_of(flags.directory), flags.license, flags.base_model)
+    if flags.space:
+        staying += [file for file in going if file.name in DOCUMENTS]
+        files = space_files(flags.directory, files, flags.repo_id)
     print(listing(flags, files, staying) if flags.dry_run else summary(flags, files))
     if not flags.dry_run:
         push(flags, files)
@@ -64,11 +71,14 @@ def push(flags: argparse.Namespace, files: list[Upload]) -> None:
         raise UserError(NO_TOKEN)
     message = flags.commit_message or f"Upload {flags.directory.absolute().name} with Acorn"
     try:
-        pushed = send(files, flags.repo_id, message, flags.private or None, flags.revision)
+        sdk = SDK if flags.space else None
+        pushed = send(files, flags.repo_id, message, flags.private or None, flags.revision, sdk)
     except HUB_ERRORS as error:
         raise UserError(f"push to {flags.repo_id}: {why_push_failed(error, flags.repo_id)}") from error
     print(pushed.address)
-    if not flags.revision:
+    if flags.space:
+        print("The Hub installs it now; in some minutes the page is there.")
+    elif not flags.revision:
         trust = ["--trust_remote_code"] * any(file.name.endswith(".py") for file in files)
         print(f"Next, here or anywhere:\n  {shell('acorn', 'generate', pushed.repo_id, *trust)}")
 
@@ -80,7 +90,10 @@ def summary(flags: argparse.Namespace, files: list[Upload]) -> str:
 
 def listing(flags: argparse.Namespace, files: list[Upload], staying: list[Upload]) -> str:
     """Each file that would go up or stay, with its size and the reason, and the card's metadata for a last look."""
-    where = f"{flags.repo_id}, branch {flags.revision or 'main'}" + ", private if it is new" * flags.private
+    where = (
+        f"{'Space ' * flags.space}{flags.repo_id}, branch {flags.revision or 'main'}"
+        + ", private if it is new" * flags.private
+    )
     width = max(len(file.name) for file in files + staying)
     lines = [f"{flags.directory} → {where}"]
     for title, uploads in (("goes up:", files), ("stays:", staying)):

@@ -1,7 +1,7 @@
 """A Hub on loopback, in memory: create, preupload, LFS batch and upload, commit, and what from_pretrained reads.
 
-It speaks enough of the Hub's HTTP for huggingface_hub to push and load models over real sockets. `HubServer()` listens
-on a free port of 127.0.0.1 from construction to `stop()`. By hand:
+It speaks enough of the Hub's HTTP for huggingface_hub to push and load models and Spaces over real sockets.
+`HubServer()` listens on a free port of 127.0.0.1 from construction to `stop()`. By hand:
 
     python -m tests.hub_server 8099        # then: HF_ENDPOINT=http://127.0.0.1:8099 HF_HUB_DISABLE_XET=1 HF_TOKEN=mine
 
@@ -22,7 +22,9 @@ import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 TOKENS = {"mine": "me", "theirs": "them"}  # token: whose it is
-ID = r"([\w.-]+/[\w.-]+)"
+ID = r"((?:spaces/)?[\w.-]+/[\w.-]+)"  # of a Space as its addresses have it; in `repos`, too
+SDKS = ["gradio", "docker", "static"]
+COLORS = "red yellow green blue indigo purple pink gray".split()
 LARGE = (".safetensors", ".gguf", ".png", ".pt", ".pth", ".bin")
 
 
@@ -94,8 +96,9 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         self.body, parts = self._read_body(), urlsplit(self.path)
         self.query = parse_qs(parts.query)
+        path = parts.path.replace("/api/spaces/", "/api/models/spaces/", 1)
         for method, pattern, act in ROUTES:
-            match = re.fullmatch(pattern, parts.path)
+            match = re.fullmatch(pattern, path)
             if match and self.command in method:
                 try:
                     result = act(self, *(unquote(group) if group else group for group in match.groups()))
@@ -136,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, repo_id: str, writes: bool = False) -> Repo:
         """The repository, for whom may see it (or write to it)."""
         user, repo = self.user(), self.hub.repos.get(repo_id)
-        owns = user == repo_id.split("/")[0]
+        owns = user == repo_id.split("/")[-2]
         if repo is None or (repo.private and not owns):
             raise Answer(404 if user else 401, "Repository not found", "RepoNotFound")
         if writes and not owns:
@@ -164,7 +167,10 @@ def create(request: Handler):
     if user is None:
         raise Answer(401, "Invalid username or password.")
     owner = asked.get("organization") or user
-    repo_id = f"{owner}/{asked['name']}"
+    is_space = asked.get("type") == "space"
+    repo_id = f"{'spaces/' * is_space}{owner}/{asked['name']}"
+    if is_space and asked.get("sdk") not in SDKS:
+        raise Answer(400, f'"sdk" must be one of {SDKS}')
     if owner != user:
         raise Answer(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
     url = f"{request.hub.address}/{repo_id}"
@@ -218,18 +224,21 @@ def described(path: str, content: bytes) -> dict:
 
 
 def validate_yaml(request: Handler):
-    errors = card_errors(json.loads(request.body)["content"])
+    asked = json.loads(request.body)
+    errors = card_errors(asked["content"], is_space=asked["repoType"] == "space")
     if errors:
         raise Answer(400, "Invalid metadata", errors=[{"message": error} for error in errors], warnings=[])
     return {"errors": [], "warnings": []}
 
 
-def card_errors(content: str) -> list[str]:
-    """What the Hub would refuse of a card's metadata."""
+def card_errors(content: str, is_space: bool = False) -> list[str]:
+    """What the Hub would refuse of a card's metadata, of a model's or a Space's."""
     parts = content.split("---\n")
     data = yaml.safe_load(parts[1]) if content.startswith("---\n") and len(parts) > 2 else None
     if not isinstance(data, dict):
         return ["metadata must be a mapping between two lines of ---"]
+    if is_space:
+        return space_errors(data)
     ids = [*(data.get("datasets") or []), *([data["base_model"]] if "base_model" in data else [])]
     errors = [f'"{name}" is not a valid id' for name in ids if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))]
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(data.get("license"))):
@@ -245,6 +254,23 @@ def card_errors(content: str) -> list[str]:
         if not name or not results or not all(isinstance(result.metric_value, int | float) for result in results):
             errors.append('"model-index" needs a name and numbers')
     return errors
+
+
+def space_errors(data: dict) -> list[str]:
+    """The settings of a Space, by https://huggingface.co/docs/hub/spaces-config-reference."""
+    rules = {
+        "title": bool(data.get("title")),
+        "emoji": len(data.get("emoji", "")) == 1,
+        "colorFrom": data.get("colorFrom") in COLORS,
+        "colorTo": data.get("colorTo") in COLORS,
+        "sdk": data.get("sdk") in SDKS,
+        "sdk_version": re.fullmatch(r"\d+\.\d+\.\d+", str(data.get("sdk_version"))),
+        "python_version": re.fullmatch(r"3(\.\d+){1,2}", data.get("python_version", "3.10")),
+        "app_file": bool(data.get("app_file")),
+        "license": re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", data.get("license", "mit")),
+        "models": all(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) for name in data.get("models", [])),
+    }
+    return [f'"{name}" is not valid' for name, holds in rules.items() if not holds]
 
 
 def preupload(request: Handler, repo_id: str, revision: str):
@@ -297,7 +323,7 @@ def commit(request: Handler, repo_id: str, revision: str):
             files[path] = request.hub.blobs[line["value"]["oid"]]
         else:
             del files[path]
-    if "README.md" in files and (errors := card_errors(files["README.md"].decode())):
+    if "README.md" in files and (errors := card_errors(files["README.md"].decode(), repo_id.startswith("spaces/"))):
         raise Answer(400, "Invalid metadata", errors=[{"message": error} for error in errors], warnings=[])
     oid = repo.commit(revision, files, lines[0]["value"]["summary"])
     request.hub.on_commit(repo_id)

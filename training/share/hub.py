@@ -25,6 +25,7 @@ from .uploads import (
 )
 
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)  # RuntimeError: what huggingface_hub wraps uploads in
+SPACE_MODEL = "model"  # the folder of a Space that holds its model
 # status of an answer: what it means
 ANSWERS = {
     401: f"the Hub rejected the token (401): create one with write access at {TOKENS_PAGE}, then `hf auth login`",
@@ -106,31 +107,41 @@ def finish_card(text: str, license: str | None = None, base_model: str | None = 
 
 
 def send(
-    files: list[Upload], repo_id: str, message: str, private: bool | None = None, revision: str | None = None
+    files: list[Upload],
+    repo_id: str,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    space_sdk: str | None = None,
 ) -> Pushed:
     """Make the repository, and the branch, where they are not there yet, and commit all files at once.
 
-    Weights there that are not among the files are removed in the same commit, so that no loader finds them instead.
-    Raises one of HUB_ERRORS, for `why_push_failed`, and UserError where `private` cannot be had.
+    space_sdk: what a Space runs on, whose model lies in SPACE_MODEL; None for a model. Weights there that are not among
+    the files are removed in the same commit, so that no loader finds them instead. Raises one of HUB_ERRORS, for
+    `why_push_failed`, and UserError where `private` cannot be had.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()  # huggingface_hub draws some of them into files too
     api = HfApi(token=get_token())
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id).private:
-        where = f"{constants.ENDPOINT}/{repo_id}/settings"
+    kind = {"repo_type": "space" if space_sdk else "model"}
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=space_sdk, **kind).repo_id
+    address = f"{constants.ENDPOINT}/{'spaces/' if space_sdk else ''}{repo_id}"
+    if private and not api.repo_info(repo_id, **kind).private:
+        where = f"{address}/settings"
         raise UserError(f"private: {repo_id} exists and is public; a push does not change that, do it at {where}")
     if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.create_branch(repo_id, branch=revision, exist_ok=True, **kind)
     for file in files:  # the card names the repository where it says how to load the model
         if file.name == "README.md" and isinstance(file.content, bytes):
             file.content = file.content.replace(NAME_PLACEHOLDER.encode(), repo_id.encode())
     operations: list = [CommitOperationAdd(file.name, file.content) for file in files]
-    there = set(api.list_repo_files(repo_id, revision=revision)) - {file.name for file in files}
-    stale = [name for name in there if "/" not in name and Use.WEIGHTS in kind_of(name)[1]]
+    there = set(api.list_repo_files(repo_id, revision=revision, **kind)) - {file.name for file in files}
+    folder = f"{SPACE_MODEL}/" if space_sdk else ""
+    own = {name: name.removeprefix(folder) for name in there if name.startswith(folder)}
+    stale = [name for name, own_name in own.items() if "/" not in own_name and Use.WEIGHTS in kind_of(own_name)[1]]
     operations += [CommitOperationDelete(name) for name in stale]
-    api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-    return Pushed(repo_id, f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else ""))
+    api.create_commit(repo_id, operations, commit_message=message, revision=revision, **kind)
+    return Pushed(repo_id, address + (f"/tree/{revision}" if revision else ""))
 
 
 def why_push_failed(error: BaseException, repo_id: str) -> str:
