@@ -19,6 +19,7 @@ from training.model.sampling import (
 from training.system.errors import UserError, quiet_libraries, run_main
 from training.system.flags import FlagParser
 
+from .decoding.compiled import compiled
 from .decoding.prompts import read_prompt
 
 EPILOG = """examples:
@@ -46,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1337, help="seed of the sampling")
     dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
     add("--dtype", default="auto", help=dtypes)
+    add("--compile", action="store_true", help="compile the step that writes a token: slow to start, quick after that")
     add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
     add("--no_stream", action="store_true", help="generate all samples in one batch, and print each when complete")
@@ -67,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model_and_tokenizer(
         flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
     )
+    if flags.compile:
+        generation |= compiled(model)
     ids = prompt_tensor(tokenizer, prompt, context_left(model)).to(model.device)
     set_seed(flags.seed)
     write = write_batch if flags.no_stream else write_streamed

@@ -7,7 +7,10 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from transformers import Cache
 from transformers.generation import BaseStreamer, GenerationConfig, StoppingCriteria
+
+from modeling.compat import CACHE_NAME
 
 from ..data.encoding import THE_PROMPT, encode_documents
 from ..data.tokenizers import begin_ids
@@ -230,14 +233,15 @@ def continue_ids(
     attention_mask: torch.Tensor | None = None,
     ends: Sequence[int] | None = None,
     beyond_context: str = "window",
+    make_cache: Callable[[int], Cache] | None = None,
     **generation,
 ) -> torch.Tensor:
     """`input_ids`, (rows, tokens), with up to `max_new_tokens` more.
 
     attention_mask: (rows, tokens), zero where a row is padded on the left. ends: the tokens that end a row, which is
     filled with the first of them; None: the model's own. beyond_context: where the context is full the model goes on
-    from its last half ("window"), or at positions it has not been trained on ("extrapolate"). generation:
-    transformers' generate() arguments.
+    from its last half ("window"), or at positions it has not been trained on ("extrapolate"). make_cache: tokens to an
+    empty cache that holds them; None: generate()'s own. generation: transformers' generate() arguments.
     """
     ends = stop_tokens(model) if ends is None else ends
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -249,6 +253,8 @@ def continue_ids(
         return continue_by_windows(model, input_ids, max_new_tokens, context, ends, settings)
     else:
         reading = reading_windows(model, context)
+    if make_cache is not None:
+        settings[CACHE_NAME] = make_cache(length if isinstance(reading, nullcontext) else context)
     with own_generation(model, ends), reading:
         return model.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
 
