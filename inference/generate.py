@@ -2,30 +2,39 @@
 
 import argparse
 import sys
+from pathlib import Path
 
-import torch
-from transformers import set_seed
+from tqdm.auto import tqdm
 
 from training.model.devices import best_device
 from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
-from training.model.sampling import (
-    TextPrinter,
-    context_left,
-    continuations,
-    continue_ids,
-    prompt_tensor,
-    sampling_arguments,
-)
-from training.system.errors import UserError, quiet_libraries, run_main
+from training.model.sampling import BEYOND_CONTEXT, TextPrinter, context_left, prompt_tensor, stop_tokens
+from training.model.windows import has_learned_positions
+from training.system.errors import UserError, log, quiet_libraries, run_main, unknown
 from training.system.flags import FlagParser
 
+from .decoding.batches import Job, grow
 from .decoding.compiled import compiled
-from .decoding.prompts import read_prompt
+from .decoding.drafts import load_draft, refuse_short_draft
+from .decoding.output import json_line, log_probabilities, open_output, refuse_taken, separator
+from .decoding.prompts import Prompt, read_prompt, read_prompts
+from .decoding.strategies import (
+    add_strategy_flags,
+    file_strategies,
+    generate_arguments,
+    given_strategies,
+    refuse_unknown_ids,
+    settle,
+)
 
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("
   acorn generate runs/quickstart --prompt FILE:start.txt --num_samples 3 --temperature 0.7 --seed 7
-  acorn generate gpt2 --prompt "Once upon a time" --max_new_tokens 60"""
+  acorn generate gpt2 --prompt "Once upon a time" --num_beams 4 --stop_strings "The end"
+  acorn generate runs/quickstart --prompts prompts.jsonl --output samples.jsonl --logprobs
+  acorn generate runs/large --prompt "import " --temperature 0 --assistant_model runs/small
+
+What a model's generation_config.json says of sampling is not taken; give it as --generation_config to take it."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,67 +45,136 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add("model", help="run directory, checkpoint, model directory or Hub id")
-    add("--prompt", default="", help="text to continue, or FILE:path (default: start a new document)")
-    add("--max_new_tokens", type=int, default=300, help="length of a sample in tokens")
-    add("--num_samples", type=int, default=1, help="number of samples")
-    add("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy")
-    add("--top_k", type=int, default=200, help="sample from the k most likely tokens; 0: all")
-    add("--top_p", type=float, help="sample from the most likely tokens whose probabilities add up to this")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less")
-    add("--seed", type=int, default=1337, help="seed of the sampling")
+    add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
+    add("--prompt", help="text to continue, FILE:path, or - for standard input (default: start a new document)")
+    add("--prompts", help="JSONL file of many, or -: an object a line, with its text as prompt")
+    add("--batch_size", type=int, default=16, help="prompts that are continued at once")
+    add("--json", action="store_true", help="print samples as lines of JSON: text, tokens, why it ended")
+    add("--output", help="new JSONL file to write those lines to")
+    add("--logprobs", action="store_true", help="the log-probability of each token in those lines")
+    add("--no_stream", action="store_true", help="generate all samples in one batch, and print each when complete")
+    add("--generation_config", help="JSON file of the strategies below, such as a model's generation_config.json")
+    add_strategy_flags(parser)
+    add("--ignore_eos", action="store_true", help="go on past the end-of-text token")
+    add(
+        "--beyond_context", default="window",
+        help="where the context is full: window reads its last half again, extrapolate goes on at positions that the "
+        "model was not trained on (not with learned positions)",
+    )  # fmt: skip
+    add("--assistant_model", help="smaller run that drafts for the model to verify: same text, fewer passes")
+    add("--seed", type=int, default=1337, help="seed of the first sample; the n-th after it has the seed + n")
     dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
     add("--dtype", default="auto", help=dtypes)
     add("--compile", action="store_true", help="compile the step that writes a token: slow to start, quick after that")
     add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
-    add("--no_stream", action="store_true", help="generate all samples in one batch, and print each when complete")
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    check_output(flags)
+    return flags
+
+
+def check_output(flags: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, or that nothing would come of."""
+    if flags.prompt is not None and flags.prompts is not None:
+        raise UserError("--prompt and --prompts: give one of them")
+    if flags.beyond_context not in BEYOND_CONTEXT:
+        raise unknown("beyond_context", flags.beyond_context, BEYOND_CONTEXT)
+    if flags.json and flags.output:
+        raise UserError("--json and --output: the same lines, printed or written to a file; give one of them")
+    if flags.logprobs and not (flags.json or flags.output):
+        raise UserError("--logprobs: has no effect on text; add --json or --output FILE.jsonl")
+    if flags.output:
+        refuse_taken(flags.output)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write samples to stdout."""
+    """Write samples to stdout or a file."""
     flags = parse(argv)
-    if flags.max_new_tokens < 1:  # which a recipe may say, and means no sample
-        raise UserError(f"max_new_tokens={flags.max_new_tokens}: must be above 0")
+    file, file_ends = file_strategies(Path(flags.generation_config)) if flags.generation_config else (None, None)
+    values = settle(given_strategies(flags), file, flags.assistant_model is not None)
+    if flags.prompts is None:
+        prompts = [Prompt(read_prompt(flags.prompt or ""), "prompt", {})]
+    else:
+        prompts = read_prompts(flags.prompts)
     quiet_libraries()
-    generation = sampling_arguments(
-        flags.temperature, flags.top_k, flags.top_p, repetition_penalty=flags.repetition_penalty
-    )
-    prompt = read_prompt(flags.prompt)
     if not flags.force_precision:
         refuse_emulated_dtype(flags.dtype, best_device().type)
-    model, tokenizer = load_model_and_tokenizer(
-        flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
+    options = {
+        "dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code, "force_precision": flags.force_precision,
+    }  # fmt: skip
+    model, tokenizer = load_model_and_tokenizer(flags.model, **options)
+    refuse_unknown_ids(values, model)
+    is_window = flags.beyond_context == "window"
+    if not is_window and has_learned_positions(model):
+        raise UserError("beyond_context=extrapolate: the model's positions are learned, and end with its context")
+    limit = context_left(model) if is_window else None
+    rows = [prompt_tensor(tokenizer, prompt.text, limit, prompt.name)[0].tolist() for prompt in prompts]
+    job = Job(
+        model=model,
+        tokenizer=tokenizer,
+        max_new_tokens=values["max_new_tokens"],
+        ends=[] if flags.ignore_eos else stop_tokens(model) if file_ends is None else file_ends,
+        stop_strings=values.get("stop_strings", ()),
+        num_samples=values.get("num_return_sequences", 1),
+        seed=flags.seed,
+        beyond_context=flags.beyond_context,
+        generation=generate_arguments(values),
     )
+    if flags.assistant_model is not None:
+        draft = load_draft(flags.assistant_model, model, tokenizer, values, **options)
+        refuse_short_draft(flags.assistant_model, draft, model, max(map(len, rows)) + job.max_new_tokens)
+        job.generation["assistant_model"] = draft
     if flags.compile:
-        generation |= compiled(model)
-    ids = prompt_tensor(tokenizer, prompt, context_left(model)).to(model.device)
-    set_seed(flags.seed)
-    write = write_batch if flags.no_stream else write_streamed
-    write(model, tokenizer, prompt, ids, flags, generation)
+        job.generation |= compiled(model)
+    write(job, prompts, rows, flags)
 
 
-def write_streamed(model, tokenizer, prompt: str, ids: torch.Tensor, flags, generation: dict) -> None:
+def write(job: Job, prompts: list[Prompt], rows: list[list[int]], flags: argparse.Namespace) -> None:
+    """Generate, and write as the flags say; where there are drafts, say what became of them."""
+    streams = not (flags.no_stream or flags.json or flags.output or flags.prompts or job.has_beams)
+    if streams:
+        write_streamed(job, prompts[0].text, rows[0])
+    else:
+        write_complete(job, prompts, rows, flags)
+    if job.has_drafts:
+        log(str(job.passes))
+
+
+def write_streamed(job: Job, prompt: str, ids: list[int]) -> None:
     """Samples one after the other, each as it grows."""
-    for number in range(flags.num_samples):
-        printer = TextPrinter(tokenizer, ids[0].tolist(), lambda text: print(text, end="", flush=True))
+    for number in range(job.num_samples):
+        printer = TextPrinter(
+            job.tokenizer, ids, lambda text: print(text, end="", flush=True), stop_strings=job.stop_strings
+        )
         print(separator(number) + prompt, end="", flush=True)
-        continue_ids(model, ids, flags.max_new_tokens, streamer=printer, **generation)
+        grow(job.alone(number), [ids], streamer=printer)
         printer.finish()
         sys.stdout.write("\n")
 
 
-def write_batch(model, tokenizer, prompt: str, ids: torch.Tensor, flags, generation: dict) -> None:
-    """All samples in one batch, which is quicker than one after the other."""
-    grown = continue_ids(model, ids.repeat(flags.num_samples, 1), flags.max_new_tokens, **generation)
-    for number, sample in enumerate(continuations(model, tokenizer, grown, ids.shape[1])):
-        print(separator(number) + prompt + sample)
-
-
-def separator(number: int) -> str:
-    """A line between samples."""
-    return "─" * 50 + "\n" if number else ""
+def write_complete(job: Job, prompts: list[Prompt], rows: list[list[int]], flags) -> None:
+    """Samples batch by batch, in the order of their prompts."""
+    written = 0
+    with (
+        open_output(flags.output) as out,
+        tqdm(
+            total=len(rows), unit="prompt", leave=False, file=sys.stderr, disable=None if len(rows) > 1 else True
+        ) as bar,
+    ):
+        for first in range(0, len(rows), flags.batch_size):
+            batch = slice(first, first + flags.batch_size)
+            for prompt, ids, samples in zip(prompts[batch], rows[batch], grow(job, rows[batch]), strict=True):
+                for number, sample in enumerate(samples):
+                    if flags.json or flags.output:
+                        logprobs = log_probabilities(job, ids, sample) if flags.logprobs else None
+                        line = json_line(prompt, number, sample, logprobs)
+                    else:
+                        line = separator(written) + prompt.text + sample.text
+                    print(line, file=out, flush=True)
+                    written += 1
+                bar.update()
+    if flags.output:
+        log(f"{written} samples of {len(rows)} prompts: {flags.output}")
 
 
 if __name__ == "__main__":

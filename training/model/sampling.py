@@ -184,16 +184,17 @@ class TextPrinter(BaseStreamer):
         self.write(whole[: len(whole) - begun])
 
 
-def prompt_tensor(tokenizer, prompt: str, context_length: int) -> torch.Tensor:
-    """Ids (1, tokens) of a prompt; refuses what the model cannot read whole."""
+def prompt_tensor(tokenizer, prompt: str, context_length: int | None, name: str = "prompt") -> torch.Tensor:
+    """Ids (1, tokens) of a prompt; refuses what the model cannot read whole. name: how a refusal names it."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         why = f"is not UTF-8 (at character {error.start})"
-        raise UserError(f"prompt={prompt!r}: {why}; type it in UTF-8, or give it as FILE:path") from error
-    ids = encode_prompt(tokenizer, prompt)
-    if len(ids) > context_length:
-        raise UserError(f"prompt: {len(ids)} tokens do not fit the model's context of {context_length}; shorten it")
+        shown = f"prompt={prompt!r}" if name == "prompt" else name
+        raise UserError(f"{shown}: {why}; type it in UTF-8, or give it as FILE:path") from error
+    ids = encode_prompt(tokenizer, prompt, THE_PROMPT if name == "prompt" else name)
+    if context_length is not None and len(ids) > context_length:
+        raise UserError(f"{name}: {len(ids)} tokens do not fit the model's context of {context_length}; shorten it")
     return torch.tensor([ids])
 
 

@@ -1,0 +1,152 @@
+"""Samples of many prompts: which of them go into one batch, so that each is what it would be alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+from training.model.sampling import DRAFTS, Sample, StopStrings, continue_ids, cut_sample
+from training.system.errors import UserError, one_line
+
+from .drafts import Passes, counting_passes
+
+# Strategies for which the padding on the left would be text: they go into one batch with prompts of their length.
+READ_THE_PROMPT = (
+    "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+)  # fmt: skip
+
+
+@dataclass
+class Job:
+    """How every prompt is continued. ends: the tokens that end a text. generation: generate()'s arguments."""
+
+    model: Any
+    tokenizer: Any
+    max_new_tokens: int
+    ends: Sequence[int]
+    stop_strings: Sequence[str] = ()
+    num_samples: int = 1
+    seed: int = 0
+    beyond_context: str = "window"
+    generation: dict = field(default_factory=dict)
+    passes: Passes = field(default_factory=Passes)
+
+    @property
+    def has_beams(self) -> bool:
+        return self.generation.get("num_beams", 1) > 1
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(name in self.generation for name in DRAFTS)
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Drafts are for one row; beams that are drawn come from one stream of random numbers."""
+        return self.has_drafts or (self.has_beams and self.generation["do_sample"])
+
+    def alone(self, number: int) -> "Job":
+        """The job of a prompt's sample of that number."""
+        return replace(self, num_samples=1, seed=self.seed + number)
+
+
+def grow(job: Job, prompts: list[list[int]], streamer=None) -> list[list[Sample]]:
+    """The samples of each prompt (its ids), in their order.
+
+    The n-th sample of a prompt is drawn with the seed + n, whatever else is in the batch.
+    """
+    found: dict[int, list[Sample]] = {}
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for _, same in groupby(order, key=lambda place: _key(job, place, len(prompts[place]))):
+        places = list(same)
+        batch = [prompts[place] for place in places]
+        found |= zip(places, _grow_batch(job, batch, streamer), strict=True)
+    return [found[place] for place in range(len(prompts))]
+
+
+def _key(job: Job, place: int, length: int) -> int:
+    """What is the same for prompts that may go into one batch."""
+    if job.is_one_by_one:
+        return place
+    is_exact_padded = not any(name in job.generation for name in READ_THE_PROMPT)
+    return 0 if is_exact_padded and job.beyond_context == "window" else length
+
+
+def _grow_batch(job: Job, prompts: list[list[int]], streamer) -> list[list[Sample]]:
+    if job.has_beams:
+        torch.manual_seed(job.seed)  # for beams that are drawn, one prompt at a time
+        rows = _continue(job, prompts, {"num_return_sequences": job.num_samples}, streamer)
+    elif job.is_one_by_one or len(prompts) * job.num_samples == 1:
+        rows = []
+        for number in range(job.num_samples):
+            torch.manual_seed(job.seed + number)
+            rows += _continue(job, prompts, {}, streamer)
+    else:
+        seeds = [job.seed + number for _ in prompts for number in range(job.num_samples)]
+        with drawing_by_seed(job.model, seeds if job.generation["do_sample"] else []):
+            rows = _continue(job, [prompt for prompt in prompts for _ in range(job.num_samples)], {}, streamer)
+    return [rows[first : first + job.num_samples] for first in range(0, len(rows), job.num_samples)]
+
+
+def _continue(job: Job, prompts: list[list[int]], more: dict, streamer) -> list[Sample]:
+    """The sample of each row, of which beams may give several a prompt."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=job.model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
+    if job.stop_strings:
+        more |= {"stopping_criteria": StoppingCriteriaList([StopStrings(job.tokenizer, width, job.stop_strings)])}
+    options = {"attention_mask": mask, "ends": job.ends, "beyond_context": job.beyond_context}
+    try:
+        with counting_passes(job.model, job.passes):
+            grown = continue_ids(job.model, ids, job.max_new_tokens, streamer, **options, **job.generation, **more)
+    except RuntimeError as error:
+        if "multinomial" not in str(error) and "probability tensor" not in str(error):
+            raise
+        why = "too few tokens are left to draw from; widen top_k, top_p and the like, or loosen the penalties"
+        raise UserError(f"{why} ({one_line(error)})") from error
+    each = len(grown) // len(prompts)
+    rows = zip(grown.tolist(), [prompt for prompt in prompts for _ in range(each)], strict=True)
+    found = [
+        cut_sample(job.tokenizer, row[width - len(prompt) :], len(prompt), job.ends, job.stop_strings)
+        for row, prompt in rows
+    ]
+    job.passes.tokens += sum(len(sample.tokens) for sample in found)
+    return found
+
+
+# ---- random numbers
+
+
+class DrawBySeed(LogitsProcessor):
+    """Draws each row's token from a stream of random numbers of its own, and leaves generate() nothing else to draw."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = zip(scores.softmax(-1), self.generators, strict=True)
+        drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+@contextmanager
+def drawing_by_seed(model, seeds: Sequence[int]) -> Iterator[None]:
+    """Let generate() draw each row by its own seed; without seeds nothing changes.
+
+    The draw has to come after all of generate()'s own processors, and what is handed to it comes before the last ones:
+    so its (private) list of them is made longer.
+    """
+    if not seeds:
+        yield
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    build, draw = base._get_logits_processor, DrawBySeed(seeds, model.device)
+    base._get_logits_processor = lambda *args, **kwargs: LogitsProcessorList([*build(*args, **kwargs), draw])
+    try:
+        yield
+    finally:
+        del base._get_logits_processor
