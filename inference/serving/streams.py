@@ -33,10 +33,9 @@ class TextStream(TextPrinter):
     """
 
     def __init__(self, tokenizer, prompt_ids: list[int], wish: Wish, deliver: Callable[[str | None], object]):
-        super().__init__(tokenizer, prompt_ids, self._hold_back)
-        self.prompt_length, self.deliver = len(prompt_ids), deliver
-        self.stops, self.is_answer = wish.stops, wish.is_answer
-        self.held, self.has_begun, self.has_ended, self.cancelled = "", False, False, threading.Event()
+        super().__init__(tokenizer, prompt_ids, self._take, wish.stops)
+        self.prompt_length, self.deliver, self.is_at_space = len(prompt_ids), deliver, wish.is_answer
+        self.is_finished, self.cancelled = False, threading.Event()
 
     @property
     def generated_ids(self) -> list[int]:
@@ -50,34 +49,22 @@ class TextStream(TextPrinter):
         if self.cancelled.is_set():
             raise Ended
         super().put(value)
-        if self.has_ended:
+        if self._has_stopped:
             raise Ended
 
     def finish(self) -> None:
-        if not self.has_ended:
-            super().finish()
-            if self.held:
-                self.deliver(self.held)
-        self.has_ended = True
+        super().finish()
+        self.is_finished = True
         self.deliver(None)
 
     def cancel(self) -> None:
         self.cancelled.set()
 
-    def _hold_back(self, piece: str) -> None:
-        """Deliver what is no part of a text to stop at, and cannot become one."""
-        text = self.held + (piece.lstrip() if self.is_answer and not self.has_begun else piece)
-        self.has_begun |= bool(text)
-        ends = [text.find(stop) for stop in self.stops if stop in text]
-        if ends:
-            self.has_ended, self.held = True, ""
-            self.deliver(text[: min(ends)])
-            return
-        begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        ready = len(text) - max(begun, default=0)
-        self.held = text[ready:]
-        if ready:
-            self.deliver(text[:ready])
+    def _take(self, piece: str) -> None:
+        piece = piece.lstrip() if self.is_at_space else piece
+        if piece:
+            self.is_at_space = False
+            self.deliver(piece)
 
 
 class Penalties(LogitsProcessor):
@@ -173,7 +160,7 @@ class Together(CBGenerateManager):
         stream.is_prompt_next = False
 
         def take(output) -> None:
-            if stream.has_ended:
+            if stream.is_finished:
                 return
             try:
                 stream.put(torch.tensor(output.generated_tokens[stream.total_tokens :]))
