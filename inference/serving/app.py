@@ -21,7 +21,7 @@ from training.model.sampling import Rendered, context_left, encode_prompt
 from training.system.errors import UserError
 
 from .protocol import Refusal, check_fields, fit_context, read_messages, read_prompt, read_wish
-from .streams import OneByOne, Together
+from .streams import OneByOne, Together, batch_settings
 
 ROUTES = {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health"}
 SERVER_ERROR = "server_error"
@@ -33,7 +33,7 @@ class ServedModel(ModelManager):
     def __init__(self, name: str, model, tokenizer, is_batched: bool):
         self.force_model, self.model, self.tokenizer, self.is_batched = name, model, tokenizer, is_batched
         self.context_length = context_left(model)
-        self.generator = Together() if is_batched else OneByOne()
+        self.generator = Together(batch_settings(model)) if is_batched else OneByOne()
         if is_batched:
             self.generator.begin(model)
 

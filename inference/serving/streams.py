@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cli.serving.utils import (
     CBGenerateManager,
     DirectStreamer,
@@ -15,7 +15,8 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from training.model.sampling import TextPrinter, continue_ids, stop_tokens
+from training.model.sampling import TextPrinter, context_left, continue_ids, stop_tokens
+from training.model.sizes import text_config
 from training.system.errors import one_line
 
 from .protocol import Wish
@@ -143,15 +144,27 @@ class OneByOne(GenerateManager):
         return text, len(inputs["input_ids"]), stream.generated_ids
 
 
+def batch_settings(model) -> ContinuousBatchingConfig:
+    """How continuous batching keeps its keys and values: on a GPU in most of its memory, as transformers decides.
+
+    On a CPU in pages for 32 whole contexts, or a gigabyte of them: to fill most of the memory takes half a minute.
+    """
+    if model.device.type != "cpu":
+        return ContinuousBatchingConfig(per_request_processors=True)
+    config, page = text_config(model.config), 16
+    page_bytes = page * config.num_hidden_layers * 2 * config.hidden_size * model.dtype.itemsize
+    pages_each = -(-context_left(model) // page) + 1
+    pages = max(pages_each, min(32 * pages_each, 2**30 // page_bytes))
+    return ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=256, per_request_processors=True)
+
+
 class Together(CBGenerateManager):
     """Requests together, token by token, by transformers' continuous batching."""
 
     def begin(self, model) -> None:
         """Start the batch; each request then brings its own temperature, top_k and top_p in the place of these."""
-        ends = stop_tokens(model)
-        self.init_cb(
-            model, GenerationConfig(do_sample=True, temperature=0.5, top_k=1, top_p=0.5, eos_token_id=ends or -1)
-        )
+        settings = {"temperature": 0.5, "top_k": 1, "top_p": 0.5, "eos_token_id": stop_tokens(model) or -1}
+        self.init_cb(model, GenerationConfig(do_sample=True, **settings))
 
     def generate_streaming(self, model, processor, inputs, gen_config: Wish, request_id, response_parser=None):
         self._check_alive(request_id)
