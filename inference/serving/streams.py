@@ -4,6 +4,7 @@ import asyncio
 import threading
 import traceback
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -155,7 +156,20 @@ def batch_settings(model) -> ContinuousBatchingConfig:
     page_bytes = page * config.num_hidden_layers * 2 * config.hidden_size * model.dtype.itemsize
     pages_each = -(-context_left(model) // page) + 1
     pages = max(pages_each, min(32 * pages_each, 2**30 // page_bytes))
-    return ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=256, per_request_processors=True)
+    name = "page_size" if "page_size" in signature(ContinuousBatchingConfig).parameters else "block_size"  # before 5.18
+    sizes = {name: page, "num_blocks": pages, "max_batch_tokens": 256}
+    return ContinuousBatchingConfig(per_request_processors=True, **sizes)
+
+
+def batch_sampling(sampling: dict, vocabulary: int) -> dict:
+    """A request's sampling as the batch takes it; more than all tokens as `top_k` ends it before transformers 5.18."""
+    if not sampling["do_sample"]:
+        return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    return {
+        "temperature": float(sampling["temperature"]),
+        "top_k": min(sampling["top_k"] or vocabulary, vocabulary),
+        "top_p": float(sampling["top_p"]),
+    }
 
 
 class Together(CBGenerateManager):
@@ -187,16 +201,12 @@ class Together(CBGenerateManager):
                 stream.finish()
 
         self._cb.register_result_handler(request_id, take)
-        sampling = gen_config.sampling
-        greedy = {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
-        drawn = {"temperature": float(sampling.get("temperature", 1)), "top_k": sampling.get("top_k") or 2**30}
-        drawn |= {"top_p": float(sampling.get("top_p", 1))}
         self._cb.add_request(
             ids,
             request_id=request_id,
             streaming=True,
             max_new_tokens=gen_config.max_new_tokens,
-            **(drawn if sampling["do_sample"] else greedy),
+            **batch_sampling(gen_config.sampling, text_config(model.config).vocab_size),
         )
         return queue, stream
 
