@@ -18,9 +18,11 @@ from transformers.cli.serving.utils import (
 
 from training.model.sampling import TextPrinter, context_left, continue_ids, stop_tokens
 from training.model.sizes import text_config
-from training.system.errors import one_line
+from training.system.errors import UserError, one_line
 
 from .protocol import Wish
+
+FIRST_SECONDS = 300  # for the batch's first token: a GPU may compile
 
 
 class Ended(Exception):
@@ -176,9 +178,23 @@ class Together(CBGenerateManager):
     """Requests together, token by token, by transformers' continuous batching."""
 
     def begin(self, model) -> None:
-        """Start the batch; each request then brings its own temperature, top_k and top_p in the place of these."""
+        """Start the batch, and let it write a token; each request brings its own temperature, top_k and top_p.
+
+        Raises UserError for a model that cannot be batched.
+        """
+        refusal = "--continuous_batching: this model cannot be batched ({}); serve it without"
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UserError(refusal.format("its adapter puts virtual tokens before the text"))
         settings = {"temperature": 0.5, "top_k": 1, "top_p": 0.5, "eos_token_id": stop_tokens(model) or -1}
-        self.init_cb(model, GenerationConfig(do_sample=True, **settings))
+        try:
+            self.init_cb(model, GenerationConfig(do_sample=True, **settings))
+            self._cb.add_request([0], request_id="first", max_new_tokens=1)
+            first = self._cb.get_result(timeout=FIRST_SECONDS)
+        except Exception as error:  # whatever a foreign class raises where it has not what the batch needs
+            raise UserError(refusal.format(one_line(error))) from error
+        if first is None or first.error is not None:
+            self.stop()
+            raise UserError(refusal.format(first.error if first else f"no token in {FIRST_SECONDS} seconds"))
 
     def generate_streaming(self, model, processor, inputs, gen_config: Wish, request_id, response_parser=None):
         self._check_alive(request_id)
