@@ -17,6 +17,8 @@ from training.system.files import check_output
 from training.system.flags import FlagParser
 
 from .measuring.by_position import draw_positions, position_rows, position_table
+from .measuring.card import check_card, text_results, update_card
+from .measuring.harness import OF_TASKS, Harness, add_harness_flags, card_results, task_table
 from .measuring.texts import OF_TEXT, TEXT, Measured, add_text_flags, rows_to_measure
 
 EPILOG = """examples:
@@ -24,6 +26,7 @@ EPILOG = """examples:
   acorn evaluate runs/quickstart --text_files my.txt --stride 64
   acorn evaluate runs/quickstart/checkpoint-225 --dataset python-stdlib
   acorn evaluate runs/quickstart --by_position loss-by-position.png
+  acorn evaluate runs/my-gpt2 --tasks hellaswag,lambada_openai --update_card
 
 With --stride sequences overlap, so that each token but those of the first is predicted from block_size - stride tokens
 of context at least: what the model can do on a long text, for block_size/stride times the work."""
@@ -34,7 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(
         prog="acorn evaluate",
         description="Print loss, perplexity, bits per byte and token accuracy of a model as one JSON line: on the "
-        "validation split of its run, on another text, or on prepared tokens.",
+        "validation split of its run, on another text, or on prepared tokens; or a model's results on tasks of "
+        "EleutherAI's harness.",
         epilog=EPILOG,
     )
     add = parser.add_argument
@@ -43,10 +47,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--block_size", type=int, help="tokens per sequence (default: the model's context)")
     add("--stride", type=int, help="tokens from one sequence to the next (default: block_size, none read twice)")
     add("--by_position", type=Path, help="PNG file for the loss by position in the context; its table on stderr")
+    add_harness_flags(add)
     add("--per_device_eval_batch_size", type=int, default=32, help="sequences per batch")
     add("--bf16", action="store_true", help="compute the logits in bf16 (default: in the type of the weights)")
     add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
     add("--save", help="JSON file, or directory for one, in which to save the results with date and versions")
+    add("--update_card", action="store_true", help="add the results to the model card, README.md in the directory")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
     flags = parser.parse_args(argv)
     check(flags, parser)
@@ -58,7 +64,11 @@ def check(flags: argparse.Namespace, parser: FlagParser) -> None:
     text = [name for name in TEXT if getattr(flags, name)]
     if text and flags.data_dir:
         raise UserError(f"--data_dir: cannot be combined with --{text[0]}; give one of them")
-    needed = dict.fromkeys(OF_TEXT, TEXT) | {"split": ("data_dir",)}
+    if flags.tasks is not None:
+        for name in (*TEXT, "data_dir", "stride", "by_position"):
+            if getattr(flags, name):
+                raise UserError(f"--{name}: cannot be combined with --tasks, whose texts are their own; leave it out")
+    needed = dict.fromkeys(OF_TEXT, TEXT) | {"split": ("data_dir",)} | dict.fromkeys(OF_TASKS, ("tasks",))
     for name, others in needed.items():
         if getattr(flags, name) != parser.get_default(name) and not any(getattr(flags, other) for other in others):
             raise UserError(f"--{name}: has no effect without {' or '.join(f'--{other}' for other in others)}")
@@ -66,19 +76,31 @@ def check(flags: argparse.Namespace, parser: FlagParser) -> None:
         check_output("--by_position", flags.by_position, (".png",))
     if flags.save:
         check_output("--save", Path(flags.save))
+    if flags.update_card:
+        check_card(flags)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the figures of the text that the flags name, or else of what a run held out, as one JSON line."""
+    """Print what the flags ask for, figures of a text or results of tasks, as one JSON line."""
     flags = parse(argv)
     quiet_libraries()
     if flags.bf16 and not flags.force_precision:
         mend = "leave it out, or override with --force_precision"
         refuse_emulated("--bf16", best_device().type, torch.bfloat16, mend)
+    harness = Harness(flags) if flags.tasks is not None else None
     model, tokenizer = load_model_and_tokenizer(flags.model, "auto", flags.trust_remote_code, flags.force_precision)
-    results = measure(flags, model, rows_to_measure(flags, model, tokenizer))
+    if harness:
+        results = harness.measure(model, tokenizer)
+        for_card = card_results(results)
+        print(task_table(results), file=sys.stderr)
+    else:
+        measured = rows_to_measure(flags, model, tokenizer)
+        results = measure(flags, model, measured)
+        for_card = text_results(flags, measured, results)
     if flags.save:
         save(flags, results)
+    if flags.update_card:
+        update_card(Path(flags.model), for_card)
     print(json.dumps(results))
 
 

@@ -9,9 +9,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config.publishing import NOT_CHOSEN, check_language, check_license, is_hub_id
+from ..system.errors import UserError, one_line
 from ..system.files import write_whole
 
 # Stands in a card for the name that the model is loaded by; `acorn push` puts the repository's id in its place.
@@ -171,6 +173,28 @@ def metadata(facts: CardFacts) -> ModelCardData:
         model_name=facts.name if results else None,
         eval_results=results or None,
     )
+
+
+def add_results(text: str, name: str, results: list[EvalResult]) -> str:
+    """A card with more results in its metadata; they take the place of the same figures from before.
+
+    name: the model's, where the card has none yet. What else is in the card stays as it is. Raises UserError for
+    metadata that cannot be read.
+    """
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"README.md: the metadata on top cannot be read: {one_line(error)}") from error
+    new = {_figure(result) for result in results}
+    kept = [result for result in card.data.eval_results or [] if _figure(result) not in new]
+    card.data.eval_results = kept + results
+    card.data.model_name = card.data.model_name or name
+    return card.content
+
+
+def _figure(result: EvalResult) -> tuple:
+    """What a result is of: the text or task, the metric, and how it was measured."""
+    return (*result.unique_identifier, result.metric_type, str(result.metric_args))
 
 
 def results_table(facts: CardFacts) -> str:

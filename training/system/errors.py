@@ -33,11 +33,11 @@ class LostProcess(UserError):
     """Another process of the run is gone or silent; each one left says so, as the first may be the lost one."""
 
 
-def unknown(what: str, value: object, known: Iterable[str], mend: str = "") -> UserError:
-    """Say that `value` is none of the `known` names of `what`: the nearest one, and all where they are few."""
+def unknown(what: str, value: object, known: Iterable[str], mend: str = "", most: int = 1) -> UserError:
+    """Say that `value` is none of the `known` names of `what`: the `most` nearest ones, and all where they are few."""
     names = [str(name) for name in known]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    advice = [f"did you mean {near[0]!r}?"] if near else []
+    near = difflib.get_close_matches(str(value), names, n=most, cutoff=0.5)
+    advice = [f"did you mean {' or '.join(map(repr, near))}?"] if near else []
     if len(names) <= FEW or not (near or mend):
         advice.append(f"choose from {', '.join(names)}." if names else "there are none.")
     return UserError(" ".join([f"unknown {what} {str(value)!r}:", *advice, *([mend] if mend else [])]))

@@ -58,11 +58,12 @@ _RANGES = {
     "num_proc": _whole(1, 1024),
     "num_gpus": _whole(1, 10**6),
     "num_samples num_return_sequences": _whole(1, 10_000),
-    "max_new_tokens min_new_tokens top_k no_repeat_ngram_size encoder_no_repeat_ngram_size": _whole(0),
+    "max_new_tokens min_new_tokens top_k no_repeat_ngram_size encoder_no_repeat_ngram_size num_fewshot": _whole(0),
     "prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens num_beams batch_size": _whole(1, 10_000),
     "min_p assistant_confidence_threshold": Range("from 0 to 1", lambda x: 0 <= x <= 1),
     "epsilon_cutoff eta_cutoff": Range("at least 0 and below 1", lambda x: 0 <= x < 1),
     "max_time": Range("a finite number above 0", lambda x: 0 < x < math.inf),
+    "limit": _or("a share between 0 and 1", lambda n: 0 < n < 1, _whole(1)),
     # logits divided by less, or multiplied by more, leave float32
     "temperature": Range("0, or a finite number of at least 1e-30", lambda x: x == 0 or 1e-30 <= x < math.inf),
     "repetition_penalty encoder_repetition_penalty": Range("from 0.01 to 100", lambda x: 0.01 <= x <= 100),

@@ -7,7 +7,7 @@ from enum import Flag, auto
 from pathlib import Path
 
 from .errors import UserError
-from .files import hash_files, read_json
+from .files import hash_files, read_json, write_json
 from .pickles import refuse_unreadable
 
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
@@ -111,6 +111,14 @@ def read_file_manifest(directory: Path) -> dict:
     if not isinstance(listed, dict) or not all(isinstance(f, dict) and "sha256" in f for f in listed.values()):
         raise UserError(f"{directory / MANIFEST} is damaged (it does not list files with their hashes); {mend}")
     return manifest
+
+
+def relist(directory: Path, name: str) -> None:
+    """Note in the manifest of a directory, if it lists the file, that Acorn itself has written it anew."""
+    manifest = read_file_manifest(directory)
+    if name in manifest.get("files", {}):
+        manifest["files"] |= list_files(directory, [directory / name])
+        write_json(directory / MANIFEST, manifest)
 
 
 def verify(directory: Path) -> None:
