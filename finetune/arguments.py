@@ -173,3 +173,11 @@ def fit_adapter(recipe: FinetuneRecipe, flags: dict) -> None:
             takes = f"it takes {', '.join(known[1:])}" if known[1:] else "it takes no settings"
             raise UserError(f"--{name}: adapter={chosen} does not read it; {takes}")
     recipe.adapter = {name: value for name, value in recipe.adapter.items() if name in known}
+
+
+def refuse_ungrown(name: str) -> None:
+    """Refuse the run of a shipped recipe that was not grown yet: it is no Hub id."""
+    base = Path(name)
+    if base.parent == Path("runs") and base.name in shipped_recipes() and not base.exists():
+        grow = shell("acorn", "pretrain", base.name)
+        raise UserError(f"model_name_or_path={name!r}: is not there; `{grow}` grows it")

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 from training.data.documents import HubSet, Tables, TextFiles
 from training.data.files import DAMAGED, damaged, open_bytes, read_text
 from training.data.rows import Row, why_not_utf8
+from training.data.sources import SYNTHETIC_CHAT, named_sources
 from training.system.errors import UserError
+
+from .synthetic_chat import conversations
 
 SPEAKER = re.compile(r"^(System|User|Assistant):[ \t]?(.*)$", re.DOTALL)
 SEPARATOR = re.compile(r"^(-{3,}|={3,}|\*{3,})\s*$")
@@ -69,6 +72,10 @@ class BadRow(Exception):
 
 def find_format(data) -> str:
     """The format that the data arguments name or that the files show: text, pairs or chat."""
+    if named_sources(data) == [SYNTHETIC_CHAT]:
+        if data.data_format not in ("auto", "chat"):
+            raise UserError(f"data_format={data.data_format!r}: {SYNTHETIC_CHAT} is a chat; leave it out")
+        return "chat"
     if data.data_format != "auto":
         return data.data_format
     if data.text_files:
@@ -163,7 +170,10 @@ def as_utf8(text: str) -> str:
 
 
 def read_conversations(data, skipped: dict) -> Iterator[Conversation]:
-    """Yield the conversations of the text files or tables, checked."""
+    """Yield the conversations of the text files or tables, checked, or those that are made here."""
+    if named_sources(data) == [SYNTHETIC_CHAT]:
+        made = enumerate(conversations(), 1)
+        return (Conversation(f"{SYNTHETIC_CHAT}, conversation {number}", messages) for number, messages in made)
     if not data.text_files:
         return rows_as(lambda values, where: conversation_of(data, values, where), data, skipped)
     source = TextFiles(data, skipped)

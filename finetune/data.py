@@ -17,7 +17,7 @@ from training.data.corpus import Corpus, Inputs, load_corpus
 from training.data.documents import skipped_in_words
 from training.data.encoding import encode_documents
 from training.data.preparation import prepare
-from training.data.sources import check_split_options, unit_hash
+from training.data.sources import check_split_options, source_kind, unit_hash
 from training.data.tokenizers import begin_ids
 from training.model.chat_template import render_messages
 from training.model.sampling import Rendered, encode_prompt, encode_spelled
@@ -201,6 +201,7 @@ def read_data(recipe, tokenizer, limit: int, is_resumed: bool) -> Corpus | Examp
         return prepare(data, tokenizer=tokenizer, name=recipe.name)
     if data.mixture:
         raise UserError(f"mixture: mixes texts; give {kind} as --text_files, --data_files or --dataset")
+    source_kind(data)
     check_split_options(data)
     return read_examples(data, kind, tokenizer, limit)
 

@@ -30,12 +30,12 @@ from training.model.sizes import context_of
 from training.run import Run, sequence_length
 from training.share.metrics_file import read_metrics
 from training.share.model_card import CardFacts
-from training.share.report import data_section, metrics_of, next_steps, sources_of
+from training.share.report import data_section, datasets_of, metrics_of, next_steps, sources_of
 from training.system.errors import UserError
 from training.system.files import read_json, write_whole
 
 from .adapters import attach, count_parameters, quantization, virtual_tokens
-from .arguments import FinetuneRecipe
+from .arguments import FinetuneRecipe, refuse_ungrown
 from .data import Examples, read_data
 from .packing import held_out_rows, keeps_documents_apart
 from .trainer import FinetuneTrainer, refuse_optimizer
@@ -54,6 +54,7 @@ class FinetuneRun(Run):
 
     def check(self) -> None:
         self.model, self.adapter = self.recipe.model_arguments(), self.recipe.adapter_arguments()
+        refuse_ungrown(self.model.model_name_or_path)
         check_attention(self.model.attn_implementation, self.args.device.type)
         quantization(self.adapter.adapter, self.args.precision)  # refuses what this machine cannot do
         if not self.args.force_precision:
@@ -199,7 +200,7 @@ class FinetuneRun(Run):
             license=recipe.card_arguments().license,
             language=recipe.card_arguments().language,
             base_model=base,
-            datasets=sources,
+            datasets=datasets_of(recipe),
             library_name="transformers" if is_whole else "peft",
             tags=["acorn", facts["adapter"]],
             needs_remote_code=bool(getattr(load_config(base, self.model.trust_remote_code), "auto_map", None)),

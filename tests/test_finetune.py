@@ -83,7 +83,8 @@ def test_it_learns_and_is_reported(folder, adapter: str, base: str, data: list[s
     assert found["peak_memory_bytes"] > 0
     assert {path.name for path in run.iterdir()} >= RUN_FILES
     printed = capsys.readouterr().out
-    for words in ("before, ", " after", "parameters trained", f"acorn generate {run.name}"):
+    use = "chat" if data[1] == "chat.txt" else "generate"
+    for words in ("before, ", " after", "parameters trained", f"acorn {use} {run.name}"):
         assert words in printed
     assert "│" in printed, "the samples stand side by side"
     model, tokenizer = load_model_and_tokenizer(str(run))

@@ -325,8 +325,10 @@ def test_another_text_or_tokenizer_is_not_held_to_the_recipes_vocabulary() -> No
 @pytest.mark.parametrize("name", sorted(path.stem for path in FinetuneRecipe.directory.glob("*.yaml")))
 def test_finetuning_recipes_are_whole(name: str) -> None:
     recipe = load_recipe_file(name, FinetuneRecipe)
-    assert recipe.model_arguments().model_name_or_path.startswith("gpt2")
-    assert recipe.adapter_arguments().adapter == {"full": "full", "lora": "lora", "xl": "qlora"}[name.split("-")[1]]
+    base = "runs/chat-base" if name == "first-chat" else "gpt2"
+    adapters = {"full": "full", "lora": "lora", "xl": "qlora", "chat": "full"}
+    assert recipe.model_arguments().model_name_or_path.startswith(base)
+    assert recipe.adapter_arguments().adapter == adapters[name.split("-")[1]]
     assert recipe.data_arguments().block_size
     assert recipe.sample_arguments().max_new_tokens > 0
     if "activation" not in str(recipe.training) and "bf16" not in recipe.training:
@@ -343,6 +345,6 @@ def test_the_recipe_of_full_finetuning_is_nanogpts() -> None:
     assert (args.lr_scheduler_type, args.warmup_steps, args.save_strategy) == ("constant", 0, "best")
 
 
-def test_the_four_finetuning_recipes() -> None:
-    names = ["gpt2-full-text", "gpt2-lora-chat", "gpt2-lora-text", "gpt2-xl-qlora"]
+def test_the_five_finetuning_recipes() -> None:
+    names = ["first-chat", "gpt2-full-text", "gpt2-lora-chat", "gpt2-lora-text", "gpt2-xl-qlora"]
     assert shipped_recipes(FinetuneRecipe) == names

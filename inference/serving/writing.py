@@ -2,8 +2,8 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -97,22 +97,19 @@ class Writer:
         """Add tokens to `passage` as they come, and yield after each, until the text ends or `stop` is set."""
         if len(passage.given) > self.context:
             raise Refused(f"The prompt has {len(passage.given)} tokens; the model reads {self.context}. Shorten it.")
-        virtual = getattr(getattr(self.model, "active_peft_config", None), "num_virtual_tokens", None) or 0
-        watcher = Watcher(self.tokenizer, passage.given, virtual, stop)
+        watcher = Watcher(self.tokenizer, passage.given, stop)
         ids = torch.tensor([passage.given], device=self.model.device)
         arguments = {"streamer": watcher, "logits_processor": LogitsProcessorList([watcher.look]), **sampling}
 
         def work() -> None:
-            hook = self._inner().register_forward_pre_hook(watcher.read, with_kwargs=True)
             try:
                 set_seed(seed)
-                with suppress(Stopped):
-                    self.grow(ids, max_new_tokens, **arguments)
-                watcher.tokens.put(None)
-            except Exception as error:  # of whatever class: it is raised where the tokens are waited for
+                self.grow(ids, max_new_tokens, **arguments)
+                watcher.end_of_text()
+            except Stopped:
+                watcher.end_of_text()
+            except Exception as error:
                 watcher.tokens.put(error)
-            finally:
-                hook.remove()
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -163,7 +160,7 @@ class Writer:
         if seen == 0:
             return None
         ids = torch.tensor([passage.ids[place - seen : place]], device=self.model.device)
-        inner = self._inner()
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         kept = inner.config._attn_implementation
         try:
             inner.set_attn_implementation("eager")  # the others compute no weights
@@ -174,10 +171,6 @@ class Writer:
         if not maps:
             raise Refused("This model gives out no attention weights.")
         return torch.stack(maps)
-
-    def _inner(self):
-        """The model itself, without an adapter's wrapping."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
 
 class Stopped(Exception):
@@ -208,27 +201,18 @@ class PieceDecoder:
 
 
 class Watcher(BaseStreamer):
-    """Sees each step of generate(): what the model reads, the probabilities, then the token that was drawn.
+    """Sees both sides of a step of generate(): the probabilities (`look`), then the token that was drawn (`put`)."""
 
-    given: ids of the prompt. virtual: tokens of an adapter's own, which are read with them.
-    """
-
-    def __init__(self, tokenizer, given: list[int], virtual: int, stop: threading.Event):
-        self.tokenizer, self.virtual, self.stop = tokenizer, virtual, stop
-        self.seen = 0
+    def __init__(self, tokenizer, given: list[int], stop: threading.Event):
+        self.tokenizer, self.stop = tokenizer, stop
         self.decoder = PieceDecoder(tokenizer, given)
         self.tokens: queue.Queue[Token | Exception | None] = queue.Queue()
         self.is_prompt_next = True
-
-    def read(self, model, args: tuple, inputs: dict) -> None:
-        """A hook before each forward pass: several tokens are a window read anew, one comes to what was read."""
-        ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        count = embeddings.shape[1] - self.virtual if ids is None else ids.shape[1]
-        self.seen = self.seen + 1 if count == 1 else count
+        self.started = time.perf_counter()
 
     def look(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """A logits processor that changes nothing; it stands before temperature, top-k and top-p."""
-        self.probabilities = scores[0].float().softmax(-1)
+        self.probabilities, self.seen = scores[0].float().softmax(-1), input_ids.shape[1]
         return scores
 
     def put(self, value: torch.Tensor) -> None:
@@ -246,3 +230,6 @@ class Watcher(BaseStreamer):
 
     def end(self) -> None:
         self.is_prompt_next = True  # generate() ends here, but the text may go on in the next window
+
+    def end_of_text(self) -> None:
+        self.tokens.put(None)

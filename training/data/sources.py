@@ -14,6 +14,7 @@ from ..system.errors import UserError, log, unknown
 from .documents import START, Document, HubSet, Position, Size, Source, StandardLibrary, Tables, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
+SYNTHETIC_CHAT = "synthetic-chat"  # which finetuning makes
 SOURCE_DEFAULTS = {
     "dataset": None,
     "dataset_config": None,
@@ -63,7 +64,10 @@ def _numbered(stretches: Iterator[Document], number: int) -> Iterator[Document]:
 
 def open_source(data, skipped: dict | None = None) -> Source:
     """Return the source that the data arguments name."""
-    return SOURCES[source_kind(data)](data, skipped)
+    kind = source_kind(data)
+    if kind == SYNTHETIC_CHAT:
+        raise UserError(f"dataset={kind!r}: is a chat and not a text; only `acorn finetune` reads it, as a chat")
+    return SOURCES[kind](data, skipped)
 
 
 def source_kind(data) -> str:
@@ -91,7 +95,7 @@ def named_sources(data) -> list[str]:
     if "dataset" in kinds and data.dataset == PYTHON_STDLIB:
         kinds.remove("dataset")
         kinds = kinds or [PYTHON_STDLIB]
-    return kinds
+    return [SYNTHETIC_CHAT if kind == "dataset" and data.dataset == SYNTHETIC_CHAT else kind for kind in kinds]
 
 
 def fingerprint_sources(data) -> dict:

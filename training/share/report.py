@@ -7,8 +7,9 @@ from huggingface_hub import get_local_safetensors_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
 from ..config.recipe import Recipe, load_run_recipe
-from ..data.sources import PYTHON_STDLIB
+from ..data.sources import PYTHON_STDLIB, SYNTHETIC_CHAT
 from ..model.loading import OUR_TYPES
+from ..model.sampling import Rendered
 from ..model.sizes import context_of
 from ..system.addresses import public_name
 from ..system.checkpoints import run_of, step_of
@@ -153,7 +154,7 @@ def sources_of(recipe: Recipe) -> list[str]:
 def datasets_of(recipe: Recipe) -> list[str]:
     """The data sets among the sources, which may be on the Hub."""
     parts = recipe.data.get("mixture") or [recipe.data]
-    return [part["dataset"] for part in parts if part.get("dataset") not in (None, PYTHON_STDLIB)]
+    return [part["dataset"] for part in parts if part.get("dataset") not in (None, PYTHON_STDLIB, SYNTHETIC_CHAT)]
 
 
 def data_section(sources: list[str], manifest: dict) -> str:
@@ -175,9 +176,13 @@ def metrics_of(row: dict) -> dict[str, float]:
 
 
 def next_steps(run_dir: Path, prompt: str, step: int, what: str = "model", *more: tuple, **push: str) -> str:
-    """What a person can type now, after `step` steps; more: the words of other commands, push: flags of the push."""
+    """What a person can type now, after `step` steps: of a chat, whose prompt is Rendered, to talk with it.
+
+    more: the words of other commands; push: flags of the push.
+    """
+    chat = [shell("acorn", "chat", run_dir), shell("acorn", "serve", run_dir)]
     commands = [
-        shell("acorn", "generate", run_dir, prompt=prompt),
+        *(chat if isinstance(prompt, Rendered) else [shell("acorn", "generate", run_dir, prompt=prompt)]),
         shell("acorn", "evaluate", run_dir),
         shell("acorn", "resume", run_dir, max_steps=2 * step),
         *(shell("acorn", *words) for words in more),
