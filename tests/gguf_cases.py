@@ -39,7 +39,9 @@ CASES: dict[str, tuple[str, dict]] = {
     "jais2_no_bias": ("jais2", {**ROPE, "hidden_act": "relu2", "bias": False, "embedding_norm": True}),
     "sliding": ("granite_swa", {**SWIGLU, "sliding_window": 5}),
     "sliding_mixed": ("granite_swa", {**SWIGLU, "layer_types": [SLIDING, FULL], "sliding_window": 5, "bias": False}),
-    "rms_no_positions": ("granite_swa", {**SWIGLU, "position_encoding": "none"}),
+    "sliding_no_positions": ("granite_swa", {**SWIGLU, "position_encoding": "none", "sliding_window": 5}),
+    "llama_no_positions": ("llama", {**SWIGLU, "position_encoding": "none"}),
+    "apertus_no_positions": ("apertus", {**RELU2, "position_encoding": "none", "qk_norm": True}),
     "gpt2_no_positions_embedding_norm": ("gpt2", {"position_encoding": "none", "embedding_norm": True}),
 }
 # of tests/variants.py

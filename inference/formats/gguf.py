@@ -43,10 +43,16 @@ def needs_rope(*types: str, or_none: bool = False) -> dict[str, Obstacle]:
     return {
         **takes("position_encoding", "rope", *["none"] * or_none, why="its positions are rotary"),
         "rope_parameters": (
-            lambda c: bool(c.rope_layer_types()) or (c.rope_parameters or {}).get("rope_type", types[0]) not in types,
+            lambda c: bool(c.rope_layer_types()) or rope_type(c) not in (None, *types),
             f"it knows {', '.join(types)}, the same in every layer",
         ),
+        "head_dim": (lambda c: c.head_dim % 2 == 1, "it rotates pairs"),
     }
+
+
+def rope_type(config: GPTConfig) -> str | None:
+    """How the rotary frequencies are scaled; None for other positions."""
+    return (config.rope_parameters or {}).get("rope_type")
 
 
 NEVER = {name: OBSTACLES[name] for name in ("norm_order", "kv_sharing_modes", "lm_head_bias", "logit_softcap")}
@@ -99,7 +105,7 @@ class Architecture:
 
 # xIELU (arXiv 2411.13010) is ReLU² where its slopes after softplus are 1 and 0 and its linear part is 0.
 RELU2_AS_XIELU = {"alpha_p": float(np.log(np.expm1(1.0))), "alpha_n": -1e3, "beta": 0.0, "eps": -1e-6}
-ROPE, ANY_ROPE = needs_rope(*ROPE_TYPES), needs_rope(*ROPE_TYPES, "llama3")
+ROPE, ANY_ROPE = needs_rope(*ROPE_TYPES), needs_rope(*ROPE_TYPES, "llama3", or_none=True)
 ARCHITECTURES = [
     Architecture(
         "gpt2",
@@ -132,7 +138,7 @@ ARCHITECTURES = [
     ),
     Architecture(
         "granite_swa",
-        {**RMS_NORM, **mlp("silu", gated=True), **needs_rope(*ROPE_TYPES, "llama3", or_none=True), **NO_QK_NORM},
+        {**RMS_NORM, **mlp("silu", gated=True), **ANY_ROPE, **NO_QK_NORM},
         pairs_are_neighbours=True, has_windows=True, constants={"granite_swa.logit_scale": 1.0},
     ),
     Architecture("jais2", {**LAYER_NORM, **mlp("relu2"), **ROPE, **NO_QK_NORM, **NO_WINDOW}, has_biases=True),
@@ -165,6 +171,7 @@ IN_LAYER = {  # ours: llama.cpp's
 }
 FUSED = ("attn_q", "attn_k", "attn_v")
 NO_SINK = -1e30  # its exponential is 0
+STANDSTILL = 1e30  # a frequency divided by it turns nothing
 
 
 @torch.no_grad()
@@ -198,8 +205,9 @@ def outside(model: GPTForCausalLM, architecture: Architecture) -> Iterator[tuple
     if architecture.has_own_head or config.embedding_norm or model.lm_head.weight is not embedding:
         yield "output.weight", model.lm_head.weight
     if rope_type(config) == "llama3":
-        rotary = transformer.positions
-        yield "rope_freqs.weight", default_frequencies(config)[0] / rotary.inv_freq
+        yield "rope_freqs.weight", default_frequencies(config)[0] / transformer.positions.inv_freq
+    elif config.position_encoding == "none" and not architecture.has_table:
+        yield "rope_freqs.weight", torch.full((config.head_dim // 2,), STANDSTILL)
 
 
 def module_of(block: nn.Module, name: str) -> nn.Module | None:
@@ -245,31 +253,25 @@ def metadata(config: GPTConfig, architecture: Architecture) -> dict[str, object]
         "attention.value_length": config.head_dim,
         norm: float(config.norm_eps),
     }
-    if config.position_encoding == "rope":
+    if not architecture.has_table:
         numbers |= rotary_metadata(config)
     if architecture.has_windows:
         sliding = [layer_type == "sliding_attention" for layer_type in config.layer_types]
-        numbers["attention.sliding_window"] = config.sliding_window or config.max_position_embeddings
-        numbers["attention.sliding_window_pattern"] = sliding
-        numbers["attention.rope_pattern"] = [config.position_encoding == "rope"] * config.num_hidden_layers
+        numbers |= {"attention.sliding_window": config.sliding_window, "attention.sliding_window_pattern": sliding}
     return {f"{architecture.name}.{key}": value for key, value in numbers.items()} | architecture.constants
 
 
 def rotary_metadata(config: GPTConfig) -> dict[str, object]:
-    """The rotary numbers; llama3's scaling is a tensor instead."""
-    parameters, kind = config.rope_parameters, rope_type(config)
-    numbers = {"rope.dimension_count": config.head_dim, "rope.freq_base": float(parameters["rope_theta"])}
+    """The rotary numbers; llama3's scaling, and no rotation at all, are a tensor instead."""
+    parameters, kind = config.rope_parameters or {}, rope_type(config)
+    base = float(parameters.get("rope_theta", 10000.0))
+    numbers = {"rope.dimension_count": config.head_dim, "rope.freq_base": base}
     if kind in ("linear", "yarn"):
         numbers |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}
     if kind == "yarn":
         trained = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         numbers["rope.scaling.original_context_length"] = trained
     return numbers
-
-
-def rope_type(config: GPTConfig) -> str | None:
-    """How the rotary frequencies are scaled; None for other positions."""
-    return (config.rope_parameters or {}).get("rope_type")
 
 
 # ---- the file
