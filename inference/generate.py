@@ -13,7 +13,7 @@ from training.model.windows import has_learned_positions
 from training.system.errors import UserError, log, quiet_libraries, run_main, unknown
 from training.system.flags import FlagParser
 
-from .decoding.batches import Job, grow
+from .decoding.batches import Job, grow, refuse_drafts
 from .decoding.compiled import compiled
 from .decoding.drafts import load_draft, refuse_short_draft
 from .decoding.output import json_line, log_probabilities, open_output, refuse_taken, separator
@@ -36,11 +36,15 @@ EPILOG = """examples:
 
 What a model's generation_config.json says of sampling is not taken; give it as --generation_config to take it."""
 
+BEYOND = """where the context is full: window goes on from its last half; extrapolate goes on at positions that the
+model was not trained on, which is worse as a rule (not with learned positions)"""
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags; names are generate()'s where it has one."""
     parser = FlagParser(
         prog="acorn generate",
+        usage="acorn generate MODEL [--flag value ...]",
         description="Generate text with a model, streamed to the terminal.",
         epilog=EPILOG,
     )
@@ -54,15 +58,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--logprobs", action="store_true", help="the log-probability of each token in those lines")
     add("--no_stream", action="store_true", help="generate all samples in one batch, and print each when complete")
     add("--generation_config", help="JSON file of the strategies below, such as a model's generation_config.json")
-    add_strategy_flags(parser)
-    add("--ignore_eos", action="store_true", help="go on past the end-of-text token")
-    add(
-        "--beyond_context", default="window",
-        help="where the context is full: window reads its last half again, extrapolate goes on at positions that the "
-        "model was not trained on (not with learned positions)",
-    )  # fmt: skip
-    add("--assistant_model", help="smaller run that drafts for the model to verify: same text, fewer passes")
     add("--seed", type=int, default=1337, help="seed of the first sample; the n-th after it has the seed + n")
+    add("--ignore_eos", action="store_true", help="go on past the end-of-text token")
+    add("--beyond_context", default="window", help=BEYOND)
+    add("--assistant_model", help="smaller run that drafts for the model to verify: same text, fewer passes")
+    add_strategy_flags(parser)
+    add = parser.add_argument_group("how it runs").add_argument
     dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
     add("--dtype", default="auto", help=dtypes)
     add("--compile", action="store_true", help="compile the step that writes a token: slow to start, quick after that")
@@ -120,10 +121,13 @@ def main(argv: list[str] | None = None) -> None:
         beyond_context=flags.beyond_context,
         generation=generate_arguments(values),
     )
+    longest = max(map(len, rows))
     if flags.assistant_model is not None:
         draft = load_draft(flags.assistant_model, model, tokenizer, values, **options)
-        refuse_short_draft(flags.assistant_model, draft, model, max(map(len, rows)) + job.max_new_tokens)
+        refuse_short_draft(flags.assistant_model, draft, model, longest + job.max_new_tokens)
         job.generation["assistant_model"] = draft
+    if job.has_drafts:
+        refuse_drafts(job, longest)
     if flags.compile:
         job.generation |= compiled(model)
     write(job, prompts, rows, flags)

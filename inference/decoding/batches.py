@@ -7,9 +7,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+import transformers
+from packaging import version
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from training.model.sampling import DRAFTS, Sample, StopStrings, continue_ids, cut_sample
+from training.model.sampling import DRAFTS, Sample, Stops, context_left, continue_ids, cut_sample
+from training.model.sizes import text_config
 from training.system.errors import UserError, one_line
 
 from .drafts import Passes, counting_passes
@@ -97,9 +100,8 @@ def _continue(job: Job, prompts: list[list[int]], more: dict, streamer) -> list[
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=job.model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
-    if job.stop_strings:
-        more |= {"stopping_criteria": StoppingCriteriaList([StopStrings(job.tokenizer, width, job.stop_strings)])}
-    options = {"attention_mask": mask, "ends": job.ends, "beyond_context": job.beyond_context}
+    stops = Stops(job.tokenizer, job.stop_strings) if job.stop_strings else None
+    options = {"attention_mask": mask, "ends": job.ends, "stops": stops, "beyond_context": job.beyond_context}
     try:
         with counting_passes(job.model, job.passes):
             grown = continue_ids(job.model, ids, job.max_new_tokens, streamer, **options, **job.generation, **more)
@@ -116,6 +118,21 @@ def _continue(job: Job, prompts: list[list[int]], more: dict, streamer) -> list[
     ]
     job.passes.tokens += sum(len(sample.tokens) for sample in found)
     return found
+
+
+def refuse_drafts(job: Job, longest: int) -> None:
+    """Refuse drafts where they cannot be right: past the context with what looks back at the whole text.
+
+    longest: tokens of the longest prompt.
+    """
+    layers = getattr(text_config(job.model.config), "layer_types", None) or ()
+    if "sliding_attention" in layers and version.parse(transformers.__version__) < version.parse("5.18"):
+        raise UserError(f"drafts: with sliding windows they need transformers 5.18, not {transformers.__version__}")
+    context = context_left(job.model) - job.generation.get("prompt_lookup_num_tokens", 0)
+    names = [name for name in (*READ_THE_PROMPT, "begin_suppress_tokens", "max_time") if name in job.generation]
+    if names and job.beyond_context == "window" and longest + job.max_new_tokens > context:
+        least = f"take --max_new_tokens {context - longest} or less" if context > longest else "shorten the prompt"
+        raise UserError(f"{names[0]}: drafts past the model's context do not see the whole text; {least}, or no drafts")
 
 
 # ---- random numbers

@@ -139,6 +139,15 @@ STRATEGIES = {  # in the order of the help
     ),
 }  # fmt: skip
 
+# the first strategy of a group: the heading that the help puts above it
+HEADINGS = {
+    "do_sample": "sampling",
+    "num_beams": "beams",
+    "repetition_penalty": "what not to write",
+    "max_new_tokens": "how much",
+    "prompt_lookup_num_tokens": "drafts",
+}
+
 # Without a file the verb samples as nanoGPT does; with one, what it does not say is as in transformers.
 DEFAULTS = {"do_sample": True, "temperature": 0.8, "top_k": 200, "max_new_tokens": 300}
 IN_TRANSFORMERS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "max_new_tokens": 300}
@@ -161,13 +170,15 @@ NOT_READ = ("transformers_version", "_from_model_config", "_commit_hash", "bos_t
 
 def add_strategy_flags(parser: FlagParser, names=tuple(STRATEGIES)) -> None:
     """A flag for each of these strategies; what is not given is None."""
+    group = parser
     for name in names:
         strategy = STRATEGIES[name]
+        group = parser.add_argument_group(HEADINGS[name]) if name in HEADINGS else group
         default = f" (default: {DEFAULTS[name]})" if name in ("temperature", "top_k", "max_new_tokens") else ""
         many = {"nargs": "+"} if strategy.read is texts else {}
-        parser.add_argument(f"--{name}", help=strategy.help + default, **many)
-    if "num_return_sequences" in names:
-        parser.add_argument("--num_samples", help="nanoGPT's name of the same")
+        group.add_argument(f"--{name}", help=strategy.help + default, **many)
+        if name == "num_return_sequences":
+            group.add_argument("--num_samples", help="nanoGPT's name of the same")
     for name in HIDDEN_FLAGS:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
 

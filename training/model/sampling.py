@@ -4,11 +4,11 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
-from transformers.generation import BaseStreamer, GenerationConfig, StoppingCriteria
+from transformers.generation import BaseStreamer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from modeling.compat import CACHE_NAME
 
@@ -39,7 +39,7 @@ def encode_prompt(tokenizer, text: str, name: str = THE_PROMPT) -> list[int]:
         ids = encode_documents(tokenizer, [text], [name])[0].tolist()
     begin = [] if isinstance(text, Rendered) else begin_ids(tokenizer)
     ids = ids if ids[: len(begin)] == begin else begin + ids
-    return ids or [first_id(tokenizer)]
+    return ids or [first_id(tokenizer, name)]
 
 
 def encode_spelled(tokenizer, text: str, name: str, **options) -> dict:
@@ -60,12 +60,15 @@ def decode_continuation(tokenizer, ids: list[int], start: int) -> str:
     return whole[len(os.path.commonprefix((before, whole))) :]  # noqa: RUF071 (by characters, as it is meant)
 
 
-def first_id(tokenizer) -> int:
-    """What starts a document: the end-of-text token, else a line break (as in nanoGPT), else entry 0."""
+def first_id(tokenizer, name: str) -> int:
+    """What starts a document: the end-of-text token, else a line break (as in nanoGPT); refused where there is none."""
     if tokenizer.eos_token_id is not None:
         return tokenizer.eos_token_id
     vocabulary = tokenizer.get_vocab()
-    return vocabulary.get("\n", vocabulary.get("Ċ", 0))  # Ċ: the line break in byte-level alphabets
+    breaks = [vocabulary[token] for token in ("\n", "Ċ") if token in vocabulary]  # Ċ: in byte-level alphabets
+    if not breaks:
+        raise UserError(f"{name}: is empty, and the tokenizer has no token that starts a text; give some text")
+    return breaks[0]
 
 
 # ---- where a text ends
@@ -107,6 +110,17 @@ class StopStrings(StoppingCriteria):
     def _ends(self, row: list[int], start: int) -> bool:
         text = decode_continuation(self.tokenizer, row, start)
         return before_stop(text, self.stop_strings) != text
+
+
+class Stops(NamedTuple):
+    """Texts that end a sample, and the tokenizer that reads its tokens."""
+
+    tokenizer: Any
+    strings: Sequence[str]
+
+    def criteria(self, start: int) -> StoppingCriteriaList:
+        """What tells generate() to stop at one after the first `start` tokens."""
+        return StoppingCriteriaList([StopStrings(self.tokenizer, start, self.strings)])
 
 
 class Sample(NamedTuple):
@@ -233,6 +247,7 @@ def continue_ids(
     streamer=None,
     attention_mask: torch.Tensor | None = None,
     ends: Sequence[int] | None = None,
+    stops: Stops | None = None,
     beyond_context: str = "window",
     make_cache: Callable[[int], Cache] | None = None,
     **generation,
@@ -240,9 +255,10 @@ def continue_ids(
     """`input_ids`, (rows, tokens), with up to `max_new_tokens` more.
 
     attention_mask: (rows, tokens), zero where a row is padded on the left. ends: the tokens that end a row, which is
-    filled with the first of them; None: the model's own. beyond_context: where the context is full the model goes on
-    from its last half ("window"), or at positions it has not been trained on ("extrapolate"). make_cache: tokens to an
-    empty cache that holds them; None: generate()'s own. generation: transformers' generate() arguments.
+    filled with the first of them; None: the model's own. stops: texts that end a row too. beyond_context: where the
+    context is full the model goes on from its last half ("window"), or at positions it has not been trained on
+    ("extrapolate"). make_cache: tokens to an empty cache that holds them; None: generate()'s own. generation:
+    transformers' generate() arguments.
     """
     ends = stop_tokens(model) if ends is None else ends
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -251,16 +267,19 @@ def continue_ids(
     if beyond_context == "extrapolate" or length + (generation.get("prompt_lookup_num_tokens") or 0) <= context:
         reading = nullcontext()
     elif any(generation.get(name) is not None for name in DRAFTS):
-        return continue_by_windows(model, input_ids, max_new_tokens, context, ends, settings)
+        return continue_by_windows(model, input_ids, max_new_tokens, context, ends, stops, settings)
     else:
         reading = reading_windows(model, context)
     if make_cache is not None:
         settings[CACHE_NAME] = make_cache(length if isinstance(reading, nullcontext) else context)
+    settings |= {"stopping_criteria": stops.criteria(input_ids.shape[1])} if stops else {}
     with own_generation(model, ends), reading:
         return model.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
 
 
-def continue_by_windows(model, ids: torch.Tensor, max_new_tokens: int, context: int, ends, settings) -> torch.Tensor:
+def continue_by_windows(
+    model, ids: torch.Tensor, max_new_tokens: int, context: int, ends, stops: Stops | None, settings: dict
+) -> torch.Tensor:
     """One row, (1, tokens), with up to `max_new_tokens` more, by calls of generate() that each stay in one window.
 
     For drafts: they are verified in one pass, and may not reach from one window into the next. Those of prompt lookup
@@ -268,7 +287,8 @@ def continue_by_windows(model, ids: torch.Tensor, max_new_tokens: int, context: 
     """
     plain = {name: value for name, value in settings.items() if name not in DRAFTS}
     reach = settings.get("prompt_lookup_num_tokens") or 0
-    target, start = ids.shape[1] + max_new_tokens, 0
+    prompt_length, least = ids.shape[1], settings.get("min_new_tokens") or 0
+    target, start = prompt_length + max_new_tokens, 0
     while True:
         if ids.shape[1] - start > context:
             start = ids.shape[1] - max(1, context // 2)
@@ -276,13 +296,11 @@ def continue_by_windows(model, ids: torch.Tensor, max_new_tokens: int, context: 
         drafted = context + 1 - reach - window.shape[1]
         left = drafted if drafted > 0 else context + 1 - window.shape[1]
         asked = min(left, target - ids.shape[1])
+        own = {"max_new_tokens": asked, "min_new_tokens": min(asked, max(0, least + prompt_length - ids.shape[1]))}
+        own |= {"stopping_criteria": stops.criteria(max(0, prompt_length - start))} if stops else {}
         with own_generation(model, ends):
-            grown = model.generate(
-                window,
-                attention_mask=torch.ones_like(window),
-                max_new_tokens=asked,
-                **(settings if drafted > 0 else plain),
-            )
+            mask = torch.ones_like(window)
+            grown = model.generate(window, attention_mask=mask, **(settings if drafted > 0 else plain) | own)
         new = grown[:, window.shape[1] :]
         ids = torch.cat((ids, new), dim=1)
         if ids.shape[1] >= target or new.shape[1] < asked or int(new[0, -1]) in ends:
