@@ -5,22 +5,33 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from transformers import set_seed
-
 from training.model.devices import best_device
 from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
-from training.model.sampling import TextPrinter, context_left, continue_ids, sampling_arguments
+from training.model.sampling import TextPrinter, context_left, stop_tokens
 from training.system.errors import UserError, quiet_libraries, run_main, unknown
 from training.system.files import write_whole
 from training.system.flags import FlagParser
 
+from .decoding.batches import Job, grow
+from .decoding.strategies import (
+    STRATEGIES,
+    add_strategy_flags,
+    generate_arguments,
+    given_strategies,
+    refuse_unknown_ids,
+    settle,
+)
 from .serving.conversation import Continuation, Conversation, conversation_with
 
 EPILOG = """examples:
   acorn chat runs/my-chat
   acorn chat runs/my-chat --system "You are a forester." --temperature 0.5
   acorn chat runs/my-chat < questions.txt          one turn a line"""
+# Beams are not known before they end, and cannot be streamed.
+STREAMED = tuple(
+    name for name, strategy in STRATEGIES.items()
+    if strategy.needs not in ("beams", "assistant") and name not in ("num_beams", "num_return_sequences")
+)  # fmt: skip
 COMMANDS = {
     "/help": "what can be typed",
     "/reset": "forget what was said",
@@ -44,38 +55,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
     add("--system", default="", help="what the model is told before the conversation")
-    add("--max_new_tokens", type=int, default=300, help="longest answer in tokens")
-    add("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy")
-    add("--top_k", type=int, default=200, help="sample from the k most likely tokens; 0: all")
-    add("--top_p", type=float, help="sample from the most likely tokens whose probabilities add up to this")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less")
     add("--seed", type=int, default=1337, help="seed of the sampling")
     dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
     add("--dtype", default="auto", help=dtypes)
     add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    add_strategy_flags(parser, STREAMED)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Talk until the end of standard input or /exit."""
     flags = parse(argv)
-    if flags.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={flags.max_new_tokens}: must be above 0")
+    values = settle(given_strategies(flags))
     quiet_libraries()
-    generation = sampling_arguments(
-        flags.temperature, flags.top_k, flags.top_p, repetition_penalty=flags.repetition_penalty
-    )
     if not flags.force_precision:
         refuse_emulated_dtype(flags.dtype, best_device().type)
     model, tokenizer = load_model_and_tokenizer(
         flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
     )
+    refuse_unknown_ids(values, model)
     conversation = conversation_with(tokenizer, context_left(model))
     set_system(conversation, flags.system)
-    set_seed(flags.seed)
+    job = Job(
+        model=model,
+        tokenizer=tokenizer,
+        max_new_tokens=values["max_new_tokens"],
+        ends=stop_tokens(model),
+        stop_strings=values.get("stop_strings", ()),
+        seed=flags.seed,
+        generation=generate_arguments(values),
+    )
     greet(conversation, flags.model)
-    talk(model, conversation, flags.max_new_tokens, generation)
+    talk(job, conversation)
 
 
 def greet(conversation: Conversation, name: str) -> None:
@@ -86,7 +98,7 @@ def greet(conversation: Conversation, name: str) -> None:
         note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
 
 
-def talk(model, conversation: Conversation, max_new_tokens: int, generation: dict) -> None:
+def talk(job: Job, conversation: Conversation) -> None:
     """Turn for turn, to the end of the input; a person at a terminal can mend what is refused, a file can not."""
     is_person = sys.stdin.isatty()
     if is_person:
@@ -99,7 +111,7 @@ def talk(model, conversation: Conversation, max_new_tokens: int, generation: dic
             if line.startswith("/"):
                 run_command(conversation, line)
             elif line or isinstance(conversation, Continuation):
-                answer(model, conversation, line, max_new_tokens, generation)
+                answer(job, conversation, line)
         except KeyboardInterrupt:
             if not is_person:
                 raise
@@ -122,19 +134,24 @@ def read_line(is_person: bool) -> str | None:
         raise UserError(f"your message: is not UTF-8 ({error.reason}); type it in UTF-8") from error
 
 
-def answer(model, conversation: Conversation, text: str, max_new_tokens: int, generation: dict) -> None:
+def answer(job: Job, conversation: Conversation, text: str) -> None:
     """Stream the model's answer; what Ctrl-C cuts off counts as said."""
     fallen = conversation.fallen
-    ids = conversation.ask(text, max_new_tokens)
+    ids = conversation.ask(text, job.max_new_tokens)
     if conversation.fallen > fallen:
         note(f"(the context is full: the oldest {conversation.fallen} {conversation.unit} are no longer read)")
     said: list[str] = []
-    printer = TextPrinter(conversation.tokenizer, ids, lambda piece: show(piece, said))
+    printer = TextPrinter(job.tokenizer, ids, lambda piece: show(piece, said), job.stop_strings)
     try:
-        continue_ids(model, torch.tensor([ids], device=model.device), max_new_tokens, streamer=printer, **generation)
+        grow(job.alone(len(conversation.turns) // 2), [ids], printer)
         printer.finish()
-    finally:
+    except UserError:
+        conversation.take_back()
+        raise
+    except KeyboardInterrupt:
         conversation.answered("".join(said))
+        raise
+    conversation.answered("".join(said))
     print(flush=True)
 
 

@@ -3,8 +3,10 @@
 import asyncio
 import http.client
 import json
+import re
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -180,6 +182,21 @@ def test_penalties_and_biases_are_the_protocols(single) -> None:
     assert client.completions.create(**ask, logit_bias={"97": 100}).choices[0].text == "a" * 60
 
 
+def test_the_snippet_of_the_readme(single, capsys) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    snippet = next(block for block in blocks if "from openai" in block)
+    for old, new in (
+        ("127.0.0.1:8000", f"127.0.0.1:{single.port}"),
+        ('"none"', repr(KEY)),
+        ("runs/first-chat", "tiny"),
+    ):
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 9
+
+
 # ---- bad input
 
 
@@ -200,7 +217,10 @@ BAD = {
     "temperature": ["hot", -1, [], True, 1e400, 10**400, 1e-40],
     "top_p": [0, 1.5, "x"],
     "top_k": [-1, 1.5, 10**13],
-    "min_p": [2, -1],
+    "min_p": [2, -1, "0.1"],
+    "no_repeat_ngram_size": [-1, "x", 1.5],
+    "suppress_tokens": [[], "[5]", [257], 5],
+    "min_new_tokens": [CONTEXT + 1],
     "repetition_penalty": [0, 1e9],
     "frequency_penalty": [3, "x"],
     "logit_bias": [[1], {"a": 1}, {"5": 101}, {"5": "x"}, {"257": 1}, {"٣": 1}],

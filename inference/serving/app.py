@@ -66,7 +66,7 @@ class Answers:
         served = self.model_manager
         given = check_fields(body, self.kind)
         refuse_other_model(given.get("model", served.force_model), served.force_model)
-        wish = read_wish(given, served.is_batched, served.model.config.get_text_config().vocab_size)
+        wish = read_wish(given, served.model, served.is_batched)
         wish.is_answer = self.kind == "chat"
         ids = self.prompt_ids(given, served.tokenizer)
         fit_context(wish, len(ids), served.context_length)

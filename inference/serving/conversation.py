@@ -45,10 +45,14 @@ class Conversation(ABC):
             while len(ids := self.ids()) > limit:
                 self.drop(len(ids) - limit)
         except UserError:
-            self.turns.pop()
+            self.take_back()
             self.fallen = fallen
             raise
         return ids
+
+    def take_back(self) -> None:
+        """Forget the newest turn, which was not answered."""
+        self.turns.pop()
 
     def answered(self, text: str) -> None:
         """Keep what the model said."""

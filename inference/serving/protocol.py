@@ -1,12 +1,15 @@
 """What a request of the OpenAI protocol may say: every field checked, and none that is read and ignored."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from training.model.sampling import sampling_arguments
+from training.model.sizes import text_config
 from training.system.errors import UserError, unknown
+
+from ..decoding.strategies import STRATEGIES, generate_arguments, read_all, refuse_unknown_ids, settle
 
 INVALID = "invalid_request_error"  # the protocol's name for what the client can mend
 
@@ -48,10 +51,8 @@ def _is_bias(value: Any) -> bool:
 
 
 NUMBER = Kind("a finite number", _is_number)
-SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 SEED = Kind("a whole number of 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**63)
 PENALTY = Kind("a number from -2 to 2", lambda value: _is_number(value) and -2 <= value <= 2)
-WHOLE = Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
 COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
@@ -62,8 +63,12 @@ STREAM_OPTIONS = Kind(
 )
 OBJECTS = Kind("a list of objects", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 ANY = Kind("anything", lambda value: True)
+NO_TEXT = Kind("no text", lambda value: not isinstance(value, str))  # flags are texts, the values of a request are not
 
-# The fields of both kinds of request. top_k, min_p and repetition_penalty are transformers' names, beyond the protocol.
+# What `acorn generate` has beyond the protocol, under transformers' names (a client's `extra_body`).
+NEITHER = ("do_sample", "temperature", "top_p", "max_new_tokens", "stop_strings", "num_beams", "num_return_sequences")
+EXTRAS = {name: NO_TEXT for name, row in STRATEGIES.items() if row.needs in ("", "sampling") and name not in NEITHER}
+# The fields of both kinds of request.
 SHARED = {
     "model": TEXT,
     "stream": SWITCH,
@@ -71,9 +76,6 @@ SHARED = {
     "max_tokens": COUNT,
     "temperature": NUMBER,
     "top_p": NUMBER,
-    "top_k": WHOLE,
-    "min_p": SHARE,
-    "repetition_penalty": NUMBER,
     "frequency_penalty": PENALTY,
     "presence_penalty": PENALTY,
     "logit_bias": BIAS,
@@ -84,6 +86,7 @@ SHARED = {
     "metadata": ANY,
     "safety_identifier": ANY,
     "prompt_cache_key": ANY,
+    **EXTRAS,
 }
 FIELDS = {
     "completions": {**SHARED, "prompt": ANY},
@@ -97,21 +100,25 @@ ABSENT = {
     "function_call": (), "functions": (), "prediction": (), "reasoning_effort": (), "verbosity": (),
     "web_search_options": (),
 }  # fmt: skip
-# What continuous batching draws by for each request; the rest would be the same for all of them.
-BATCHED = ("temperature", "top_p", "top_k")
-UNBATCHED = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed")
+# What continuous batching does for each request; the rest it would do for all of them.
+BATCHED = {"temperature", "top_p", "top_k"}
+DRAWN = {*EXTRAS, "temperature", "top_p", "frequency_penalty", "presence_penalty", "logit_bias", "seed"}
+LONGEST = 1024  # tokens of an answer whose request names no number
 
 
 @dataclass
 class Wish:
-    """What a request wants drawn: at most so many tokens (None: as fit), by generate()'s arguments, up to a stop."""
+    """What a request wants drawn: at most so many tokens (None: as fit), by generate()'s arguments, up to a stop.
+
+    penalties: the protocol's of frequency and presence. is_answer: in a chat.
+    """
 
     max_new_tokens: int | None = None
-    sampling: dict = field(default_factory=dict)
+    generation: dict = field(default_factory=dict)
     stops: list[str] = field(default_factory=list)
     seed: int | None = None
-    penalties: tuple[float, float] = (0.0, 0.0)  # frequency, presence
-    is_answer: bool = False  # in a chat
+    penalties: tuple[float, float] = (0.0, 0.0)
+    is_answer: bool = False
 
 
 def check_fields(body: dict, kind: str) -> dict:
@@ -129,38 +136,42 @@ def check_fields(body: dict, kind: str) -> dict:
     return {name: value for name, value in given.items() if name not in ABSENT}
 
 
-def read_wish(given: dict, is_batched: bool, vocabulary: int) -> Wish:
-    """What checked fields ask for; the protocol's default is to sample from all tokens at temperature 1."""
-    if is_batched:
-        for name in UNBATCHED:
-            if name in given:
-                why = (
-                    "continuous batching has one for all requests; leave it out, or serve without --continuous_batching"
-                )
-                raise Refusal(400, f"{name}: {why}", "unsupported", name)
-    numbers = {name: float(given[name]) for name in ("top_p", "min_p", "repetition_penalty") if name in given}
+def read_wish(given: dict, model, is_batched: bool) -> Wish:
+    """What checked fields ask for; where they say nothing, it is to sample from all tokens at temperature 1."""
+    for name in DRAWN - BATCHED if is_batched else ():
+        if name in given:
+            why = "continuous batching does this for no single request; leave it out, or serve without that flag"
+            raise Refusal(400, f"{name}: {why}", "unsupported", name)
+    stop, most = given.get("stop", []), given.get("max_completion_tokens", given.get("max_tokens"))
     try:
-        sampling = sampling_arguments(
-            float(given.get("temperature", 1)), given.get("top_k"), numbers.pop("top_p", None), **numbers
-        )
+        generation = read_strategies(given, model, most or LONGEST)
     except UserError as error:
-        raise Refusal(400, str(error), "invalid_value", str(error).partition("=")[0]) from error
-    if given.get("logit_bias"):
-        sampling["sequence_bias"] = {(int(token),): float(bias) for token, bias in given["logit_bias"].items()}
-        beyond = [token for (token,) in sampling["sequence_bias"] if token >= vocabulary]
-        if beyond:
-            raise Refusal(400, f"logit_bias: there is no token {beyond[0]}", "invalid_value", "logit_bias")
-    stop = given.get("stop", [])
+        name = re.match(r"\w*", str(error))[0]
+        raise Refusal(400, str(error), "invalid_value", name if name in DRAWN else None) from error
     return Wish(
-        max_new_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
-        sampling=sampling,
+        max_new_tokens=most,
+        generation=generation,
         stops=[stop] if isinstance(stop, str) else stop,
         seed=given.get("seed"),
         penalties=(given.get("frequency_penalty", 0.0), given.get("presence_penalty", 0.0)),
     )
 
 
-LONGEST = 1024  # tokens of an answer whose request names no number
+def read_strategies(given: dict, model, most: int) -> dict:
+    """generate()'s arguments, checked as those of `acorn generate`; at temperature 0 how to sample says nothing."""
+    values = read_all({name: given[name] for name in (*EXTRAS, "temperature", "top_p") if name in given})
+    if is_greedy := values.get("temperature") == 0:
+        values = {name: value for name, value in values.items() if STRATEGIES[name].needs != "sampling"}
+    values |= {"do_sample": not is_greedy, "max_new_tokens": most}
+    values = settle(values, file={"top_k": 0})
+    refuse_unknown_ids(values, model)
+    generation, size = generate_arguments(values), text_config(model.config).vocab_size
+    if given.get("logit_bias"):
+        biases = {(int(token),): float(bias) for token, bias in given["logit_bias"].items()}
+        if max(biases) >= (size,):
+            raise UserError(f"logit_bias: the model has no token {max(biases)[0]}; its ids end with {size - 1}")
+        generation["sequence_bias"] = biases
+    return generation
 
 
 def fit_context(wish: Wish, prompt_tokens: int, context_length: int) -> None:

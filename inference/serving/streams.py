@@ -1,6 +1,7 @@
 """How requests get their text: one after the other by the one sampler, or together by continuous batching."""
 
 import asyncio
+import secrets
 import threading
 import traceback
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from training.model.sampling import TextPrinter, context_left, continue_ids, stop_tokens
+from training.model.sampling import TextPrinter, context_left, stop_tokens
 from training.model.sizes import text_config
 from training.system.errors import UserError, one_line
 
+from ..decoding.batches import Job, grow
 from .protocol import Wish
 
 FIRST_SECONDS = 300  # for the batch's first token: a GPU may compile
@@ -83,23 +85,24 @@ class Penalties(LogitsProcessor):
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
-def draw(model, ids: list[int], wish: Wish, streamer) -> None:
-    """Let the one sampler write a request's text into `streamer`; a seed leaves the other requests' draws alone."""
-    generation = dict(wish.sampling)
+def draw(model, tokenizer, ids: list[int], wish: Wish, streamer) -> None:
+    """Let `acorn generate`'s sampler write a request's text into `streamer`."""
+    generation = dict(wish.generation)
     if any(wish.penalties):
         generation["logits_processor"] = LogitsProcessorList([Penalties(*wish.penalties, len(ids))])
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=wish.seed is not None):
-        if wish.seed is not None:
-            torch.manual_seed(wish.seed)
-        prompt = torch.tensor([ids], device=model.device)
-        continue_ids(model, prompt, wish.max_new_tokens, streamer=streamer, **generation)
+    seed = secrets.randbits(63) if wish.seed is None else wish.seed
+    job = Job(model, tokenizer, wish.max_new_tokens, stop_tokens(model), wish.stops, seed=seed, generation=generation)
+    grow(job, [ids], streamer)
 
 
-def failed(error: Exception) -> _StreamError:
-    """What a stream says of a bug; the traceback is for whoever runs the server."""
-    traceback.print_exception(error)
-    return _StreamError(one_line(error).replace("\\", "/").replace('"', "'"))  # transformers puts it between quotes
+class Failure(_StreamError):
+    """The end of a stream whose text could not be drawn: of what the client can mend, or of a bug."""
+
+    def __init__(self, error: Exception):
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)  # for whoever runs the server
+        super().__init__(one_line(error).replace("\\", "/").replace('"', "'"))  # transformers puts it between quotes
+        self.error = error
 
 
 async def collect(queue: asyncio.Queue, stream) -> str:
@@ -107,8 +110,8 @@ async def collect(queue: asyncio.Queue, stream) -> str:
     pieces: list[str] = []
     try:
         while (piece := await queue.get()) is not None:
-            if isinstance(piece, _StreamError):
-                raise RuntimeError(piece.msg)
+            if isinstance(piece, Failure):
+                raise piece.error
             pieces.append(piece)
     except asyncio.CancelledError:
         stream.cancel()
@@ -127,16 +130,16 @@ class OneByOne(GenerateManager):
             )
         else:  # a model whose answers have parts, such as calls of tools
             stream = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
-        self.submit(self._run, model, ids, gen_config, stream, loop, queue)
+        self.submit(self._run, model, processor, ids, gen_config, stream, loop, queue)
         return queue, stream
 
-    def _run(self, model, ids, wish, stream, loop, queue) -> None:
+    def _run(self, model, tokenizer, ids, wish, stream, loop, queue) -> None:
         try:
-            draw(model, ids, wish, stream)
+            draw(model, tokenizer, ids, wish, stream)
         except (Ended, _GenerationCancelled):
             pass
         except Exception as error:
-            loop.call_soon_threadsafe(queue.put_nowait, failed(error))
+            loop.call_soon_threadsafe(queue.put_nowait, Failure(error))
             return
         if isinstance(stream, TextStream):
             stream.finish()
@@ -212,7 +215,7 @@ class Together(CBGenerateManager):
                 stream.finish()
                 return
             if output.error is not None:
-                queue.put_nowait(_StreamError(output.error))
+                queue.put_nowait(Failure(RuntimeError(output.error)))
             elif output.is_finished():
                 stream.finish()
 
@@ -222,7 +225,7 @@ class Together(CBGenerateManager):
             request_id=request_id,
             streaming=True,
             max_new_tokens=gen_config.max_new_tokens,
-            **batch_sampling(gen_config.sampling, text_config(model.config).vocab_size),
+            **batch_sampling(gen_config.generation, text_config(model.config).vocab_size),
         )
         return queue, stream
 
