@@ -50,5 +50,7 @@ element.addEventListener('mouseout', event => {
 });
 element.addEventListener('click', event => {
   const token = event.target.closest('[data-at]');
-  if (token) trigger('select', { at: token.dataset.at });
+  if (!token) return;
+  trigger('select', { at: token.dataset.at });
+  document.querySelector('.attention').scrollIntoView({ behavior: 'smooth', block: 'nearest' });
 });

@@ -136,7 +136,7 @@ class Page:
 def build_page(writer: Writer, name: str) -> gr.Blocks:
     """The page of a model called `name`."""
     page, has_chat = Page(writer), bool(writer.tokenizer.chat_template)
-    with gr.Blocks(title=f"{name} · playground", analytics_enabled=False) as blocks:
+    with gr.Blocks(title=f"{name} · playground", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(title_html(name, writer.about()))
         with gr.Row():
             with gr.Column(scale=3, min_width=420), gr.Tabs():
@@ -162,11 +162,11 @@ def _settings() -> list:
     with gr.Group():
         return [
             gr.Slider(1, 1024, 200, step=1, label="max new tokens"),
-            gr.Slider(0, 2, 0.8, step=0.05, label="temperature", info="0: always the likeliest token"),
-            gr.Slider(0, 500, 200, step=1, label="top-k", info="draw from the k likeliest tokens; 0: from all"),
-            gr.Slider(0.01, 1, 1, step=0.01, label="top-p", info="draw from the likeliest, up to this probability"),
-            gr.Slider(0.5, 2, 1, step=0.01, label="repetition penalty", info="above 1 repeats less"),
-            gr.Number(1337, precision=0, minimum=0, maximum=2**32 - 1, label="seed", info="the same text again"),
+            gr.Slider(0, 2, 0.8, step=0.05, label="temperature", info="0: the likeliest"),
+            gr.Slider(0, 500, 200, step=1, label="top-k", info="0: from all"),
+            gr.Slider(0.01, 1, 1, step=0.01, label="top-p", info="1: from all"),
+            gr.Slider(0.5, 2, 1, step=0.01, label="repetition penalty", info="above 1: less"),
+            gr.Number(1337, precision=0, minimum=0, maximum=2**32 - 1, label="seed"),
         ]
 
 
@@ -182,8 +182,11 @@ def _text(empty: str) -> gr.HTML:
 
 def _prompt_tab(page: Page) -> Callable:
     with gr.Tab("Prompt"):
-        prompt = gr.Textbox(label="prompt", lines=4, max_lines=12, info="Shift+Enter writes on; nothing starts a text")
-        write, stop = _buttons("Write on")
+        prompt = gr.Textbox(
+            label="prompt", lines=3, max_lines=12, placeholder="Text to be continued; Shift+Enter writes on."
+        )
+        with gr.Row():
+            write, stop = gr.Button("Write on", variant="primary"), gr.Button("Stop")
         text = _text("What the model writes after your prompt appears here.")
         message, passages = _below(), gr.State([])
 
@@ -209,11 +212,10 @@ def _chat_tab(page: Page) -> Callable:
     with gr.Tab("Chat"):
         text = _text("The conversation appears here.")
         message, chat = _below(), gr.State([])
-        question = gr.Textbox(label="your message", lines=2, max_lines=8, info="Shift+Enter sends it")
-        send, stop = _buttons("Send")
+        question = gr.Textbox(label="your message", lines=2, max_lines=8, placeholder="Shift+Enter sends it.")
         with gr.Row():
-            again = gr.Button("New conversation", size="sm")
-        system = gr.Textbox(label="system message", lines=1, max_lines=4, info="what the model is told first")
+            send, stop, again = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New conversation")
+        system = gr.Textbox(label="system message", lines=1, max_lines=4, placeholder="What the model is told first.")
 
     def connect(settings: list, attention: tuple) -> None:
         gr.on(
@@ -232,11 +234,6 @@ def _chat_tab(page: Page) -> Callable:
     return connect
 
 
-def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
-    with gr.Row():
-        return gr.Button(name, variant="primary"), gr.Button("Stop")
-
-
 def _below() -> gr.HTML:
     """The line below a text, with what the colours mean."""
     return gr.HTML(message_html(""), html_template=f"${{value}}{LEGEND}")
@@ -246,7 +243,7 @@ def _attention_panel(page: Page, config) -> tuple:
     """(what was looked at, layer, head, where it is drawn)."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     look = gr.State(None)
-    with gr.Accordion("What the model looked at"):
+    with gr.Accordion("What the model looked at", elem_classes="attention"):
         with gr.Row():
             layer = gr.Slider(1, layers, layers, step=1, label="layer")
             head = gr.Dropdown([ALL_HEADS, *map(str, range(1, heads + 1))], value=ALL_HEADS, label="head")
