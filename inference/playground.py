@@ -36,9 +36,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add("model", help="run directory, checkpoint, model directory or Hub id")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
-    add("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
+    add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every address of this machine")
+    add("--port", type=int, default=7860, help="port to listen at; 0: one that is free")
     add("--share", action="store_true", help="also ask gradio's servers for a public link, which anyone can open")
     dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
     add("--dtype", default="auto", help=dtypes)
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     from .serving.page import build_page, open_page  # gradio takes seconds to import
 
     blocks = build_page(AcornWriter(model, tokenizer, context_left(model)), flags.model.rstrip("/"))
-    open_page(blocks, server_name=flags.host, server_port=port, share=flags.share, quiet=True)
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host
+    open_page(blocks, server_name=host, server_port=port, share=flags.share, quiet=True)
     say_where(address, flags, is_open, blocks.share_url)
     while True:
         time.sleep(3600)

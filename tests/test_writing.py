@@ -70,7 +70,7 @@ def test_past_the_context(writer) -> None:
     is_acorn = isinstance(writer, AcornWriter)
     assert len(passage.tokens) == (9 if is_acorn else 2)
     assert writer.why_it_ended(passage, 9) == ("as many as were asked for" if is_acorn else "the context is full")
-    assert [token.seen for token in passage.tokens[:3]] == ([30, 31, 16] if is_acorn else [30, 31])
+    assert [token.seen for token in passage.tokens[:4]] == ([30, 31, 32, 16] if is_acorn else [30, 31])
 
 
 def test_a_text_ends_at_its_end_and_says_so(writer) -> None:
@@ -121,8 +121,8 @@ def test_the_oldest_turns_of_a_long_chat_fall_away(writer) -> None:
     writer.context = 260
     system = [{"role": "system", "content": "Be"}]
     short, long = turns("a", "b", "c"), turns("a" * 99, "b" * 99, "c")
-    assert writer.fitted(system + short, 10) == writer.encode_chat(system + short)
-    assert writer.fitted(system + long, 10) == writer.encode_chat([*system, long[-1]])
+    assert writer.fitted(system + short, 10) == (writer.encode_chat(system + short), 0)
+    assert writer.fitted(system + long, 10) == (writer.encode_chat([*system, long[-1]]), 2)
     with pytest.raises(Refused, match="the model reads 260"):
         writer.fitted(turns("a" * 260), 10)
 
@@ -147,7 +147,8 @@ def test_attention_is_the_models_own(writer) -> None:
     writer.model.set_attn_implementation("eager")
     whole = writer.model(torch.tensor([passage.ids]), output_attentions=True).attentions
     torch.testing.assert_close(maps, torch.stack([layer[0, :, place - 1, :place] for layer in whole]))
-    assert writer.attention(passage, 0) is None
+    with pytest.raises(Refused, match="before the first"):
+        writer.attention(passage, 0)
     assert writer.attention(passage, 2).shape == (2, 4, 2)
 
 
@@ -155,8 +156,9 @@ def test_attention_of_what_a_moved_window_wrote(tokenizer) -> None:
     writer = AcornWriter(random_model(tiny_config(vocab_size=len(tokenizer))), tokenizer, CONTEXT)
     writer.model.generation_config.eos_token_id = None
     passage = written(writer, "x" * 30, length=9)
-    assert writer.attention(passage, 32).shape[-1] == 16
-    assert writer.attention(passage, 38).shape[-1] == 22
+    assert writer.attention(passage, 32).shape[-1] == 32
+    assert writer.attention(passage, 33).shape[-1] == 16
+    assert writer.attention(passage, 38).shape[-1] == 21
 
 
 @pytest.mark.parametrize("text", ["plain words\n here", "é€😀 ok", "<script>"])

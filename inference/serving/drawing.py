@@ -25,7 +25,8 @@ def passage_html(passage: Passage, given: Iterable[str] = (), number: int = 0) -
 
 def token_span(token: Token, number: int, place: int) -> str:
     card = {"p": token.probability, "likely": token.likely, "rank": token.rank}
-    return span(token.text, number, place, shade(token.probability), json.dumps(card))
+    kind = shade(token.probability) + " special" * token.is_special
+    return span(token.text, number, place, kind, json.dumps(card))
 
 
 def span(text: str, number: int, place: int, kind: str, card: str = "", style: str = "") -> str:

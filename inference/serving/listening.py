@@ -1,9 +1,12 @@
 """The address that a server listens at."""
 
+import errno
 import os
 import socket
 
 from training.system.errors import UserError
+
+NO_ADDRESS = "there is no such address; take 127.0.0.1 or one of this machine"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -14,7 +17,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"host={host}: there is no such address; take 127.0.0.1 or one of this machine") from error
+        raise UserError(f"host={host}: {NO_ADDRESS}") from error
     try:
         if os.name == "posix":  # elsewhere it would let two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -22,6 +25,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"host={host}: {NO_ADDRESS}") from error
         raise UserError(f"host={host} port={port}: {error.strerror}; choose another --port") from error
     return listening
 

@@ -61,9 +61,10 @@ class Page:
         try:
             if not question.strip():
                 raise Refused("The message is empty: type something.")
-            given = self.writer.fitted(self._messages(question, system, chat), answer_tokens=settings[0])
+            given, fallen = self.writer.fitted(self._messages(question, system, chat), int(settings[0]))
             longer = [*chat, (question, Passage(given))]
-            for message in self._grow(request, longer[-1][1], *settings):
+            note = f"The context is full: the oldest {fallen} turns are no longer read. " if fallen else ""
+            for message in self._grow(request, longer[-1][1], *settings, note=note):
                 yield "", longer, self._chat_html(longer), message
         except Refused as error:
             yield question, gr.skip(), gr.skip(), message_html(str(error), is_refusal=True)
@@ -90,31 +91,34 @@ class Page:
         first = look.place - len(weights)
         return attention_html(look.pieces[first:-1], weights.tolist(), look.pieces[-1], look.number, first)
 
-    def _grow(self, request: gr.Request, passage: Passage, *settings) -> Iterator[str]:
-        """Let the passage grow, and yield what to say below it, a few times a second."""
+    def _grow(self, request: gr.Request, passage: Passage, *settings, note: str = "") -> Iterator[str]:
+        """Let the passage grow, and yield what to say below it, a few times a second; note: what to say first."""
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed = settings
-        sampling: dict = {"do_sample": temperature > 0, "repetition_penalty": repetition_penalty}
+        sampling: dict = {"do_sample": temperature > 0, "repetition_penalty": float(repetition_penalty)}
         if temperature > 0:
-            sampling |= {"temperature": temperature, "top_k": int(top_k), "top_p": top_p}
+            sampling |= {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
         stop = self.running[request.session_hash] = threading.Event()
         started = shown = time.perf_counter()
         try:
             for _ in self.writer.write(passage, int(max_new_tokens), int(seed), stop, **sampling):
                 if time.perf_counter() - shown > SECONDS_BETWEEN:
-                    yield message_html(f"{len(passage.tokens)} tokens …")
+                    yield message_html(f"{note}{len(passage.tokens)} tokens …")
                     shown = time.perf_counter()
             why = "stopped" if stop.is_set() else self.writer.why_it_ended(passage, max_new_tokens)
         finally:
             stop.set()  # where nobody waits for the rest any more
             self.running.pop(request.session_hash, None)
         count, seconds = len(passage.tokens), time.perf_counter() - started
-        yield message_html(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} a second: {why}.")
+        yield message_html(f"{note}{count} tokens in {seconds:.1f} s, {count / seconds:.0f} a second: {why}.")
 
     def _messages(self, question: str, system: str, chat: list) -> list[dict]:
         """The conversation as chat templates take it, up to the new question."""
         turns = [("system", system)] * bool(system.strip())
         for asked, passage in chat:
-            turns += [("user", asked), ("assistant", self.writer.plain(passage))]
+            turns += [
+                ("user", asked),
+                ("assistant", self.writer.plain(passage).strip()),
+            ]  # a template sets its own spaces
         return [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
 
     def _chat_html(self, chat: list) -> str:
@@ -227,7 +231,9 @@ def _chat_tab(page: Page) -> Callable:
             api_name="answer",
         )
         stop.click(page.stop, queue=False, api_name=False)
-        again.click(lambda: ([], "", message_html("")), None, [chat, text, message], api_name=False)
+        again.click(page.stop, queue=False, api_name=False).then(
+            lambda: ([], "", message_html("")), None, [chat, text, message], concurrency_id=THE_MODEL, api_name=False
+        )
         look, layer, head, shown = attention
         text.select(page.look_at_chat, [chat, layer, head], [look, shown], concurrency_id=THE_MODEL, api_name=False)
 
@@ -241,7 +247,7 @@ def _below() -> gr.HTML:
 
 def _attention_panel(page: Page, config) -> tuple:
     """(what was looked at, layer, head, where it is drawn)."""
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    layers, heads = (getattr(config, name, 1) for name in ("num_hidden_layers", "num_attention_heads"))
     look = gr.State(None)
     with gr.Accordion("What the model looked at", elem_classes="attention"):
         with gr.Row():

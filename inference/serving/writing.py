@@ -2,8 +2,8 @@
 
 import queue
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ class Token:
     """A token that was written: its text (empty while a character is half there), its probability, and its rivals.
 
     likely: (text, probability) of the likeliest tokens, the likeliest first; rank: which of them it is, None for a less
-    likely one. seen: how many tokens the model read for it.
+    likely one. seen: how many tokens the model read for it. is_special: it is no text, as the one that ends a text.
     """
 
     id: int
@@ -31,6 +31,7 @@ class Token:
     likely: list[tuple[str, float]]
     rank: int | None
     seen: int
+    is_special: bool = False
 
 
 @dataclass
@@ -58,7 +59,10 @@ class Writer:
     def encode(self, prompt: str) -> list[int]:
         """Ids of a text that is to be continued; an empty one starts a document."""
         start = next((i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None), None)
-        ids = self.tokenizer(prompt)["input_ids"] or ([] if start is None else [start])
+        try:
+            ids = self.tokenizer(prompt)["input_ids"] or ([] if start is None else [start])
+        except Exception as error:  # the only class that `tokenizers` raises
+            raise Refused(f"The tokenizer cannot read this: {error}") from error
         if not ids:
             raise Refused("The prompt is empty, and this model has no token that starts a text: type something.")
         return ids
@@ -81,35 +85,38 @@ class Writer:
 
     # ---- the same for all
 
-    def fitted(self, messages: list[dict], answer_tokens: int) -> list[int]:
-        """Ids of a conversation with room for an answer; where it is too long its oldest exchanges are left out."""
+    def fitted(self, messages: list[dict], answer_tokens: int) -> tuple[list[int], int]:
+        """(ids of a conversation with room for an answer, how many of its oldest turns are left out for that)."""
         system = [message for message in messages[:1] if message["role"] == "system"]
-        turns = messages[len(system) :]
-        limit = self.context - min(int(answer_tokens), self.context // 4)
-        while len(ids := self.encode_chat(system + turns)) > limit:
-            later = [number for number, turn in enumerate(turns) if number and turn["role"] == "user"]
+        turns, first = messages[len(system) :], 0
+        limit = self.context - min(answer_tokens, self.context // 4)
+        while len(ids := self.encode_chat(system + turns[first:])) > limit:
+            later = [number for number in range(first + 1, len(turns)) if turns[number]["role"] == "user"]
             if not later:
-                raise Refused(f"The message has {len(ids)} tokens; the model reads {self.context}. Shorten it.")
-            turns = turns[later[0] :]
-        return ids
+                raise Refused(f"The message has {len(ids)} tokens; with an answer the model reads {self.context}.")
+            first = later[0]
+        return ids, first
 
     def write(self, passage: Passage, max_new_tokens: int, seed: int, stop: threading.Event, **sampling) -> Iterator:
         """Add tokens to `passage` as they come, and yield after each, until the text ends or `stop` is set."""
         if len(passage.given) > self.context:
             raise Refused(f"The prompt has {len(passage.given)} tokens; the model reads {self.context}. Shorten it.")
-        watcher = Watcher(self.tokenizer, passage.given, stop)
+        virtual = getattr(getattr(self.model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+        watcher = Watcher(self.tokenizer, passage.given, virtual, stop)
         ids = torch.tensor([passage.given], device=self.model.device)
         arguments = {"streamer": watcher, "logits_processor": LogitsProcessorList([watcher.look]), **sampling}
 
         def work() -> None:
+            hook = self._inner().register_forward_pre_hook(watcher.read, with_kwargs=True)
             try:
                 set_seed(seed)
-                self.grow(ids, max_new_tokens, **arguments)
-                watcher.end_of_text()
-            except Stopped:
-                watcher.end_of_text()
-            except Exception as error:
+                with suppress(Stopped):
+                    self.grow(ids, max_new_tokens, **arguments)
+                watcher.tokens.put(None)
+            except Exception as error:  # of whatever class: it is raised where the tokens are waited for
                 watcher.tokens.put(error)
+            finally:
+                hook.remove()
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -150,27 +157,33 @@ class Writer:
         return [decoder.add(token) for token in ids]
 
     @torch.no_grad()
-    def attention(self, passage: Passage, place: int) -> torch.Tensor | None:
+    def attention(self, passage: Passage, place: int) -> torch.Tensor:
         """What the model attended to as it wrote the token at `place`: (layers, heads, tokens before it that it read).
 
-        None where nothing comes before. Raises Refused for models that give out no attention.
+        Raises Refused where nothing comes before, and for models that give out no attention.
         """
         written = place - len(passage.given)
         seen = passage.tokens[written].seen if written >= 0 else min(place, self.context)
         if seen == 0:
-            return None
+            raise Refused("Nothing comes before the first token.")
         ids = torch.tensor([passage.ids[place - seen : place]], device=self.model.device)
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        inner = self._inner()
         kept = inner.config._attn_implementation
         try:
             inner.set_attn_implementation("eager")  # the others compute no weights
-            layers = self.model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+            output = self.model(input_ids=ids, output_attentions=True, use_cache=False)
+        except (ValueError, NotImplementedError, TypeError) as error:  # another's model that has no such attention
+            raise Refused("This model gives out no attention weights.") from error
         finally:
             inner.set_attn_implementation(kept)
-        maps = [layer[0, :, -1, -seen:].float().cpu() for layer in layers or () if layer is not None]
-        if not maps:
+        layers = [layer for layer in getattr(output, "attentions", None) or () if layer is not None]
+        if not layers:
             raise Refused("This model gives out no attention weights.")
-        return torch.stack(maps)
+        return torch.stack([layer[0, :, -1, -seen:].float().cpu() for layer in layers])
+
+    def _inner(self):
+        """The model itself, without an adapter's wrapping."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
 
 class Stopped(Exception):
@@ -201,18 +214,27 @@ class PieceDecoder:
 
 
 class Watcher(BaseStreamer):
-    """Sees both sides of a step of generate(): the probabilities (`look`), then the token that was drawn (`put`)."""
+    """Sees each step of generate(): what the model reads, the probabilities, then the token that was drawn.
 
-    def __init__(self, tokenizer, given: list[int], stop: threading.Event):
-        self.tokenizer, self.stop = tokenizer, stop
+    given: ids of the prompt. virtual: tokens of an adapter's own, which are read with them.
+    """
+
+    def __init__(self, tokenizer, given: list[int], virtual: int, stop: threading.Event):
+        self.tokenizer, self.virtual, self.stop = tokenizer, virtual, stop
+        self.special, self.seen = set(tokenizer.all_special_ids), 0
         self.decoder = PieceDecoder(tokenizer, given)
         self.tokens: queue.Queue[Token | Exception | None] = queue.Queue()
         self.is_prompt_next = True
-        self.started = time.perf_counter()
+
+    def read(self, model, args: tuple, inputs: dict) -> None:
+        """A hook before each forward pass: several tokens are a window read anew, one comes to what was read."""
+        ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        count = embeddings.shape[1] - self.virtual if ids is None else ids.shape[1]
+        self.seen = self.seen + 1 if count == 1 else count
 
     def look(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """A logits processor that changes nothing; it stands before temperature, top-k and top-p."""
-        self.probabilities, self.seen = scores[0].float().softmax(-1), input_ids.shape[1]
+        self.probabilities = scores[0].float().softmax(-1)
         return scores
 
     def put(self, value: torch.Tensor) -> None:
@@ -224,12 +246,10 @@ class Watcher(BaseStreamer):
         rivals = [(self.tokenizer.decode([rival]), p) for rival, p in zip(ids, likely, strict=True)]
         rank = ids.index(token) if token in ids else None
         probability = float(self.probabilities[token])
-        self.tokens.put(Token(token, self.decoder.add(token), probability, rivals, rank, self.seen))
+        is_special = token in self.special
+        self.tokens.put(Token(token, self.decoder.add(token), probability, rivals, rank, self.seen, is_special))
         if self.stop.is_set():
             raise Stopped
 
     def end(self) -> None:
         self.is_prompt_next = True  # generate() ends here, but the text may go on in the next window
-
-    def end_of_text(self) -> None:
-        self.tokens.put(None)
