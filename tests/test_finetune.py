@@ -207,7 +207,7 @@ def test_help_names_every_adapter_and_flag(capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "needs a RECIPE (gpt2-full-text"),
+        ([], "needs a RECIPE (first-chat, gpt2-full-text"),
         (["--adapter", "lora"], "needs a RECIPE"),
         (["nowhere/at/all", *TEXT], "there is no such directory"),
         (["gpt2", "--adaptor", "lora"], "did you mean '--adapter'"),
