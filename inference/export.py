@@ -1,19 +1,22 @@
 """`acorn export MODEL DST --format gpt2|gguf|onnx|vllm-check`: a model for other programs to run."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from training.system.errors import UserError, quiet_libraries, run_main
-from training.system.files import making
+from training.system.files import making, new_directory
 from training.system.flags import FlagParser
 from training.system.shell import shell
 
 from .formats.conversion import convert, read_model
 from .formats.gguf import FILE_TYPES, write_gguf
+from .formats.onnx import check_version, write_onnx
 
 EPILOG = """examples:
   acorn export runs/quickstart quickstart.gguf --format gguf    for llama.cpp, Ollama and LM Studio
   acorn export runs/char char.gguf --format gguf --outtype q8_0
+  acorn export runs/quickstart models/onnx --format onnx        for ONNX Runtime
   acorn export models/gpt2 models/stock --format gpt2           for every tool that knows GPT-2"""
 
 
@@ -40,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--outtype {flags.outtype}: is for --format gguf; leave it out")
     if flags.dst is None:
         raise UserError(f"--format {flags.format}: needs DST, the place to write to")
+    if missing := [name for name in NEEDS.get(flags.format, ()) if find_spec(name) is None]:
+        install = f".venv/bin/pip install -e '.[{flags.format}]'"
+        raise UserError(f"acorn export --format {flags.format} needs {', '.join(missing)}: {install}")
     print("\n".join(FORMATS[flags.format](flags)))
 
 
@@ -72,7 +78,22 @@ def next_gguf(path: Path, tokenizer) -> list[str]:
     return ["Next, with llama.cpp or with Ollama:", f"  {run}", f"  {ollama}"]
 
 
-FORMATS = {"gpt2": export_gpt2, "gguf": export_gguf}
+def export_onnx(flags) -> list[str]:
+    """A directory with a graph that ONNX Runtime runs."""
+    check_version()
+    with new_directory(flags.dst) as building:
+        model, tokenizer = read_model(flags.model, flags.tokenizer)
+        lines = write_onnx(flags.model, model, tokenizer, building)
+    example = f"onnxruntime.InferenceSession({str(flags.dst / 'model.onnx')!r})"
+    return [
+        *lines,
+        f"{flags.dst} is written: model.onnx, its weights and its tokenizer. Next, in Python:",
+        f"  {example}",
+    ]
+
+
+FORMATS = {"gpt2": export_gpt2, "gguf": export_gguf, "onnx": export_onnx}
+NEEDS = {"gguf": ["gguf"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}  # packages of the extra of that name
 
 if __name__ == "__main__":
     run_main(main)

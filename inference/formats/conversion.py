@@ -13,7 +13,7 @@ from training.system.files import new_directory
 from . import FORMATS
 from .base import Format, Source, open_source
 
-TOLERANCE = 1e-5  # of logits up to 1; of larger ones float32 keeps no more digits
+TOLERANCE = 1e-5  # what float32 keeps of digits
 PROOF_TOKENS = 1024
 
 
@@ -89,12 +89,15 @@ def advance(bar: tqdm, stage: str) -> None:
     bar.set_description(stage)
 
 
-def compare(expected: torch.Tensor, found: torch.Tensor) -> str:
-    """The line that tells the largest difference; UserError where it is more than rounding."""
+def compare(expected: torch.Tensor, found: torch.Tensor, tolerance: float = TOLERANCE) -> str:
+    """The line that tells the largest difference; UserError where it is more than rounding.
+
+    tolerance: of logits up to 1; of larger ones it grows with them.
+    """
     difference = (expected - found).abs().max().item()
     largest = expected.abs().max().item()
     line = f"largest logit difference {difference:.1e} over {expected.shape[1]:,} random tokens in float32"
-    if not difference <= TOLERANCE * max(1.0, largest):  # so that nan is refused too
+    if not difference <= tolerance * max(1.0, largest):  # so that nan is refused too
         raise UserError(f"{line}, of logits up to {largest:.1f}: not the same model; nothing was written")
     return f"{line} (logits up to {largest:.1f})"
 
