@@ -7,6 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 PIP := -m pip install -q --disable-pip-version-check
 OLDEST := .venv/oldest
 CLIENTS := .venv-clients
+LLAMA := llama-cpp-python==0.3.36
 # What a version of transformers can break: the model, its saved directory, generate, Trainer, PEFT and the conversions.
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilities continuous_batching hub_copy generate cli pretrain \
 	resume trainer_overheads signals finetune finetune_bases adapters merge convert formats_gpt2))
@@ -38,7 +39,7 @@ quickstart: $(INSTALLED)  ## train a small GPT on this machine, from nothing to 
 test: $(INSTALLED)  ## run the tests: tiny, offline, on the CPU
 	$(PYTEST)
 
-test-slow: $(INSTALLED) $(CLIENTS)/.installed  ## run the tests that take longer
+test-slow: $(INSTALLED) $(CLIENTS)/.llama  ## run the tests that take longer
 	-@$(BIN)/python -m tests.transformers_tests
 	ACORN_CONFORMANCE=some $(PYTEST) -m 'slow and not clients'
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q -m 'slow and clients'
@@ -95,6 +96,12 @@ $(CLIENTS)/.installed: tests/clients.txt $(INSTALLED)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/acorn.pth
 	@$(CLIENTS)/bin/python $(PIP) -c constraints.txt -r tests/clients.txt
+	@touch $@
+
+# llama.cpp for Python, which the registry has as source alone: eight minutes of one core, and a C++ compiler.
+$(CLIENTS)/.llama: $(CLIENTS)/.installed
+	@echo "Compiling $(LLAMA) into $(CLIENTS) (some minutes) ..."
+	@$(CLIENTS)/bin/python $(PIP) --no-deps $(LLAMA)
 	@touch $@
 
 # Beside the environment, in a folder that PYTHONPATH puts before it.
