@@ -9,6 +9,7 @@ from training.system.files import making, new_directory
 from training.system.flags import FlagParser
 from training.system.shell import shell
 
+from .formats.backends import report
 from .formats.conversion import convert, read_model
 from .formats.gguf import FILE_TYPES, write_gguf
 from .formats.onnx import check_version, write_onnx
@@ -17,6 +18,7 @@ EPILOG = """examples:
   acorn export runs/quickstart quickstart.gguf --format gguf    for llama.cpp, Ollama and LM Studio
   acorn export runs/char char.gguf --format gguf --outtype q8_0
   acorn export runs/quickstart models/onnx --format onnx        for ONNX Runtime
+  acorn export runs/quickstart --format vllm-check              what vLLM and SGLang would say
   acorn export models/gpt2 models/stock --format gpt2           for every tool that knows GPT-2"""
 
 
@@ -29,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="run, model directory, nanoGPT checkpoint, stock GPT-2, Hub id")
     parser.add_argument("dst", metavar="DST", type=Path, nargs="?", help="file or directory to write, not there yet")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write, or to check")
     parser.add_argument("--outtype", choices=FILE_TYPES, help="gguf: type of the matrices (default: f16)")
     parser.add_argument("--tokenizer", help="directory, Hub id or byte (default: the one beside the model)")
     return parser.parse_args(argv)
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     if flags.outtype is not None and flags.format != "gguf":
         raise UserError(f"--outtype {flags.outtype}: is for --format gguf; leave it out")
-    if flags.dst is None:
+    if flags.dst is None and flags.format != "vllm-check":
         raise UserError(f"--format {flags.format}: needs DST, the place to write to")
     if missing := [name for name in NEEDS.get(flags.format, ()) if find_spec(name) is None]:
         install = f".venv/bin/pip install -e '.[{flags.format}]'"
@@ -92,7 +94,14 @@ def export_onnx(flags) -> list[str]:
     ]
 
 
-FORMATS = {"gpt2": export_gpt2, "gguf": export_gguf, "onnx": export_onnx}
+def check_backends(flags) -> list[str]:
+    """What vLLM and SGLang need of a directory; nothing is written."""
+    if flags.dst is not None or flags.tokenizer is not None:
+        raise UserError("--format vllm-check: writes nothing; leave out DST and --tokenizer")
+    return report(flags.model)
+
+
+FORMATS = {"gpt2": export_gpt2, "gguf": export_gguf, "onnx": export_onnx, "vllm-check": check_backends}
 NEEDS = {"gguf": ["gguf"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}  # packages of the extra of that name
 
 if __name__ == "__main__":
