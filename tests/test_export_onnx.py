@@ -1,6 +1,8 @@
 """`acorn export --format onnx` in ONNX Runtime: greedy text of every variant, with a cache, token by token."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +77,22 @@ def test_the_verb_and_the_directory(tmp_path, capsys) -> None:
     step = opened(made / "model.onnx", model.config)
     torch.testing.assert_close(torch.tensor(step(ids[:1].numpy())), model(ids[:1]).logits, rtol=1e-4, atol=1e-4)
     assert "already exists" in refused(export.main, str(tmp_path / "model"), str(made), "--format", "onnx")
+
+
+@pytest.mark.clients
+@pytest.mark.slow
+@torch.no_grad()
+def test_readme_snippet(tmp_path, monkeypatch, capsys) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    snippet = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "onnxruntime" in code)
+    model, tokenizer = random_model(tiny_config(vocab_size=257, **VARIANTS["modern"])), build_tokenizer("byte")
+    (tmp_path / "models/onnx").mkdir(parents=True)
+    write_onnx("modern", model, tokenizer, tmp_path / "models/onnx")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    prompt = torch.tensor([tokenizer("def ")["input_ids"]])
+    wanted = model.generate(prompt, max_new_tokens=60, do_sample=False, eos_token_id=None)[0]
+    assert capsys.readouterr().out == tokenizer.decode(wanted, skip_special_tokens=True) + "\n"
 
 
 @pytest.mark.parametrize("name", REFUSED)

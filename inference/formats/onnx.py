@@ -89,18 +89,23 @@ def exported_model(model: GPTForCausalLM):
     parts = decompose_for_generation(model, sample, generation_config=plain, multi_token_decode=True)
     decoder, inputs = parts["decode"]
     component = OnnxExporter().export(decoder, inputs, OnnxConfig(dynamic=True)).components[NAME]
-    fix_windows(component.program.graph, model.config.sliding_window)
+    tidy_inputs(component.program.graph, model.config)
     return ExportedModel({NAME: component}, OnnxExporter.export_format, model.config, model.generation_config)
 
 
-def fix_windows(graph, window: int | None) -> None:
-    """Make constants of the inputs that the exporter makes of the windows' size."""
+def tidy_inputs(graph, config: GPTConfig) -> None:
+    """Make constants of the inputs that hold a window's size, and say of the others what their axes are."""
     import onnx_ir
 
-    for value in [value for value in graph.inputs if value.name.endswith(WINDOW)]:
-        graph.inputs.remove(value)
-        value.const_value = onnx_ir.tensor(np.array(window, np.int64), name=value.name)
-        graph.register_initializer(value)
+    for value in list(graph.inputs):
+        if value.name.endswith(WINDOW):
+            graph.inputs.remove(value)
+            value.const_value = onnx_ir.tensor(np.array(config.sliding_window, np.int64), name=value.name)
+            graph.register_initializer(value)
+        elif value.name.startswith("input.cache."):
+            value.shape = onnx_ir.Shape(["rows", config.num_key_value_heads, "tokens_before", config.head_dim])
+        else:
+            value.shape = onnx_ir.Shape(["rows", "tokens"])
 
 
 @torch.no_grad()
