@@ -24,6 +24,13 @@ READ_THE_PROMPT = (
 )  # fmt: skip
 
 
+# Strategies that forbid tokens, and what is said where they forbid all.
+FORBIDDING = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
+NONE_LEFT = (
+    "too few tokens are left to choose from; shorten --max_new_tokens, or loosen what forbids and cuts off tokens"
+)
+
+
 @dataclass
 class Job:
     """How every prompt is continued. ends: the tokens that end a text. generation: generate()'s arguments."""
@@ -101,6 +108,8 @@ def _continue(job: Job, prompts: list[list[int]], more: dict, streamer) -> list[
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=job.model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
     stops = Stops(job.tokenizer, job.stop_strings) if job.stop_strings else None
+    if not job.has_beams and any(name in job.generation for name in FORBIDDING):
+        more |= {"logits_processor": LogitsProcessorList([SomeLeft()])}
     options = {"attention_mask": mask, "ends": job.ends, "stops": stops, "beyond_context": job.beyond_context}
     try:
         with counting_passes(job.model, job.passes):
@@ -108,8 +117,7 @@ def _continue(job: Job, prompts: list[list[int]], more: dict, streamer) -> list[
     except RuntimeError as error:
         if "multinomial" not in str(error) and "probability tensor" not in str(error):
             raise
-        why = "too few tokens are left to draw from; widen top_k, top_p and the like, or loosen the penalties"
-        raise UserError(f"{why} ({one_line(error)})") from error
+        raise UserError(f"{NONE_LEFT} ({one_line(error)})") from error
     each = len(grown) // len(prompts)
     rows = zip(grown.tolist(), [prompt for prompt in prompts for _ in range(each)], strict=True)
     found = [
@@ -118,6 +126,15 @@ def _continue(job: Job, prompts: list[list[int]], more: dict, streamer) -> list[
     ]
     job.passes.tokens += sum(len(sample.tokens) for sample in found)
     return found
+
+
+class SomeLeft(LogitsProcessor):
+    """Ends generate() where all tokens are forbidden: it would go on with the first one."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if (scores == -torch.inf).all(-1).any():
+            raise UserError(NONE_LEFT)
+        return scores
 
 
 def refuse_drafts(job: Job, longest: int) -> None:

@@ -56,7 +56,7 @@ def read_prompts(name: str) -> list[Prompt]:
 
 def prompts_of(lines: BinaryIO, name: str) -> Iterator[Prompt]:
     """Yield the prompt of each line that is not blank; a file without one is refused."""
-    number = 0
+    found = 0
     for number, line in enumerate(lines, 1):
         place = f"{name}, line {number}"
         if not (text := decode(line, place).strip()):
@@ -69,6 +69,7 @@ def prompts_of(lines: BinaryIO, name: str) -> Iterator[Prompt]:
             raise UserError(f'{place}: must be an object with a text as its prompt, such as {{"prompt": "Once"}}')
         if taken := [name for name in OWN_FIELDS if name in row]:
             raise UserError(f"{place}: {taken[0]} is a name that `acorn generate` writes; rename it")
+        found += 1
         yield Prompt(row["prompt"], place, row)
-    if not number:
+    if not found:
         raise UserError(f"{name}: is empty; put an object with a prompt on each line")

@@ -264,11 +264,11 @@ def settle(given: dict[str, Any], file: dict[str, Any] | None = None, has_assist
     is_on = {"": True, "sampling": do_sample, "beams": has_beams, "assistant": has_assistant}
     is_on["lookup"] = "prompt_lookup_num_tokens" in values
     overruled = {"sampling": asked is not None, "beams": "num_beams" in given}  # what a file says of these may go
-    for name, value in [*(file or {}).items(), *given.items()]:
-        needs, is_flag = STRATEGIES[name].needs, name in given
-        is_greedy = name == "temperature" and value == 0
-        if not (is_on[needs] or is_idle(name, value) or is_greedy or (overruled.get(needs) and not is_flag)):
-            raise UserError(f"{name}={value}: has no effect {NEEDS[needs]}")
+    for name, value in values.items():
+        needs, where = STRATEGIES[name].needs, "" if name in given else "generation_config: "
+        may_be = is_on[needs] or is_idle(name, value) or (name == "temperature" and value == 0)
+        if not may_be and (name in given or (name in (file or {}) and not overruled.get(needs))):
+            raise UserError(f"{where}{name}={value}: has no effect {NEEDS[needs]}")
     refuse_contradictions(values, is_on)
     return {name: value for name, value in values.items() if is_on[STRATEGIES[name].needs]}
 
