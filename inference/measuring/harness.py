@@ -53,15 +53,16 @@ class Harness:
                 self.manager = TaskManager(include_path=flags.include_path)
             except Exception as error:  # YAML and the Python beside it: what they raise is of every class
                 raise UserError(f"--include_path={flags.include_path}: {one_line(error)}") from error
-        self.names = [self._found(name.strip()) for name in flags.tasks.split(",") if name.strip()]
+        self.names = [task for name in flags.tasks.split(",") if name.strip() for task in self._named(name.strip())]
         if not self.names:
             raise UserError("--tasks: names no task; give names by commas, such as hellaswag,lambada_openai")
 
-    def _found(self, name: str) -> str:
-        """The name again, if it is that of a task or of several; else a UserError with the nearest ones."""
-        if not self.manager.match_tasks([name]):
+    def _named(self, name: str) -> list[str]:
+        """The task or group of this name, or those that a pattern fits; else a UserError with the nearest ones."""
+        found = self.manager.match_tasks([name])
+        if not found:
             raise unknown("task", name, self.manager.all_tasks, "`lm-eval ls tasks` lists them.", most=3)
-        return name
+        return found
 
     def measure(self, model, tokenizer) -> dict:
         """What lm_eval says of the model: results by task and by group, shots, versions and numbers of documents."""
@@ -70,6 +71,7 @@ class Harness:
         if flags.apply_chat_template and not getattr(tokenizer, "chat_template", None):
             raise UserError(f"--apply_chat_template: {flags.model} has no chat template; leave it out")
         with quietly():
+            from jinja2 import TemplateError
             from lm_eval import evaluator
 
             evaluator.get_git_commit_hash = lambda: None  # prints `fatal` outside of a repository
@@ -83,7 +85,10 @@ class Harness:
                     apply_chat_template=flags.apply_chat_template,
                     log_samples=False,
                 )
-            except (OSError, ValueError, KeyError, AssertionError, ImportError) as error:
+            except OSError as error:  # datasets' own among them
+                why = f"{one_line(error)}; what a task reads must be here, or be reached on the Hub"
+                raise UserError(f"--tasks {flags.tasks}: {why}") from error
+            except (ValueError, KeyError, AssertionError, ImportError, TemplateError) as error:
                 raise UserError(f"--tasks {flags.tasks}: {type(error).__name__}: {one_line(error)}") from error
         kept = {name: results[name] for name in KEPT if results.get(name)}
         return kept | {"lm_eval_version": version("lm_eval")}
