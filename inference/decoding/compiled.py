@@ -1,10 +1,14 @@
-"""A compiled decoding step: `generate()` over a cache of a fixed size, its forward pass compiled by torch."""
+"""A compiled decoding step: `generate()` over a cache of a fixed size, its passes of one token compiled by torch."""
+
+import functools
 
 import torch
-from transformers import CompileConfig, StaticCache
+from transformers import StaticCache
 
 from training.model.sizes import text_config
 from training.system.errors import UserError, one_line
+
+MODES = {"cuda": "reduce-overhead"}  # of torch.compile by device: there launching kernels is what costs
 
 
 class StaticCaches:
@@ -19,15 +23,47 @@ class StaticCaches:
         return StaticCache(config=self.config, max_cache_len=self.length)
 
 
-def compiled(model) -> dict:
-    """`continue_ids()`'s arguments that let a model decode by a compiled step; the prompt is read uncompiled.
+class CompiledStep:
+    """A model's forward whose passes of one token a row are compiled; a prompt is read by the forward as it was.
 
-    Raises UserError where nothing can be compiled.
+    generate() would compile a prompt that is read again, in another window, too, once for each of its lengths.
     """
-    refuse_without_compiler(model.device)
-    settings = CompileConfig(fullgraph=True, mode="default")
-    settings._compile_all_devices = True  # generate() would compile on GPUs alone
-    return {"compile_config": settings, "make_cache": StaticCaches(model.config)}
+
+    def __init__(self, forward, **options):
+        self.plain, self.step = forward, torch.compile(forward, fullgraph=True, **options)
+        functools.update_wrapper(self, forward)  # generate() looks at the signature
+
+    def __call__(self, *args, **kwargs):
+        ids = kwargs.get("input_ids")
+        is_step = ids is not None and ids.shape[1] == 1
+        return (self.step if is_step else self.plain)(*args, **kwargs)
+
+
+def compiled(model, **options) -> dict:
+    """Let a model decode by a compiled step from now on; `continue_ids()`'s arguments for that.
+
+    options: torch.compile's. Raises UserError where nothing can be compiled, and for what cannot be.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    refuse_uncompilable(model, base)
+    refuse_without_compiler(base.device)
+    base.forward = CompiledStep(base.forward, **{"mode": MODES.get(base.device.type), **options})
+    return {"make_cache": StaticCaches(base.config), "disable_compile": True}  # not a second time, by generate()
+
+
+def refuse_uncompilable(model, base) -> None:
+    """Refuse what has no static cache, or no step that is one graph."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        raise UserError(f"compile: not with virtual tokens (peft_type={kind}), which come with a cache of their own")
+    if not base._can_compile_fullgraph:
+        raise UserError(f"compile: transformers has no fixed cache or no compiled step for {type(base).__name__}")
+    parameters = getattr(text_config(base.config), "rope_parameters", None) or {}
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            why = "its frequencies depend on how long the text is, which a compiled step does not know"
+            raise UserError(f"compile: not with rope_parameters.rope_type={rope['rope_type']}: {why}")
 
 
 def refuse_without_compiler(device: torch.device) -> None:
