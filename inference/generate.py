@@ -99,7 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     file, file_ends = file_strategies(Path(flags.generation_config)) if flags.generation_config else (None, None)
     values = settle(given_strategies(flags), file, flags.assistant_model is not None)
     if flags.compile and (flags.assistant_model is not None or "prompt_lookup_num_tokens" in values):
-        raise UserError("--compile: not with drafts, which are verified in passes of many lengths; leave one of them out")
+        raise UserError(
+            "--compile: not with drafts, which are verified in passes of many lengths; leave one of them out"
+        )
     if flags.prompts is None:
         prompts = [Prompt(read_prompt(flags.prompt or ""), "prompt", {})]
     else:
