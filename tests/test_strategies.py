@@ -371,7 +371,7 @@ def test_a_file_that_is_there_is_not_written_over(runs, tmp_path) -> None:
         ("--no_repeat_ngram_size 1 --ignore_eos", "too few tokens are left"),
         ("--no_repeat_ngram_size 1 --ignore_eos --temperature 0", "too few tokens are left"),
         ("--prompt_lookup_num_tokens 3 --repetition_penalty 1.2", "past the model's context"),
-        ("--prompt the-quick-brown-fox-jumps", "25 tokens do not fit"),
+        ("--prompt thequickbrownfoxjumpsover", "25 tokens do not fit"),
         ("--tempreature 1", "did you mean '--temperature'?"),
     ],
 )

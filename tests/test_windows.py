@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from training.model.sampling import continue_ids
 from training.model.windows import has_learned_positions
@@ -46,6 +47,8 @@ def test_a_padded_batch_is_its_rows(name: str, strategy: dict, prompts) -> None:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SHAPES else pytest.mark.slow) for n in VARIANTS])
 def test_drafts_change_nothing(name: str, prompts) -> None:
     model = endless(name)
+    if "sliding_attention" in model.config.layer_types and transformers.__version__.startswith("5.17"):
+        pytest.skip("transformers 5.17 cannot take back what a sliding window has let go; `acorn generate` refuses it")
     for prompt in prompts[1:]:
         start = torch.tensor([prompt])
         greedy = continue_ids(model, start, 40, do_sample=False)
