@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         from .serving.app import build_app
 
         name = flags.model.rstrip("/") or flags.model
-        app = build_app(name, model, tokenizer, flags.continuous_batching, key)
+        app = build_app(name, model, tokenizer, flags.continuous_batching, key, not is_open_to_others(listening))
         serve(app, listening, name, flags, has_template=bool(tokenizer.chat_template), has_key=key is not None)
 
 

@@ -43,11 +43,12 @@ class Served:
     def client(self, key: str = KEY) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
 
-    def post(self, path: str, body: bytes | dict, **headers: str) -> tuple[int, dict]:
+    def post(self, path: str, body: bytes | dict, chunked: bool = False, **headers: str) -> tuple[int, dict]:
         """(status, body) of the answer to a request by hand."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | headers
-        connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), headers)
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, iter([raw]) if chunked else raw, headers, encode_chunked=chunked)
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
 
@@ -135,7 +136,11 @@ def test_many_at_once_and_none_is_lost(served) -> None:
 
 
 def test_models(served) -> None:
-    assert [model.id for model in served.client().models.list()] == ["tiny"]
+    client = served.client()
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'gpt2' is not served here"):
+        client.models.retrieve("gpt2")
 
 
 def test_sampling_is_by_request(served) -> None:
@@ -288,26 +293,47 @@ def test_nothing_else_is_served(single, path: str) -> None:
     assert (status, answer["error"]["type"]) == (404, "invalid_request_error")
 
 
-def test_a_client_that_leaves_stops_its_answer_and_not_the_server(single, monkeypatch) -> None:
+def test_a_client_that_leaves_stops_its_answer_and_not_the_server(served, monkeypatch) -> None:
     steps = []
-    forward = single.model.forward
+    forward = served.model.forward
 
     def slow(*args, **kwargs):
         steps.append(time.sleep(0.02))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(single.model, "forward", slow)
-    ask = {"prompt": "a", "max_tokens": 150, "temperature": 0}
+    monkeypatch.setattr(served.model, "forward", slow)
     for stream in (True, False):
-        connection = http.client.HTTPConnection("127.0.0.1", single.port)
+        connection = http.client.HTTPConnection("127.0.0.1", served.port)
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps({**ask, "stream": stream}), headers)
+        ask = {"prompt": "a", "max_tokens": 150, "temperature": 0, "stream": stream}
+        connection.request("POST", "/v1/completions", json.dumps(ask), headers)
         while len(steps) < 5:
             time.sleep(0.01)
         connection.sock.close()
-        assert single.post("/v1/completions", {"prompt": "b", "max_tokens": 1})[0] == 200
-        assert len(steps) < 60
+        assert served.post("/v1/completions", {"prompt": "b", "max_tokens": 20})[0] == 200
+        assert len(steps) < 100
         steps.clear()
+        time.sleep(0.1)
+        assert len(steps) <= 1  # the one that was under way
+
+
+def test_a_bug_is_an_error_of_the_protocol(single, monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError('with "quotes" and a \\\\')
+
+    monkeypatch.setattr(single.model, "forward", broken)
+    status, answer = single.post("/v1/completions", {"prompt": "a"})
+    assert (status, answer["error"]["type"]) == (500, "server_error")
+    with pytest.raises(openai.APIError, match="with 'quotes' and a"):
+        streamed(single.client().completions.create(model="tiny", prompt="a", stream=True))
+
+
+def test_only_this_machine_and_only_so_much(single) -> None:
+    assert single.post("/v1/completions", {"prompt": "a"}, Host="evil.example")[1]["error"]["code"] == "not_local"
+    assert single.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, Host="LOCALHOST:1")[0] == 200
+    for chunked in (False, True):
+        status, answer = single.post("/v1/completions", {"prompt": "a" * (5 << 20)}, chunked=chunked)
+        assert (status, answer["error"]["code"]) == (413, "too_large")
 
 
 def test_a_model_without_a_template_is_asked_for_completions(tmp_path_factory, capsys) -> None:

@@ -1,8 +1,7 @@
 """transformers' own server of the OpenAI protocol, serving one model that is loaded already, whatever its class."""
 
-import asyncio
-import hmac
 import inspect
+import json
 import uuid
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from training.model.chat_template import render_messages
 from training.model.sampling import Rendered, context_left, encode_prompt
 from training.system.errors import UserError
 
+from .guard import Guard
 from .protocol import Refusal, check_fields, fit_context, read_messages, read_prompt, read_wish
 from .streams import OneByOne, Together, batch_settings
 
@@ -83,7 +83,7 @@ class Answers:
             gen_manager=served.generator,
             **more,
         )
-        return with_done(answered) if is_streamed else await answered
+        return in_protocol(answered) if is_streamed else await answered
 
     def prompt_ids(self, given: dict, tokenizer) -> list[int]:
         raise NotImplementedError
@@ -117,12 +117,17 @@ def refuse_other_model(name: str, served: str) -> None:
         raise Refusal(404, f"model {name!r} is not served here; ask for {served!r}", "model_not_found", "model")
 
 
-def with_done(response: StreamingResponse) -> StreamingResponse:
-    """The stream with the protocol's last line, which transformers leaves out."""
-    pieces = response.body_iterator
+def in_protocol(response: StreamingResponse) -> StreamingResponse:
+    """The stream with the protocol's last line and its object for an error, which transformers gives as a text."""
+    pieces, failure = response.body_iterator, 'data: {"error": "'
 
     async def body():
         async for piece in pieces:
+            if failure in piece:
+                whole, _, error = piece.partition(failure)
+                message = error.removesuffix('"}\n\n')
+                yield f"{whole}data: {json.dumps(Refusal(500, message, 'failed', kind=SERVER_ERROR).body())}\n\n"
+                return
             yield piece
         yield "data: [DONE]\n\n"
 
@@ -130,8 +135,13 @@ def with_done(response: StreamingResponse) -> StreamingResponse:
     return response
 
 
-def build_app(name: str, model, tokenizer, is_batched: bool = False, api_key: str | None = None) -> Callable:
-    """The server as an ASGI application; with `api_key` every call must bring it."""
+def build_app(
+    name: str, model, tokenizer, is_batched: bool = False, api_key: str | None = None, is_local: bool = True
+) -> Callable:
+    """The server as an ASGI application, around one loaded model.
+
+    is_batched: requests are drawn together. api_key: what every call must bring. is_local: calls are for this machine.
+    """
     served = ServedModel(name, model, tokenizer, is_batched)
     state = State(served)
     needed = inspect.signature(build_server).parameters
@@ -139,11 +149,17 @@ def build_app(name: str, model, tokenizer, is_batched: bool = False, api_key: st
     handlers |= {name: None for name in needed if name.endswith("_handler") and name not in handlers}
     app = build_server(served, **handlers, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
+
+    @app.get("/v1/models/{name:path}")
+    def one_model(name: str) -> JSONResponse:
+        refuse_other_model(name, served.force_model)
+        return JSONResponse(served.list_models()[0])
+
     answer_in_protocol(app)
-    return Guard(app, api_key)
+    return Guard(app, api_key, is_local)
 
 
-# ---- around the application
+# ---- errors
 
 
 def answer_in_protocol(app: FastAPI) -> None:
@@ -172,47 +188,3 @@ def as_refusal(error: Exception) -> Refusal:
     if isinstance(error, CBWorkerDeadError):
         return Refusal(503, "the batch has died; start the server again", "batch_died", kind=SERVER_ERROR)
     return Refusal(500, "the server failed; its terminal says why", "internal_error", kind=SERVER_ERROR)
-
-
-class Guard:
-    """Around the application: the key of every call is compared, and what a client has left behind is given up."""
-
-    def __init__(self, app, api_key: str | None):
-        self.app, self.api_key = app, api_key
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-        elif self.api_key is not None and not self._has_key(scope["headers"]):
-            message = "a key is needed, as `Authorization: Bearer KEY`, and it must be the one that the server has"
-            refusal = Refusal(401, message, "invalid_api_key")
-            await JSONResponse(refusal.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        else:
-            await self._answer(scope, receive, send)
-
-    def _has_key(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        given = [value for name, value in headers if name == b"authorization"]
-        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key.encode())
-
-    async def _answer(self, scope, receive, send) -> None:
-        """Run the application until it has answered, or until the client is gone."""
-        messages: asyncio.Queue = asyncio.Queue()
-        answering = asyncio.create_task(self.app(scope, messages.get, send))
-
-        async def listen() -> None:
-            while True:
-                message = await receive()
-                messages.put_nowait(message)
-                if message["type"] == "http.disconnect":
-                    answering.cancel()
-                    return
-
-        listening = asyncio.create_task(listen())
-        try:
-            await asyncio.wait([answering])
-            if not answering.cancelled():
-                answering.result()
-        finally:
-            answering.cancel()
-            listening.cancel()
