@@ -7,8 +7,6 @@ import socket
 from contextlib import suppress
 from importlib.util import find_spec
 
-import torch
-
 from training.model.devices import best_device
 from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
 from training.system.errors import UserError, log, quiet_libraries, run_main
@@ -25,7 +23,6 @@ EPILOG = """examples:
 Any client of the OpenAI protocol then asks http://127.0.0.1:8000/v1: /models, /completions, /chat/completions."""
 KEY_VARIABLE = "ACORN_API_KEY"
 PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
-GRACE = 5  # seconds that answers have to end in when the server is stopped
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -61,23 +58,23 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = load_model_and_tokenizer(
             flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
         )
-        torch.seed()
-        from .serving.app import build_app
-
         name = flags.model.rstrip("/") or flags.model
-        app = build_app(name, model, tokenizer, flags.continuous_batching, key, not is_open_to_others(listening))
-        serve(app, listening, name, flags, has_template=bool(tokenizer.chat_template), has_key=key is not None)
+        serve(model, tokenizer, name, listening, flags, key)
 
 
-def serve(app, listening: socket.socket, name: str, flags, has_template: bool, has_key: bool) -> None:
+def serve(model, tokenizer, name: str, listening: socket.socket, flags, key: str | None) -> None:
     """Answer requests until a signal; the answers under way then have a few seconds to end."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level=flags.log_level, timeout_graceful_shutdown=GRACE, lifespan="on")
-    say_where(listening, name, flags.host, has_template, has_key)
+    from .serving.app import ServedModel, Server, build_app
+
+    served = ServedModel(name, model, tokenizer, flags.continuous_batching)
+    app = build_app(served, key, is_local=not is_open_to_others(listening))
+    server = Server(uvicorn.Config(app, log_level=flags.log_level, lifespan="on"), served)
+    say_where(listening, name, flags.host, has_template=bool(tokenizer.chat_template), has_key=key is not None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises anew what it was stopped by
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
     log("stopped.")
 
 

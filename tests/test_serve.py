@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from finetune.data import PLAIN_TEMPLATE
 from inference import generate, serve
-from inference.serving.app import build_app
+from inference.serving.app import ServedModel, Server, build_app
 from inference.serving.listening import listen
 from training.data.tokenizers import build_tokenizer
 from training.model.loading import load_model_and_tokenizer
@@ -30,13 +30,14 @@ ASKED = [{"role": "user", "content": "What is the fruit of the oak?"}]
 class Served:
     """A server on a free port of loopback, in a thread of this process."""
 
-    def __init__(self, directory, **options):
+    def __init__(self, directory, is_batched: bool = False, api_key: str | None = None):
         self.directory = directory
         self.model, tokenizer = load_model_and_tokenizer(str(directory))
         self.listening = listen("127.0.0.1", 0)
         self.port = self.listening.getsockname()[1]
-        app = build_app("tiny", self.model, tokenizer, **options)
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        served = ServedModel("tiny", self.model, tokenizer, is_batched)
+        config = uvicorn.Config(build_app(served, api_key), log_level="critical", lifespan="on")
+        self.server = Server(config, served)
         self.thread = threading.Thread(target=lambda: self.server.run(sockets=[self.listening]))
         self.thread.start()
 

@@ -1,10 +1,11 @@
 """transformers' own server of the OpenAI protocol, serving one model that is loaded already, whatever its class."""
 
+import asyncio
 import inspect
 import json
 import uuid
-from collections.abc import Callable
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -25,6 +26,28 @@ from .streams import OneByOne, Together, batch_settings
 
 ROUTES = {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health"}
 SERVER_ERROR = "server_error"
+GRACE = 5  # seconds in which answers may end when the server is stopped
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which on being stopped waits for the answers under way, and ends those that take too long."""
+
+    def __init__(self, config: uvicorn.Config, served: "ServedModel"):
+        super().__init__(config)
+        self.generator = served.generator
+
+    async def shutdown(self, sockets=None) -> None:
+        asyncio.get_running_loop().call_later(GRACE, self.end_answers)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig, frame) -> None:
+        if self.should_exit:  # whoever presses Ctrl-C again does not want to wait
+            asyncio.get_running_loop().call_soon_threadsafe(self.end_answers)
+        else:
+            super().handle_exit(sig, frame)
+
+    def end_answers(self) -> None:
+        self.generator.end_answers(Refusal(503, "the server is stopping", "stopping", kind=SERVER_ERROR))
 
 
 class ServedModel(ModelManager):
@@ -57,7 +80,7 @@ class State(GenerationState):
         self._cb_manager = served.generator if served.is_batched else None
 
 
-class Answers:
+class Handler:
     """What transformers' handlers do with a request, for the one served model: checked, drawn, and answered by them."""
 
     kind: str
@@ -89,7 +112,7 @@ class Answers:
         raise NotImplementedError
 
 
-class Completions(Answers, CompletionHandler):
+class Completions(Handler, CompletionHandler):
     """`/v1/completions`: a text goes on."""
 
     kind = "completions"
@@ -98,7 +121,7 @@ class Completions(Answers, CompletionHandler):
         return encode_prompt(tokenizer, read_prompt(given))
 
 
-class Chats(Answers, ChatCompletionHandler):
+class Chats(Handler, ChatCompletionHandler):
     """`/v1/chat/completions`: messages are answered."""
 
     kind = "chat"
@@ -135,14 +158,8 @@ def in_protocol(response: StreamingResponse) -> StreamingResponse:
     return response
 
 
-def build_app(
-    name: str, model, tokenizer, is_batched: bool = False, api_key: str | None = None, is_local: bool = True
-) -> Callable:
-    """The server as an ASGI application, around one loaded model.
-
-    is_batched: requests are drawn together. api_key: what every call must bring. is_local: calls are for this machine.
-    """
-    served = ServedModel(name, model, tokenizer, is_batched)
+def build_app(served: ServedModel, api_key: str | None = None, is_local: bool = True) -> Guard:
+    """The server as an ASGI application. api_key: what every call must bring. is_local: calls are for this machine."""
     state = State(served)
     needed = inspect.signature(build_server).parameters
     handlers = {"chat_handler": Chats(served, state), "completion_handler": Completions(served, state)}

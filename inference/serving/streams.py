@@ -5,7 +5,9 @@ import secrets
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from inspect import signature
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -22,9 +24,10 @@ from training.model.sizes import text_config
 from training.system.errors import UserError, one_line
 
 from ..decoding.batches import Job, grow
-from .protocol import Wish
+from .protocol import Refusal, Wish
 
 FIRST_SECONDS = 300  # for the batch's first token: a GPU may compile
+STOP_SECONDS = 10
 
 
 class Ended(Exception):
@@ -99,7 +102,7 @@ class Failure(_StreamError):
     """The end of a stream whose text could not be drawn: of what the client can mend, or of a bug."""
 
     def __init__(self, error: Exception):
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError | Refusal):
             traceback.print_exception(error)  # for whoever runs the server
         super().__init__(one_line(error).replace("\\", "/").replace('"', "'"))  # transformers puts it between quotes
         self.error = error
@@ -119,7 +122,27 @@ async def collect(queue: asyncio.Queue, stream) -> str:
     return "".join(pieces)
 
 
-class OneByOne(GenerateManager):
+class Answers:
+    """The answers under way, of either kind below."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.open: WeakKeyDictionary = WeakKeyDictionary()  # a stream: its queue
+
+    def end_answers(self, error: Exception) -> None:
+        """End what is under way with this error."""
+        for stream, queue in list(self.open.items()):
+            stream.cancel()
+            queue.put_nowait(Failure(error))
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config: Wish, request_id):
+        """(text, tokens of the prompt, ids of the answer), as transformers' handlers take it."""
+        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        text = await collect(queue, stream)
+        return text, len(inputs["input_ids"]), stream.generated_ids
+
+
+class OneByOne(Answers, GenerateManager):
     """Requests one after the other, in the order of their coming, on one thread."""
 
     def generate_streaming(self, model, processor, inputs, gen_config: Wish, request_id, response_parser=None):
@@ -130,6 +153,7 @@ class OneByOne(GenerateManager):
             )
         else:  # a model whose answers have parts, such as calls of tools
             stream = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
+        self.open[stream] = queue
         self.submit(self._run, model, processor, ids, gen_config, stream, loop, queue)
         return queue, stream
 
@@ -144,10 +168,10 @@ class OneByOne(GenerateManager):
         if isinstance(stream, TextStream):
             stream.finish()
 
-    async def generate_non_streaming(self, model, processor, inputs, gen_config: Wish, request_id):
-        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
-        text = await collect(queue, stream)
-        return text, len(inputs["input_ids"]), stream.generated_ids
+    def stop(self) -> None:
+        """Wait for the thread to be done with what has ended."""
+        with suppress(TimeoutError):
+            self.submit(lambda: None).result(timeout=STOP_SECONDS)
 
 
 def batch_settings(model) -> ContinuousBatchingConfig:
@@ -177,7 +201,7 @@ def batch_sampling(sampling: dict, vocabulary: int) -> dict:
     }
 
 
-class Together(CBGenerateManager):
+class Together(Answers, CBGenerateManager):
     """Requests together, token by token, by transformers' continuous batching."""
 
     def begin(self, model) -> None:
@@ -204,6 +228,7 @@ class Together(CBGenerateManager):
         ids, queue = inputs["input_ids"], asyncio.Queue()
         stream = TextStream(processor, ids, gen_config, queue.put_nowait)
         stream.is_prompt_next = False
+        self.open[stream] = queue
 
         def take(output) -> None:
             if stream.is_finished:
@@ -229,7 +254,6 @@ class Together(CBGenerateManager):
         )
         return queue, stream
 
-    async def generate_non_streaming(self, model, processor, inputs, gen_config: Wish, request_id):
-        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
-        text = await collect(queue, stream)
-        return text, len(inputs["input_ids"]), stream.generated_ids
+    def stop(self) -> None:
+        if self._cb is not None:
+            self._cb.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)
