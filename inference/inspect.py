@@ -8,9 +8,10 @@ from training.model.sampling import context_left, prompt_tensor
 from training.system.errors import UserError, quiet_libraries, run_main
 from training.system.files import check_output
 from training.system.flags import FlagParser
+from training.system.shell import shell
 
 from .decoding.prompts import read_prompt
-from .measuring.attention import Head, Look, look_into, name_heads
+from .measuring.attention import Head, Look, in_percent, look_into, name_heads
 from .measuring.page import write_page
 from .measuring.picture import draw_look
 from .measuring.position_tables import no_positions, position_tables
@@ -62,7 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         look, position_tables(model) or no_positions(model), heads, flags.output, title
     )
     print(in_words(look, heads))
-    print(f"Written: {flags.output}")
+    print(f"The {'page' if flags.output.suffix.lower() == '.html' else 'picture'} is in {flags.output}.")
+    if flags.output.suffix.lower() != ".html":
+        page = shell("acorn", "inspect", flags.model, prompt=flags.prompt, output=flags.output.with_suffix(".html"))
+        print(f"As a page to point at:\n  {page}")
 
 
 def chosen_layers(layers: list[int] | None, count: int) -> list[int]:
@@ -75,7 +79,7 @@ def chosen_layers(layers: list[int] | None, count: int) -> list[int]:
 
 def in_words(look: Look, heads: list[Head]) -> str:
     """The likeliest end of the prompt, and the heads that do one thing mostly, the clearest first."""
-    best = ", ".join(f"{expected.text} {expected.probability:.0%}" for expected in look.expected[-1])
+    best = ", ".join(f"{expected.text} {in_percent(expected.probability)}" for expected in look.expected[-1])
     lines = [f"after {look.tokens[-1]!r}: {best}"]
     if not look.attention:
         lines.append("This model does not give its attention weights.")

@@ -88,7 +88,6 @@ def test_an_adapter_is_looked_into_with_its_virtual_tokens(config, virtual: int,
 def test_heads_are_named_by_what_they_look_at() -> None:
     ids = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4])
     places, count = patterns(ids), len(ids)
-    shift = torch.eye(count).roll(-1, 1).tril()
     after = torch.zeros(count, count)
     for query in range(count):
         after[query, query - 3 if query >= 4 else query] = 1.0
@@ -106,8 +105,11 @@ def test_heads_are_named_by_what_they_look_at() -> None:
     for pattern, weights in drawn.items():
         assert name_head(weights, places)[0] == pattern
         assert name_head(weights, places)[1] == pytest.approx(1.0, abs=0.01)
-    assert shift.sum() == 0 or name_head(torch.ones(count, count).tril() / torch.arange(1, count + 1)[:, None], places)
-    assert name_head(torch.ones(count, count).tril() / torch.arange(1, count + 1)[:, None], places) == ("", 0.0)
+    even = torch.ones(count, count).tril()
+    assert name_head(even / even.sum(1, keepdim=True), places) == ("", 0.0)
+    window = even - even.tril(-4)
+    assert name_head(window / window.sum(1, keepdim=True), places)[0] == "last 4 tokens"
+    assert name_head(window / window.sum(1, keepdim=True), places, 4) == ("", 0.0)  # it sees no more
     assert patterns(torch.tensor([1])) == {}
 
 

@@ -6,10 +6,11 @@ import torch
 
 from training.data.tokenizers import BYTE_VOCABULARY
 from training.model.loading import without_warnings
+from training.model.sizes import text_config
 
 NAMED_FROM = 0.35  # share of a head's attention that must be on what it is named after
 NEARBY = "last 4 tokens"
-TIMES_EVEN = 1.5  # and how often as much as it would be if the head looked at all tokens alike
+TIMES_EVEN = 1.5  # and how many times what would be there if the head looked at all that it sees alike
 
 
 class Head(NamedTuple):
@@ -32,13 +33,15 @@ class Look(NamedTuple):
     """What was seen of a prompt.
 
     tokens: each one's text, to be shown. attention: one (heads, tokens, virtual + tokens) a layer, none where the model
-    does not give its weights. virtual: tokens of a prompt or prefix adapter, which come before the others. expected:
-    after each token, the likeliest first. probabilities: of each token but the first, as it was expected before it.
+    does not give its weights. windows: how many tokens each layer sees at most, None for all. virtual: tokens of a
+    prompt or prefix adapter, which come before the others. expected: after each token, the likeliest first.
+    probabilities: of each token but the first, as it was expected before it.
     """
 
     ids: list[int]
     tokens: list[str]
     attention: list[torch.Tensor]
+    windows: list[int | None]
     virtual: int
     expected: list[list[Expected]]
     probabilities: list[float]
@@ -64,12 +67,23 @@ def look_into(model, tokenizer, ids: torch.Tensor, top_k: int) -> Look:
         ids[0].tolist(),
         [shown(tokenizer, token) for token in ids[0].tolist()],
         attention,
+        windows_of(inner.config, len(attention)),
         attention[0].shape[-1] - count if attention else 0,
         [
             [Expected(shown(tokenizer, token), value) for token, value in zip(*row, strict=True)]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ],
         probabilities[:-1].gather(1, following[:, None])[:, 0].tolist(),
+    )
+
+
+def windows_of(config, layers: int) -> list[int | None]:
+    """How many tokens each layer sees at most, as a configuration of transformers' kind says it."""
+    text = text_config(config)
+    types = getattr(text, "layer_types", None) or []
+    window = getattr(text, "sliding_window", None)
+    return (
+        [window if kind == "sliding_attention" else None for kind in types] if len(types) == layers else [None] * layers
     )
 
 
@@ -85,25 +99,34 @@ def shown(tokenizer, token: int) -> str:
     return "".join(signs.get(letter) or (letter if letter.isprintable() else f"‹{ord(letter):x}›") for letter in text)
 
 
+def in_percent(probability: float) -> str:
+    """A probability in few characters."""
+    return f"{probability:.0%}" if probability >= 0.01 else f"{probability:.1%}" if probability >= 0.001 else "<0.1%"
+
+
 def name_heads(look: Look, layers: list[int]) -> list[Head]:
     """What each head of these layers mostly looks at."""
     places = patterns(torch.tensor(look.ids))
     return [
-        Head(layer, head, *name_head(look.attention[layer][head, :, look.virtual :], places))
+        Head(layer, head, *name_head(look.attention[layer][head, :, look.virtual :], places, look.windows[layer]))
         for layer in layers
         for head in range(len(look.attention[layer]))
     ]
 
 
-def name_head(weights: torch.Tensor, places: dict[str, torch.Tensor]) -> tuple[str, float]:
-    """(pattern, share): the pattern that most of a head's weights, (tokens, tokens), lie on; "" for none."""
+def name_head(weights: torch.Tensor, places: dict[str, torch.Tensor], window: int | None = None) -> tuple[str, float]:
+    """(pattern, share): the pattern that most of a head's weights, (tokens, tokens), lie on; "" for none.
+
+    window: how many tokens it sees at most. Where it could hardly look elsewhere nothing is said.
+    """
     even = torch.ones_like(weights).tril()
+    even = even if window is None else even.triu(1 - window)
     even = even / even.sum(1, keepdim=True)
     found = {}
     for pattern, where in places.items():
         rows = where.any(1)
         share, by_chance = ((w * where)[rows].sum(1).mean().item() for w in (weights, even))
-        if share >= max(NAMED_FROM, min(0.9, TIMES_EVEN * by_chance)):
+        if share >= max(NAMED_FROM, TIMES_EVEN * by_chance):
             found[pattern] = share
     if len(found) > 1:
         found.pop(NEARBY, None)  # it holds others

@@ -7,7 +7,7 @@ import numpy as np
 
 from training.system.files import replace_whole
 
-from .attention import Expected, Head, Look
+from .attention import Expected, Head, Look, in_percent
 from .position_tables import PositionTable
 
 LAST = 24  # positions whose next tokens are listed
@@ -67,11 +67,6 @@ def draw_expected(axes, look: Look) -> None:
     axes.set_title(f"What the model expects after each token{some}; framed: what does follow", fontsize=11)
 
 
-def in_percent(probability: float) -> str:
-    """A probability in few characters."""
-    return f"{probability:.0%}" if probability >= 0.01 else f"{probability:.1%}" if probability >= 0.001 else "<0.1%"
-
-
 def frame(place: int, line: int):
     """An outline around a cell."""
     from matplotlib.patches import Rectangle
@@ -128,7 +123,8 @@ def draw_attention(axes, look: Look, heads: list[Head], layers: list[int], per_l
             write_pattern(axes, named[layer, column], left, top - high * 0.01, cell)
             if row == 0:
                 axes.text(left + keys / 2, -high * 0.13, f"head {column}", ha="center", fontsize=9, color="dimgrey")
-        words = f"layer {layer}"
+        window = look.windows[layer]
+        words = f"layer {layer}" + (f"\nsees {window} tokens" if window else "")
         axes.text(-wide * 0.3, top + queries / 2, words, rotation=90, ha="right", va="center", fontsize=10)
     has_labels = cell >= LABELLED and write_tokens(axes, look, len(layers), high, cell)
     edge = wide * 0.36 if has_labels else wide * 0.4

@@ -1,5 +1,6 @@
 """How a model tells positions apart, as tables to draw: learned vectors, sines and cosines, rotations, or nothing."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,14 @@ def position_tables(model) -> list[PositionTable]:
     """The tables of a model, under an adapter too; none where only the mask says what comes first."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     count = min(MOST, context_of(inner.config, MOST))
-    waves = {name: b for name, b in inner.named_buffers() if name.split(".")[-1] == "inv_freq"}
+    waves = {n: b for n, b in inner.named_buffers() if n.endswith("inv_freq") and "original" not in n and b.dim() == 1}
     if waves:
         is_added = getattr(inner.config, "position_encoding", "rope") == "sinusoidal"
         kind = "sines and cosines, added" if is_added else "rotary: queries and keys are turned"
-        return [wave_table(kind_of_layer(name, kind), frequencies, count) for name, frequencies in waves.items()]
+        tables = {
+            kind_of_layer(name, kind): frequencies for name, frequencies in waves.items()
+        }  # a layer may keep its own
+        return [wave_table(title, frequencies, count) for title, frequencies in tables.items()]
     for name, module in inner.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.endswith(LEARNED):
             return [learned_table(module.weight[-min(module.num_embeddings, context_of(inner.config, MOST)) :][:count])]
@@ -39,9 +43,9 @@ def position_tables(model) -> list[PositionTable]:
 
 
 def kind_of_layer(name: str, kind: str) -> str:
-    """The kind, and of which layers it is where the model has several."""
-    layer_type = name.split(".")[-2]
-    return f"{kind} ({layer_type.replace('_', ' ')})" if layer_type.endswith("_attention") else kind
+    """The kind, and of which layers it is where the model has several, which the buffer's name tells."""
+    layer_type = re.search(r"(full|sliding)_attention", name)
+    return f"{kind} ({layer_type[0].replace('_', ' ')})" if layer_type else kind
 
 
 def wave_table(title: str, frequencies: torch.Tensor, count: int) -> PositionTable:
