@@ -66,6 +66,15 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def click_until(self, element: str, condition: str) -> None:
+        """Click again and again: a page that is still being built passes over clicks."""
+        for _ in range(60):
+            if self.run(f"!!({condition})"):
+                return
+            self.click(element)
+            time.sleep(1)
+        self.wait(condition, 0)
+
     def type(self, element: str, text: str) -> None:
         """Put text in the place of what the field holds."""
         self.click(element)

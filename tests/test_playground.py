@@ -1,5 +1,6 @@
 """The playground: its page asked by gradio's own client, opened in Chromium, and what the verb refuses."""
 
+import json
 import os
 import signal
 import subprocess
@@ -27,12 +28,14 @@ HOSTILE = "<script>hacked = 1</script>${hacked = 2}{{value}}<img src=x onerror='
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of the byte tokenizer, so that it reads anything, with a chat template beside it."""
+    """A run of the byte tokenizer, so that it reads anything, with a chat template; no token ends its texts."""
     flags = ["--tokenizer", "byte", "--block_size", "160", "--max_steps", "4"]
     folder = grow(tmp_path_factory.mktemp("playground"), *flags)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": None}))
     return folder
 
 
@@ -151,7 +154,7 @@ def test_a_conversation(ask) -> None:
     for turns in (1, 2, 3, 4):
         _, chat, said = ask("answer", f"question {turns}", "", *GREEDY)
         assert [f"question {n}" in chat for n in range(1, 6)] == [n <= turns for n in range(1, 6)]
-        assert "9 tokens in" in said or "ended" in said
+        assert "9 tokens in" in said
     assert "turns are no longer read" in said
     question, _, said = ask("answer", "x" * 161, "", *GREEDY)
     assert question == "x" * 161 and "refusal" in said
@@ -202,14 +205,14 @@ def test_attention_of_a_token(run) -> None:
 
 # the page, in Chromium
 
-VISIBLE = ":not([aria-hidden=true] *)"  # gradio keeps a second row of tabs, to measure it
+VISIBLE = "e.offsetParent && !e.closest('[aria-hidden=true]')"  # gradio keeps a second row of tabs, to measure it
 PROMPT = "[...document.querySelectorAll('textarea')].find(e => e.offsetParent)"
 SAID = "[...document.querySelectorAll('.said')].map(e => e.innerText)"
 TOKENS = "document.querySelectorAll('.token[data-card]')"
 
 
 def button(name: str) -> str:
-    return f"[...document.querySelectorAll('button')].find(e => e.innerText == '{name}' && e.matches('{VISIBLE}'))"
+    return f"[...document.querySelectorAll('button')].find(e => e.innerText == '{name}' && {VISIBLE})"
 
 
 @pytest.fixture
@@ -229,8 +232,7 @@ def test_the_page_in_a_browser(address, tmp_path) -> None:
     with browser(tmp_path / "profile") as tab:
         tab.open(address)
         tab.wait(button("Prompt"))
-        tab.click(button("Prompt"))
-        tab.wait(f"{button('Write on')} && {PROMPT}")
+        tab.click_until(button("Prompt"), f"{button('Write on')} && {PROMPT}")
         tab.type(PROMPT, HOSTILE)
         tab.click(button("Write on"))
         tab.wait(f"{SAID}.some(text => / a second: /.test(text))")

@@ -37,12 +37,14 @@ def span(text: str, number: int, place: int, kind: str, card: str = "", style: s
 
 
 def attention_html(pieces: list[str], weights: list[float], chosen: str, number: int, first: int) -> str:
-    """The tokens before the chosen one, each as dark as the model attended to it; `first`: the place of the first."""
-    most = max(weights) or 1.0
+    """The tokens before the chosen one, each as dark as the model attended to it; `first`: the place of the first.
+
+    The root of a weight is its darkness: heads that look everywhere stay light, and small weights are still seen.
+    """
     spans = []
     for place, (text, weight) in enumerate(zip(pieces, weights, strict=True)):
         card = json.dumps({"weight": weight})
-        spans.append(span(text, number, first + place, "seen", card, f"--w:{math.sqrt(weight / most):.3f}"))
+        spans.append(span(text, number, first + place, "seen", card, f"--w:{math.sqrt(weight):.3f}"))
     return "".join(spans) + f'<span class="token chosen">{html.escape(chosen) or "&nbsp;"}</span>'
 
 

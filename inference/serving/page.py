@@ -156,9 +156,8 @@ def build_page(writer: Writer, name: str) -> gr.Blocks:
 
 def open_page(blocks: gr.Blocks, **options) -> None:
     """Serve a page in the background, with its style; options: launch()'s."""
-    blocks.queue().launch(
-        theme=THEME, css_paths=HERE / "page.css", show_error=True, prevent_thread_lock=True, **options
-    )
+    look = {"theme": THEME, "css_paths": HERE / "page.css", "footer_links": ["api"], "run_history": False}
+    blocks.launch(show_error=True, prevent_thread_lock=True, ssr_mode=False, **look, **options)
 
 
 def _settings() -> list:
