@@ -3,8 +3,10 @@
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from training.model.sampling import continue_ids
+from training.model.loading import with_cache_names
+from training.model.sampling import context_left, continue_ids
 from training.model.windows import has_learned_positions
 
 from .variants import VARIANTS, random_model, tiny_config
@@ -74,6 +76,31 @@ def test_penalties_see_the_whole_text(penalty: dict, ids) -> None:
         logits = processor(expected, model(expected[:, first:]).logits[:, -1].detach().clone())
         expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(continue_ids(model, ids[:1, :5], 60, do_sample=False, **penalty), expected)
+
+
+ADAPTERS = {
+    "lora": lambda: LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_read_windows_too(adapter: str, positions: str, ids) -> None:
+    """Greedy by hand, a whole forward pass a token; virtual tokens come before every window, and take their places."""
+    base = endless("gpt2", position_encoding=positions)
+    model = with_cache_names(get_peft_model(base, ADAPTERS[adapter]())).eval()
+    context, expected, first = 32 if adapter == "lora" else 28, ids[:2, :5], 0
+    assert context_left(model) == context
+    for _ in range(50):
+        if expected.shape[1] - first > context:
+            first = expected.shape[1] - context // 2
+        with torch.no_grad():
+            logits = model(input_ids=expected[:, first:]).logits[:, -1]
+        expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(continue_ids(model, ids[:2, :5], 50, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("name", ["rope", "sinusoidal", "no_positions", "sliding_rope"])

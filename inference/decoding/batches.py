@@ -82,8 +82,15 @@ def _key(job: Job, place: int, length: int) -> int:
     """What is the same for prompts that may go into one batch."""
     if job.is_one_by_one:
         return place
-    is_exact_padded = not any(name in job.generation for name in READ_THE_PROMPT)
-    return 0 if is_exact_padded and job.beyond_context == "window" else length
+    reads_padding = any(name in job.generation for name in READ_THE_PROMPT)
+    # PEFT counts the padding's positions before virtual tokens; some rotary scalings follow the longest row.
+    reads_padding |= has_virtual_tokens(job.model) or job.beyond_context == "extrapolate"
+    return length if reads_padding else 0
+
+
+def has_virtual_tokens(model) -> bool:
+    """Whether the model is a prompt or prefix adapter on its base."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def _grow_batch(job: Job, prompts: list[list[int]], streamer) -> list[list[Sample]]:
@@ -142,6 +149,8 @@ def refuse_drafts(job: Job, longest: int) -> None:
 
     longest: tokens of the longest prompt.
     """
+    if has_virtual_tokens(job.model):
+        raise UserError("drafts: do not go together with an adapter of virtual tokens (prompt, prefix); leave one out")
     layers = getattr(text_config(job.model.config), "layer_types", None) or ()
     if "sliding_attention" in layers and version.parse(transformers.__version__) < version.parse("5.18"):
         raise UserError(f"drafts: with sliding windows they need transformers 5.18, not {transformers.__version__}")

@@ -26,15 +26,22 @@ def reading_windows(model, context: int) -> Iterator[None]:
     generate() asks the model's `prepare_inputs_for_generation` for every forward pass; here that function is given the
     window alone. Beams, penalties and criteria of stopping know nothing of it, and see the whole text.
     """
-    had_own, whole = "prepare_inputs_for_generation" in vars(model), model.prepare_inputs_for_generation
-    model.prepare_inputs_for_generation = Window(model.config, whole, context)
+    asked = asked_by_generate(model)
+    had_own, whole = "prepare_inputs_for_generation" in vars(asked), asked.prepare_inputs_for_generation
+    asked.prepare_inputs_for_generation = Window(model.config, whole, context)
     try:
         yield
     finally:
         if had_own:
-            model.prepare_inputs_for_generation = whole
+            asked.prepare_inputs_for_generation = whole
         else:
-            del model.prepare_inputs_for_generation
+            del asked.prepare_inputs_for_generation
+
+
+def asked_by_generate(model):
+    """Whose function generate() asks: of an adapter that adds virtual tokens PEFT's own, else the base's."""
+    adapter = getattr(model, "active_peft_config", None)
+    return model if adapter is None or adapter.is_prompt_learning else model.get_base_model()
 
 
 class Window:
