@@ -74,10 +74,16 @@ def export_gguf(flags) -> list[str]:
 
 def next_gguf(path: Path, tokenizer) -> list[str]:
     """How to run the file: a chat where the tokenizer knows how one is written, else a text that goes on."""
-    run = shell("llama-cli", "-m", path) if tokenizer.chat_template else shell("llama-completion", "-m", path) + " -p …"
     name = shell(path.stem)
     ollama = f"echo FROM {shell(path.absolute())} > Modelfile && ollama create {name} && ollama run {name}"
-    return ["Next, with llama.cpp or with Ollama:", f"  {run}", f"  {ollama}"]
+    lines = ["Next, with llama.cpp or with Ollama:"]
+    if tokenizer.chat_template:
+        lines += [f"  {shell('llama-cli', '-m', path)}", f"  {ollama}"]
+        return [
+            *lines,
+            "Ollama reads no Jinja: for a chat there, write the template anew as TEMPLATE in the Modelfile.",
+        ]
+    return [*lines, f"  {shell('llama-completion', '-m', path)} -p …", f"  {ollama}"]
 
 
 def export_onnx(flags) -> list[str]:

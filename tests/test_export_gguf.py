@@ -1,22 +1,27 @@
 """`acorn export --format gguf`, read back by the gguf package, and by transformers where it knows the architecture."""
 
 import json
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import export
 from inference.formats.gguf import choose, write_gguf
+from modeling import GPTConfig
+from modeling.presets import PRESETS
 from training.data.tokenizers import build_tokenizer
-from training.system.errors import UserError
+from training.system.errors import UserError, explain
 
 from .gguf_cases import CASES, SWIGLU, model_of, tokenizer_of
 from .tiny_runs import refused
 from .variants import VARIANTS, random_model, tiny_config
 
+ROOT = Path(__file__).parent.parent
 TEXT = "the quick brown fox: 12 jumps, naïve 漢字 😀 over\n\tthe lazy dogs\r\n  and  the quick brown foxes' dens\n" * 9
 
 
@@ -232,6 +237,31 @@ def test_numbers_that_the_type_cannot_hold(number: float, words: str, tmp_path) 
     with pytest.raises(UserError, match=words):
         write_gguf(model, tokenizer_of(61), tmp_path / "made.gguf", "f16", "mine")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_told_as_one(tmp_path) -> None:
+    with pytest.raises(OSError) as error, open("/dev/full", "wb") as disk:
+        np.zeros(10**5).tofile(disk)  # as the gguf package writes
+    assert explain(error.value)[0] == 1
+    assert "the disk is full" in explain(error.value)[1]
+
+
+def test_what_the_recipes_grow() -> None:
+    held = {}
+    for path in sorted((ROOT / "training/recipes").glob("*.yaml")):
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        config = GPTConfig(**PRESETS.get(fields.pop("preset", None), {}) | fields)
+        try:
+            held[path.stem] = choose(path.stem, config).name
+        except UserError as refusal:
+            held[path.stem] = str(refusal).partition("cannot hold ")[2].partition("=")[0]
+    assert held["quickstart"] == held["shakespeare-char-fast"] == "apertus"
+    assert held["shakespeare-char"] == held["gpt2-openwebtext"] == "gpt2"
+    assert {name: why for name, why in held.items() if why not in ("apertus", "gpt2")} == {
+        "gpt2-openwebtext-modern": "logit_softcap",
+        "toygpt-small": "lm_head_bias",
+    }
 
 
 def test_a_tokenizer_with_another_splitting_rule(tmp_path) -> None:

@@ -26,6 +26,7 @@ NAME = "acorn_backend_check"
 TOLERANCE = 1e-4  # of hidden states up to 1
 TEXT_TOKENS = 24
 KERNEL_HEADS = 8  # what attention kernels of GPUs want head_dim to be a multiple of
+THEIR_SOFTCAP = "final_logit_softcapping"
 GOOD, LIMIT, MISSING = "ok", "limit", "missing"
 Line = tuple[str, str]
 
@@ -150,8 +151,11 @@ def heads(config: GPTConfig) -> Iterator[Line]:
 
 def head(config: GPTConfig) -> Iterator[Line]:
     """The head belongs to the backend: what ours does beside multiplying is lost."""
-    if config.logit_softcap is not None:
-        yield (MISSING, f"logit_softcap={config.logit_softcap}: the backend's head does not cap logits by this field")
+    if getattr(config, THEIR_SOFTCAP, None) != config.logit_softcap:
+        yield (
+            MISSING,
+            f"logit_softcap={config.logit_softcap}: their heads read {THEIR_SOFTCAP}, and would cap nothing",
+        )
     if config.lm_head_bias:
         yield (LIMIT, "lm_head_bias=True: vLLM's newer versions alone read a bias of the head")
 

@@ -11,9 +11,9 @@ from contextlib import suppress
 from .addresses import public_text
 
 # Full disks, quotas and limits, as the operating system and safetensors tell them (the first), and torch.save, by where
-# in a file it was.
+# in a file it was; numpy's tofile counts what it could not write.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "file write failed")
-DISK_FULL += ("iostream error", "unexpected pos")
+DISK_FULL += ("iostream error", "unexpected pos", "requested and")
 # Memory that is used up, as torch's allocators tell it: of CPUs, and of GPUs.
 MEMORY_FULL = ("can't allocate memory", "not enough memory", "out of memory", "Unable to allocate")
 FEW = 8  # names that an error lists beside the nearest one
