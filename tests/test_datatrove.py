@@ -9,6 +9,7 @@ from shlex import split as words
 import numpy as np
 import pytest
 
+from inference import evaluate
 from training import pretrain, resume
 from training.config.arguments import DataArguments
 from training.data.corpus import holds_datatrove, load_datatrove, read_token_file
@@ -100,6 +101,7 @@ def test_a_run_and_its_resume(tokenizer, capsys) -> None:
     pretrain.main(latest(*argv, *words("--data_dir tokens --tokenizer made --save_total_limit 9")))
     assert "tokens: " in capsys.readouterr().out
     assert checkpoints(Path("run")) == [4, 8] and metrics(Path("run"))[-1]["bits_per_byte"] > 0
+    assert "have no split of their own" in refused(evaluate.main, "run", "--data_dir", "tokens")
     resume.main(words("run --checkpoint checkpoint-4 --max_steps 9"))
     assert not same_weights(Path("run/checkpoint-4"), Path("run/checkpoint-9"))
 

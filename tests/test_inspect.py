@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import subprocess
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from inference.measuring.attention import look_into, name_head, name_heads, patt
 from inference.measuring.position_tables import no_positions, position_tables
 from training.data.tokenizers import build_tokenizer
 
+from .browser import CHROMIUM
 from .tiny_bases import our_model, save, stock_model
 from .tiny_runs import refused
 from .variants import VARIANTS, random_model, tiny_config
@@ -136,6 +138,19 @@ def test_the_picture_and_the_page(folder, monkeypatch, capsys, name: str) -> Non
         rows = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).view(queries, queries + virtual)
         assert rows.sum(1).tolist() == pytest.approx([255] * queries, abs=queries)
     assert ("words" in data["positions"]) == (name == "gpt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_runs_the_page(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    acorn.call_verb(["inspect", "prompt", "--prompt", PROMPT + "</script>\n", "--output", str(tmp_path / "page.html")])
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert page.count("<canvas") == 4 + 1 and 'alt="the positions' in page
+    assert "After ↵" in page and page.count('<td class="bar">') == 5
+    assert "<title>prompt: 40 tokens</title>" in page
 
 
 def test_one_picture(folder, monkeypatch, capsys) -> None:

@@ -63,12 +63,13 @@ def test_results_are_added_once_and_the_rest_stays(folder, capsys) -> None:
     assert {result.dataset_name for result in new.values()} == {"words.txt"}
     evaluate(capsys, "run", "--text_files", "words.txt", "--update_card")
     assert read_card(folder / "run")[0].data.to_dict() == after.data.to_dict()
-    evaluate(capsys, "run", "--text_files", "words.txt", "--stride", "4", "--update_card")
+    acorn.call_verb(["evaluate", "run", "--text_files", "words.txt", "--stride", "4", "--update_card"])
     again = read_card(folder / "run")[0].data.eval_results
     assert len(again) == len(after.data.eval_results) + 4
     assert again[-1].metric_args == {"stride": 4}
+    assert "acorn push run YOU/NAME --dry_run" in capsys.readouterr().err
     verify(folder / "run")
-    assert "README.md" not in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_without_a_card_gets_one(folder, capsys) -> None:
@@ -83,6 +84,7 @@ def test_a_card_that_a_manifest_lists_is_not_called_damaged(folder, capsys) -> N
     manifest["files"]["README.md"] = {"bytes": 1, "sha256": "0" * 64}
     (folder / "run" / MANIFEST).write_text(json.dumps(manifest))
     evaluate(capsys, "run", "--text_files", "words.txt", "--update_card")
+    capsys.readouterr()
     verify(folder / "run")
     assert capsys.readouterr().err == ""
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from huggingface_hub import EvalResult
@@ -43,6 +44,8 @@ def update_card(directory: Path, results: list[EvalResult]) -> None:
     """Write the results into the directory's card; the rest of it stays."""
     write_whole(directory / "README.md", add_results(card_of(directory), directory.absolute().name, results))
     relist(directory, "README.md")
+    push = shell("acorn", "push", directory, "YOU/NAME", "--dry_run")
+    print(f"The results are in {directory / 'README.md'}. Next:\n  {push}", file=sys.stderr)
 
 
 def text_results(flags: argparse.Namespace, measured: Measured, results: dict) -> list[EvalResult]:

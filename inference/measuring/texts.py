@@ -8,11 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from training.config.arguments import DataArguments
-from training.data.corpus import SPLITS, Corpus, count_bytes, holds_datatrove, load_corpus, load_datatrove
-from training.data.dataset import EvaluationRows, Rows, TokenArray
+from training.data.corpus import SPLITS, holds_datatrove, load_corpus
+from training.data.dataset import EvaluationRows, Rows, TokenArray, Tokens
 from training.data.encoding import encode_documents
 from training.data.sources import named_sources, read_documents
-from training.model.loading import tokenizer_home
 from training.run import open_run, refuse_other_tokenizer, sequence_length
 from training.system.checkpoints import run_of
 from training.system.errors import UserError
@@ -66,23 +65,18 @@ def tokens_of_text(flags: argparse.Namespace, tokenizer) -> tuple[TokenArray, in
     return TokenArray(tokens), num_bytes, named
 
 
-def prepared_tokens(flags: argparse.Namespace, tokenizer) -> tuple:
-    """(tokens, UTF-8 bytes, name) of a split of prepared tokens, ours or datatrove's, that this tokenizer made."""
-    corpus = open_prepared(flags)
+def prepared_tokens(flags: argparse.Namespace, tokenizer) -> tuple[Tokens, int, str]:
+    """(tokens, UTF-8 bytes, name) of a split of prepared tokens, which this tokenizer made."""
+    if holds_datatrove(flags.data_dir):
+        why = "datatrove's tokens have no split of their own; evaluate a run on them by its name alone"
+        raise UserError(f"--data_dir={flags.data_dir}: {why}")
+    corpus = load_corpus(flags.data_dir)
     refuse_other_tokenizer(tokenizer, corpus, flags.model)
     tokens = corpus.tokens(flags.split)
-    held = corpus.manifest["splits"][flags.split]
-    num_bytes = held["bytes"] if "bytes" in held else count_bytes(corpus.tokenizer, tokens)
     if len(tokens) < 2:
         raise UserError(f"--split {flags.split}: holds {len(tokens)} tokens of {flags.data_dir}; take the other split")
+    num_bytes = corpus.manifest["splits"][flags.split]["bytes"]
     return tokens, num_bytes, f"{Path(flags.data_dir).name}, {flags.split} split"
-
-
-def open_prepared(flags: argparse.Namespace) -> Corpus:
-    """The prepared tokens in `data_dir`."""
-    if holds_datatrove(flags.data_dir):  # it does not keep its tokenizer
-        return load_datatrove(DataArguments(data_dir=flags.data_dir, tokenizer=tokenizer_home(flags.model)))
-    return load_corpus(flags.data_dir)
 
 
 def add_text_flags(add) -> None:
