@@ -37,6 +37,7 @@ class ModelArguments:
 class FinetuneDataArguments(DataArguments):
     """Where the text, the pairs or the conversations come from, and how they become rows."""
 
+    dataset: str | None = help_field("Dataset on the Hub, local dataset directory, python-stdlib or synthetic-chat.")
     data_format: str = help_field("Format of the data: auto (detected), text, pairs or chat.", "auto")
     prompt_column: str = help_field("Pairs: column of the prompt; instruction, question, ... are known, too.", "prompt")
     completion_column: str = help_field(

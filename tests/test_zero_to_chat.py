@@ -4,16 +4,20 @@ import json
 import re
 import sys
 from itertools import islice
+from random import Random
 
 import pytest
 
 from benchmarks import zero_to_chat
-from finetune import finetune
+from finetune import chat_files, finetune
 from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import check_turns, find_format, read_conversations
 from finetune.synthetic_chat import CONVERSATIONS, KINDS, conversations, converse, held_out_questions, is_held_out
+from inference import evaluate
 from training import prepare, pretrain
 
+from .tiny_bases import our_model, save
+from .tiny_finetunes import facts, tune
 from .tiny_runs import refused
 
 WORDS, NUMBERS = re.compile(r"[A-Za-z]+"), re.compile(r"\d+")
@@ -70,8 +74,6 @@ def test_conversations_are_well_formed_and_have_every_kind() -> None:
 
 
 def test_the_name_that_was_said_last_is_remembered() -> None:
-    from random import Random
-
     exchanges = list(converse(Random(1), ["recall", "introduce", "add", "introduce", "recall"]))
     assert exchanges[0][1] == "You have not told me your name."
     assert exchanges[4][1] == exchanges[3][1].replace("Hello, ", "Your name is ").replace("!", ".")
@@ -85,12 +87,29 @@ def test_the_name_that_was_said_last_is_remembered() -> None:
         (pretrain.main, ["quickstart", "--dataset", "synthetic-chat"], "only `acorn finetune` reads it"),
         (prepare.main, ["quickstart", "--dataset", "synthetic-chat"], "only `acorn finetune` reads it"),
         (finetune.main, ["first-chat"], "`acorn pretrain chat-base` grows it"),
+        (finetune.main, ["base", "--dataset", "synthetic-chat", "--data_format", "pairs"], "is a chat; leave it out"),
+        (finetune.main, ["base", "--dataset", "synthetic-chat", "--dataset_split", "test"], "has no effect on"),
+        (finetune.main, ["base", "--dataset", "synthetic-chat", "--text_files", "a.txt"], "two sources at once"),
     ],
 )
 def test_what_it_is_not_for(main, argv: list[str], words: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    save(our_model(), tmp_path / "base")
     assert words in refused(main, *argv)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_model_is_taught_it_and_asked_what_it_held_out(tmp_path, monkeypatch, capsys) -> None:
+    save(our_model("gpt-rope-gqa"), tmp_path / "base")
+    monkeypatch.setattr(chat_files, "conversations", lambda: conversations(30))
+    run = tune(tmp_path, "base", "--adapter", "full", "--dataset", "synthetic-chat", name="taught")
+    printed = capsys.readouterr().out
+    assert "30 documents: the loss is on " in printed and "acorn chat taught\n  acorn serve taught\n" in printed
+    assert facts(run)["perplexity_after"] < facts(run)["perplexity_before"]
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "`synthetic-chat`" in card and "datasets:" not in card, "it is on no Hub"
+    evaluate.main([str(run)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] > 0
 
 
 @pytest.mark.slow
