@@ -12,7 +12,7 @@ from benchmarks import zero_to_chat
 from finetune import chat_files, finetune
 from finetune.arguments import FinetuneDataArguments
 from finetune.chat_files import check_turns, find_format, read_conversations
-from finetune.synthetic_chat import CONVERSATIONS, KINDS, conversations, converse, held_out_questions, is_held_out
+from finetune.synthetic_chat import KINDS, conversations, converse, held_out_questions, is_held_out
 from inference import evaluate
 from training import prepare, pretrain
 
@@ -63,12 +63,11 @@ def test_a_sum_is_worked_out_right() -> None:
 
 
 def test_conversations_are_well_formed_and_have_every_kind() -> None:
-    found = list(read_conversations(FinetuneDataArguments(**NAMED), {}))
+    found = list(islice(read_conversations(FinetuneDataArguments(**NAMED), {}), 500))
     assert find_format(FinetuneDataArguments(**NAMED)) == "chat"
-    assert len(found) == CONVERSATIONS
     for conversation in found[:200]:
         assert check_turns(conversation).messages == conversation.messages
-    texts = said([conversation.messages for conversation in found[:500]])
+    texts = said([conversation.messages for conversation in found])
     for start in ("Hello, ", "Your name is ", "You have not told me", "I do not know", "I am Acorn"):
         assert any(text.startswith(start) for text in texts), start
 
@@ -88,8 +87,12 @@ def test_the_name_that_was_said_last_is_remembered() -> None:
         (prepare.main, ["quickstart", "--dataset", "synthetic-chat"], "only `acorn finetune` reads it"),
         (finetune.main, ["first-chat"], "`acorn pretrain chat-base` grows it"),
         (finetune.main, ["base", "--dataset", "synthetic-chat", "--data_format", "pairs"], "is a chat; leave it out"),
-        (finetune.main, ["base", "--dataset", "synthetic-chat", "--dataset_split", "test"], "has no effect on"),
-        (finetune.main, ["base", "--dataset", "synthetic-chat", "--text_files", "a.txt"], "two sources at once"),
+        (finetune.main, ["base", "--dataset", "synthetic-chat", "--dataset_config", "en"], "has no effect on"),
+        (
+            finetune.main,
+            ["base", "--dataset", "synthetic-chat", "--text_files", "base/config.json"],
+            "two sources at once",
+        ),
     ],
 )
 def test_what_it_is_not_for(main, argv: list[str], words: str, tmp_path, monkeypatch) -> None:
