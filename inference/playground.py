@@ -1,9 +1,10 @@
 """`acorn playground MODEL`: a page on this machine to write and talk with a model, and to see what it holds likely."""
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 
 import torch
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
 
     blocks = build_page(AcornWriter(model, tokenizer, context_left(model)), flags.model.rstrip("/"))
     host = f"[{flags.host}]" if ":" in flags.host else flags.host
-    open_page(blocks, server_name=host, server_port=port, share=flags.share, quiet=True)
+    with redirect_stdout(sys.stderr):  # gradio explains at length why there is no link
+        open_page(blocks, server_name=host, server_port=port, share=flags.share, quiet=True)
     say_where(address, flags, is_open, blocks.share_url)
     while True:
         time.sleep(3600)

@@ -71,7 +71,8 @@ class Browser:
         for _ in range(60):
             if self.run(f"!!({condition})"):
                 return
-            self.click(element)
+            if self.run(f"!!({element})"):
+                self.click(element)
             time.sleep(1)
         self.wait(condition, 0)
 
