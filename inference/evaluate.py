@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from training.loop.evaluation import PositionSums, evaluate_rows
 from training.model.devices import best_device, refuse_emulated
 from training.model.loading import load_model_and_tokenizer
+from training.system.addresses import each_text, public_text
 from training.system.errors import UserError, one_line, quiet_libraries, run_main
 from training.system.files import check_output
 from training.system.flags import FlagParser
@@ -131,7 +132,7 @@ def save(flags: argparse.Namespace, results: dict) -> None:
     evaluate.saving._git_commit_hash = lambda: None  # fails without git, and prints `fatal` outside of a repository
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items() if value}
     try:
-        evaluate.save(flags.save, **given | results)
+        evaluate.save(flags.save, **each_text(given, public_text) | results)
     except OSError as error:
         raise UserError(f"--save={flags.save}: {one_line(error)}; name a file or folder that can be written") from error
 

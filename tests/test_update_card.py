@@ -1,12 +1,16 @@
 """`acorn evaluate --update_card`: results reach the card's metadata, and all else in it stays."""
 
 import json
+import math
 import shutil
+from argparse import Namespace
 
 import pytest
 from huggingface_hub import ModelCard
 
 import acorn
+from inference.measuring.card import text_results
+from inference.measuring.texts import Measured, name_of
 from training.share.model_card import CardFacts, add_results, model_card
 from training.system.errors import UserError
 from training.system.run_files import MANIFEST, verify
@@ -98,6 +102,27 @@ def test_what_somebody_wrote_is_kept() -> None:
     assert card.text.strip() == "# Mine\n\nMy wörds."
     with pytest.raises(UserError, match=r"README\.md: the metadata on top"):
         add_results("---\na: [\n---\n", "mine", [])
+
+
+@pytest.mark.parametrize(
+    ("named", "kind", "name"),
+    [
+        ({"text_files": ["https://me:secret@x.org/a.txt?token=secret"]}, "text", "a.txt"),
+        ({"text_files": ["/home/me/a.txt", "b.txt"]}, "text", "a.txt, b.txt"),
+        ({"dataset": "roneneldan/TinyStories"}, "roneneldan/TinyStories", "roneneldan/TinyStories"),
+        ({"dataset": "/home/me/stories"}, "text", "stories"),
+        ({"dataset": "python-stdlib"}, "text", "python-stdlib"),
+    ],
+)
+def test_a_card_tells_neither_secrets_nor_places(named: dict, kind: str, name: str) -> None:
+    flags = {"text_files": [], "data_files": [], "dataset": None, "dataset_config": None, "dataset_split": "test"}
+    flags = Namespace(**flags | {"block_size": None, "stride": 8, "bf16": False} | named)
+    figures = {"loss": 1.0, "perplexity": math.inf, "bits_per_byte": 0.5, "token_accuracy": 0.25}
+    results = text_results(flags, Measured([], 1, 1, name_of(flags)), figures)
+    assert [result.metric_type for result in results] == ["loss", "bits_per_byte", "accuracy"]
+    assert {(result.dataset_type, result.dataset_name) for result in results} == {(kind, name)}
+    card = add_results(model_card(CardFacts("m", "A test.")), "m", results)
+    assert card_errors(card) == [] and "secret" not in card and "/home" not in card
 
 
 def test_what_is_refused_leaves_everything_as_it_was(folder, capsys) -> None:

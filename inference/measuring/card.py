@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from training.config.publishing import is_hub_id
+from training.data.sources import PYTHON_STDLIB
 from training.share.model_card import METRICS, add_results
 from training.share.report import card_of
 from training.share.uploads import refuse_no_model
@@ -51,14 +53,15 @@ def update_card(directory: Path, results: list[EvalResult]) -> None:
 def text_results(flags: argparse.Namespace, measured: Measured, results: dict) -> list[EvalResult]:
     """The figures of a text."""
     how = {name: getattr(flags, name) for name in HOW if getattr(flags, name)}
+    is_on_hub = is_hub_id(flags.dataset) and flags.dataset != PYTHON_STDLIB
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Text generation",
-            dataset_type=flags.dataset or "text",
-            dataset_name=measured.name,
-            dataset_config=flags.dataset_config or (None if flags.dataset else measured.name),
-            dataset_split=flags.dataset_split if flags.dataset else None,
+            dataset_type=flags.dataset if is_on_hub else "text",
+            dataset_name=measured.name[:200],
+            dataset_config=flags.dataset_config if is_on_hub else measured.name[:200],
+            dataset_split=flags.dataset_split if is_on_hub else None,
             metric_type=kind,
             metric_name=words,
             metric_value=round(results[name], 6),

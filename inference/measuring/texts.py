@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from training.config.arguments import DataArguments
+from training.config.publishing import is_hub_id
 from training.data.corpus import SPLITS, holds_datatrove, load_corpus
 from training.data.dataset import EvaluationRows, Rows, TokenArray, Tokens
 from training.data.encoding import encode_documents
 from training.data.sources import named_sources, read_documents
 from training.run import open_run, refuse_other_tokenizer, sequence_length
+from training.system.addresses import public_name
 from training.system.checkpoints import run_of
 from training.system.errors import UserError
 
@@ -61,8 +63,15 @@ def tokens_of_text(flags: argparse.Namespace, tokenizer) -> tuple[TokenArray, in
     tokens = np.concatenate(pieces)
     if len(tokens) < 2:
         raise UserError(f"{named_sources(data)[0]}: a single token, of which none is predicted; name a longer text")
-    named = flags.dataset or ", ".join(Path(name).name for name in flags.text_files or flags.data_files)
-    return TokenArray(tokens), num_bytes, named
+    return TokenArray(tokens), num_bytes, name_of(flags)
+
+
+def name_of(flags: argparse.Namespace) -> str:
+    """What the text is called where others read it: a Hub id, or the names of files without their places."""
+    if is_hub_id(flags.dataset):
+        return flags.dataset
+    names = [flags.dataset] if flags.dataset else flags.text_files or flags.data_files
+    return ", ".join(Path(public_name(name)).name for name in names)
 
 
 def prepared_tokens(flags: argparse.Namespace, tokenizer) -> tuple[Tokens, int, str]:
