@@ -14,9 +14,10 @@ from inference import export
 from inference.formats.gguf import choose, write_gguf
 from modeling import GPTConfig
 from modeling.presets import PRESETS
-from training.data.tokenizers import build_tokenizer
+from training.data.tokenizers import build_entries, build_tokenizer
 from training.system.errors import UserError, explain
 
+from .foreign import CHARACTERS, nanogpt_of, stock_gpt2, write_checkpoint, write_meta
 from .gguf_cases import CASES, SWIGLU, model_of, tokenizer_of
 from .tiny_runs import refused
 from .variants import VARIANTS, random_model, tiny_config
@@ -208,6 +209,46 @@ def test_what_to_type_next(tokenizer: str, run, tmp_path) -> None:
     assert "ollama create made" in printed
     assert "tanh approximation" in printed
     assert value(gguf.GGUFReader(tmp_path / "made.gguf"), "general.name") == "model"
+
+
+def test_other_formats_go_through_ours(tmp_path, capsys) -> None:
+    """nanoGPT's characters have no end of text, and llama.cpp none that would mean nothing."""
+    stock = stock_gpt2(activation_function="gelu", vocab_size=len(CHARACTERS))
+    stock.save_pretrained(tmp_path / "stock")
+    write_meta(write_checkpoint(tmp_path / "nano", nanogpt_of(stock)))
+    for source in ("nano", "nano/ckpt.pt"):
+        path = tmp_path / f"{len(source)}.gguf"
+        export.main([str(tmp_path / source), str(path), "--format", "gguf"])
+        reader = gguf.GGUFReader(path)
+        assert value(reader, "general.architecture") == "gpt2"
+        assert len(value(reader, "tokenizer.ggml.tokens")) == len(CHARACTERS)
+        assert value(reader, "tokenizer.ggml.eos_token_id") is None
+        assert f"entry 11, {CHARACTERS[11]!r}, and will stop there" in capsys.readouterr().out
+    export.main(
+        [str(tmp_path / "stock"), str(tmp_path / "x.gguf"), "--format", "gguf", "--tokenizer", str(chars(tmp_path))]
+    )
+    assert value(gguf.GGUFReader(tmp_path / "x.gguf"), "tokenizer.ggml.eos_token_id") == stock.config.eos_token_id
+
+
+def chars(folder: Path) -> Path:
+    """A directory with the tokenizer of CHARACTERS."""
+    build_entries(CHARACTERS, has_end=False).save_pretrained(folder / "characters")
+    return folder / "characters"
+
+
+def test_an_unused_entry_ends_where_nothing_does(tmp_path) -> None:
+    ours = build_entries(CHARACTERS, has_end=False)
+    model = model_of({"vocab_size": len(CHARACTERS) + 3})
+    lines = write_gguf(model, ours, tmp_path / "made.gguf", "f32", "mine")
+    assert not any("end-of-text" in line for line in lines)
+    assert value(gguf.GGUFReader(tmp_path / "made.gguf"), "tokenizer.ggml.eos_token_id") == len(CHARACTERS) + 2
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    line = refused(export.main, str(tmp_path / "adapter"), str(tmp_path / "x.gguf"), "--format", "gguf")
+    assert "acorn merge" in line
 
 
 def test_refusals(run, tmp_path) -> None:

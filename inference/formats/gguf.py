@@ -21,7 +21,7 @@ from training.system.errors import UserError
 from training.system.files import replace_whole
 
 from .base import Obstacle
-from .gguf_vocabulary import add_vocabulary
+from .gguf_vocabulary import add_vocabulary, note
 from .gpt2 import OBSTACLES, position_table
 
 # --outtype, with the names that llama.cpp's own converter has for them: what the file calls itself
@@ -288,7 +288,7 @@ def write_gguf(model: GPTForCausalLM, tokenizer, path: Path, outtype: str, title
     lines = [f"{path}: {architecture.name} in llama.cpp's terms, {outtype}, {path.stat().st_size / 1e6:.1f} MB"]
     if model.config.hidden_act == "gelu":
         lines.append("hidden_act='gelu': llama.cpp computes its tanh approximation, which differs by up to 5e-4")
-    return lines
+    return lines + note(tokenizer, model)
 
 
 def fill(path: Path, model: GPTForCausalLM, tokenizer, architecture: Architecture, outtype: str, title: str) -> None:

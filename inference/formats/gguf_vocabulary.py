@@ -9,6 +9,7 @@ LETTERS = {byte: letter for letter, byte in BYTE_VOCABULARY.items()}  # byte: ho
 # llama.cpp wants one merge at least; these two bytes are in no UTF-8 text.
 NO_MERGE = f"{LETTERS[0xC0]} {LETTERS[0xC1]}"
 PRE = "gpt-2"  # llama.cpp's name of the rule by which GPT-2 takes a text apart before the merges
+DEFAULT_END = 11  # llama.cpp's end of text where a file names none
 PLAIN = {"dropout": None, "byte_fallback": False, "ignore_merges": False}  # of a BPE that merges by rank alone
 
 
@@ -28,26 +29,42 @@ def add_vocabulary(writer, tokenizer: PreTrainedTokenizerFast, model) -> None:
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    add_special(writer, tokenizer, model.generation_config)
+    add_special(writer, tokenizer, model)
     if tokenizer.chat_template:
         template = tokenizer.chat_template
         named = [{"name": name, "template": text} for name, text in template.items()] if type(template) is dict else []
         writer.add_chat_template(named or template)
 
 
-def add_special(writer, tokenizer, generation) -> None:
+def add_special(writer, tokenizer, model) -> None:
     """Which tokens begin, end and fill a text; of several that end one, the first two."""
-    ends = generation.eos_token_id
-    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    for add, token in zip((writer.add_eos_token_id, writer.add_eot_token_id), ends, strict=False):
+    for add, token in zip((writer.add_eos_token_id, writer.add_eot_token_id), ends(tokenizer, model), strict=False):
+        add(token)
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else next(iter(ends(tokenizer, model)), None)
+    for add, token in ((writer.add_bos_token_id, begin), (writer.add_pad_token_id, tokenizer.pad_token_id)):
         if token is not None:
             add(token)
-    for add, token in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if token is not None:
-            add(token)
+
+
+def ends(tokenizer, model) -> list[int]:
+    """The tokens that end a text: the model's, the tokenizer's, or else an entry that no text has.
+
+    Where a file names none, llama.cpp takes entry 11. None at all: the list is empty.
+    """
+    named = model.generation_config.eos_token_id
+    found = named if isinstance(named, list) else [tokenizer.eos_token_id if named is None else named]
+    unused = list(range(len(tokenizer), model.config.vocab_size))
+    return [token for token in found if token is not None] or unused[-1:]
+
+
+def note(tokenizer, model) -> list[str]:
+    """A line on what llama.cpp will do otherwise than the model."""
+    if ends(tokenizer, model) or len(tokenizer) <= DEFAULT_END:
+        return []
+    entry = tokenizer.decode([DEFAULT_END])
+    return [
+        f"The tokenizer has no end-of-text token: llama.cpp takes entry {DEFAULT_END}, {entry!r}, and will stop there."
+    ]
 
 
 def whole_list(tokenizer, entries: dict[int, str], size: int) -> tuple[list[str], list[int]]:
