@@ -21,7 +21,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         scale = (weight.abs().amax(dim=1).float().clamp(min=SMALLEST) / 127).to(torch.bfloat16)
-        rounded = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        rounded = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous()
         self.register_buffer("weight", rounded)
         self.register_buffer("scale", scale)
         self.bias = bias

@@ -1,0 +1,188 @@
+"""The compiled step gives the same ids as the model without it; weights in eight bits, nearly the same logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+from inference import generate
+from inference.decoding.compiled import CompiledStep, StaticCaches, compiled, refuse_without_compiler
+from inference.decoding.weights import Int8Linear, quantized
+from training.model.sampling import continue_ids
+from training.system.errors import UserError
+
+from .tiny_runs import grow, refused
+from .variants import TINY, VARIANTS, random_model, tiny_config
+
+UNCOMPILABLE = {"rope_dynamic", "rope_dynamic_past_context"}
+GREEDY = {"ends": [], "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Each test compiles anew, as torch counts what it has compiled, and without a look for a compiler."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("inference.decoding.compiled.refuse_without_compiler", lambda device: None)
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    return torch.randint(0, TINY["vocab_size"], (2, 4), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_step_alone_is_compiled(tiny_model, prompt, monkeypatch) -> None:
+    """One graph for a whole text, which goes past the context: its prompt, and its windows, are read by the forward."""
+    model, graphs, steps = tiny_model(), [], []
+    expected = continue_ids(model, prompt, 45, **GREEDY)
+    options = compiled(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    call = CompiledStep.__call__
+    monkeypatch.setattr(
+        CompiledStep,
+        "__call__",
+        lambda self, **kwargs: steps.append(kwargs["input_ids"].shape[1]) or call(self, **kwargs),
+    )
+    assert torch.equal(continue_ids(model, prompt, 45, **GREEDY, **options), expected)
+    assert len(graphs) == 1
+    assert set(steps) == {4, 1, 16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled_ids_are_those_of_the_model(name: str, prompt) -> None:
+    """Traced as for torch's compiler, and run without it, which would take a minute each."""
+    model = random_model(tiny_config(**VARIANTS[name]))
+    expected = [continue_ids(model, prompt, length, **GREEDY) for length in (20, 45)]
+    beams = continue_ids(model, prompt, 15, num_beams=3, **GREEDY)
+    if name in UNCOMPILABLE:
+        with pytest.raises(UserError, match=r"rope_parameters\.rope_type=dynamic"):
+            compiled(model, backend="eager")
+        return
+    options = compiled(model, backend="eager")
+    for ids, length in zip(expected, (20, 45), strict=True):
+        assert torch.equal(continue_ids(model, prompt, length, **GREEDY, **options), ids)
+    assert torch.equal(continue_ids(model, prompt, 15, num_beams=3, **GREEDY, **options), beams)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "rope_by_layer", "shared_kv_two_groups", "modern"])
+def test_ids_of_the_compiler_are_those_of_the_model(name: str, prompt) -> None:
+    model = random_model(tiny_config(**VARIANTS[name]))
+    expected = continue_ids(model, prompt, 45, **GREEDY)
+    assert torch.equal(continue_ids(model, prompt, 45, **GREEDY, **compiled(model)), expected)
+
+
+def test_padded_rows_are_compiled_too(tiny_model, prompt) -> None:
+    model, mask = tiny_model(position_encoding="rope"), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    expected = continue_ids(model, prompt, 9, attention_mask=mask, **GREEDY)
+    options = compiled(model, backend="eager")
+    assert torch.equal(continue_ids(model, prompt, 9, attention_mask=mask, **GREEDY, **options), expected)
+
+
+@pytest.mark.slow
+def test_an_adapter_and_a_stock_model_are_compiled_too(tiny_model, prompt) -> None:
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    stock = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32)).eval()
+    for model in (adapted.eval(), stock):
+        expected = continue_ids(model, prompt, 9, **GREEDY)
+        assert torch.equal(continue_ids(model, prompt, 9, **GREEDY, **compiled(model, backend="eager")), expected)
+
+
+def test_what_cannot_be_compiled_is_refused(tiny_model) -> None:
+    with pytest.raises(UserError, match="peft_type=PROMPT_TUNING"):
+        compiled(get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    mamba = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(UserError, match="MambaForCausalLM"):
+        compiled(MambaForCausalLM(mamba))
+    with pytest.raises(UserError, match=r"rope_parameters\.rope_type=dynamic"):
+        compiled(random_model(tiny_config(**VARIANTS["rope_dynamic"])))
+
+
+def test_caches_grow_and_do_not_shrink(tiny_model) -> None:
+    caches = StaticCaches(tiny_model().config)
+    assert [caches(length).get_max_length() for length in (5, 9, 7)] == [5, 9, 9]
+
+
+def test_a_machine_without_a_compiler_is_told_so() -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "nowhere-g++"), "force_disable_caches": True}),
+        pytest.raises(UserError, match="does not work here, it needs a C"),
+    ):
+        refuse_without_compiler(torch.device("cpu"))
+
+
+# ---- weights in eight bits
+
+
+def test_products_of_eight_bits_are_near() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(64, 10)
+    nn.init.normal_(linear.weight, generator=generator)
+    states = torch.randn(3, 5, 64, generator=generator)
+    small = Int8Linear(linear.weight.detach(), linear.bias)
+    found, expected = small(states), linear(states)
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert small.weight.dtype == torch.int8
+    assert torch.equal(Int8Linear(torch.zeros(2, 32), None)(torch.ones(1, 32)), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern", "odd_intermediate_size", "shared_kv_two_groups", "head_bias"])
+def test_logits_of_eight_bits_are_near(name: str, ids) -> None:
+    model = random_model(tiny_config(**VARIANTS[name]))
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = quantized(model, "int8")(ids).logits
+    assert 0 < (found - expected).norm() < 0.04 * expected.norm()
+    assert not isinstance(model.get_input_embeddings(), Int8Linear) and isinstance(model.lm_head, Int8Linear)
+
+
+def test_a_layer_that_the_kernel_would_read_past_stays(ids) -> None:
+    model = quantized(random_model(tiny_config(**VARIANTS["odd_intermediate_size"])), "int8")
+    assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
+    assert type(model.model.layers[0].mlp.up_proj) is Int8Linear
+
+
+def test_a_stock_gpt2_is_quantized_whole(prompt) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32)).eval()
+    with torch.no_grad():
+        expected = model(prompt).logits
+        found = quantized(model, "int8")(prompt).logits
+    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 2 * 4 + 1
+    assert (found - expected).norm() < 0.04 * expected.norm()
+
+
+def test_what_cannot_be_quantized_is_refused(tiny_model) -> None:
+    with pytest.raises(UserError, match="acorn merge"):
+        quantized(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])), "int8")
+    with pytest.raises(UserError, match="no linear layer of 32, 64"):
+        quantized(tiny_model(hidden_size=20, intermediate_size=20), "int8")
+
+
+# ---- the flags
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return grow(tmp_path_factory.mktemp("decode"), "--max_steps", "20", "--eval_steps", "20")
+
+
+def test_the_flags_reach_the_model(run, capsys, monkeypatch) -> None:
+    flags = [str(run), "--prompt", "the fox", "--temperature", "0", "--max_new_tokens", "30"]
+    generate.main(flags)
+    plain = capsys.readouterr().out
+    made = []
+    monkeypatch.setattr(generate, "compiled", lambda model: made.append(model) or compiled(model, backend="eager"))
+    generate.main([*flags, "--compile"])
+    assert capsys.readouterr().out == plain
+    generate.main([*flags, "--compile", "--quantization", "int8", "--num_return_sequences", "1"])
+    assert capsys.readouterr().out.startswith("the fox")
+    assert isinstance(made[0].forward, CompiledStep) and isinstance(made[1].lm_head, Int8Linear)
+
+
+def test_flags_that_cannot_be_are_refused(run) -> None:
+    assert "did you mean 'int8'?" in refused(generate.main, str(run), "--quantization", "int4")
+    for draft in (["--prompt_lookup_num_tokens", "2"], ["--assistant_model", str(run), "--temperature", "0"]):
+        assert "not with drafts" in refused(generate.main, str(run), "--compile", *draft)
