@@ -1,4 +1,4 @@
-"""Five traps that make no noise: each trains on, and trains wrongly."""
+"""Six traps that make no noise: each runs on, and runs wrongly."""
 
 from pathlib import Path
 
@@ -170,3 +170,13 @@ def test_reentrant_checkpointing_without_shared_keys_is_exact(switch: str, ids: 
         model(ids, labels=ids).loss.backward()
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(grads[1], grads[0])
+
+
+# 6. transformers' Trainer evaluates to no loss where rows lack any argument of the model that is called a label.
+
+
+def test_trainer_by_itself_evaluates_rows_of_ids_and_labels(ids, tmp_path: Path) -> None:
+    arguments, model = TrainingArguments(tmp_path, use_cpu=True, report_to="none"), random_model(tiny_config())
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    loss = Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    assert loss == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
