@@ -288,7 +288,7 @@ def test_bodies_that_are_no_json_objects(single, body: bytes) -> None:
         assert "JSON" in answer["error"]["message"] or "parsing" in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/"])
+@pytest.mark.parametrize("path", ["/load_models", "/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/"])
 def test_nothing_else_is_served(single, path: str) -> None:
     status, answer = single.post(path, {"model": "gpt2"})
     assert (status, answer["error"]["type"]) == (404, "invalid_request_error")

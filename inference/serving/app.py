@@ -21,10 +21,10 @@ from training.model.sampling import Rendered, context_left, encode_prompt
 from training.system.errors import UserError
 
 from .guard import Guard
-from .protocol import Refusal, check_fields, fit_context, read_messages, read_prompt, read_wish
+from .protocol import Refusal, check_fields, fit_context, read_messages, read_prompt, read_wish, unfold
 from .streams import OneByOne, Together, batch_settings
 
-ROUTES = {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health"}
+ROUTES = {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/load_model"}
 SERVER_ERROR = "server_error"
 GRACE = 5  # seconds in which answers may end when the server is stopped
 
@@ -68,6 +68,17 @@ class ServedModel(ModelManager):
     def load_model_and_processor(self, *args, **kwargs):
         return self.model, self.tokenizer
 
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id
+
+    async def load_model_streaming(self, model_id: str, gguf_file: str | None = None):
+        """What `transformers chat` asks before it begins: events that end with a model being ready, or an error."""
+        event = {"status": "ready", "cached": True}
+        if model_id != self.force_model:
+            event = {"status": "error", "message": str(other_model(model_id, self.force_model))}
+        yield f"data: {json.dumps({'model': model_id, **event})}\n\n"
+
     def shutdown(self) -> None:
         self.generator.stop()
 
@@ -87,7 +98,7 @@ class Handler:
 
     async def handle_request(self, body: dict, request_id: str) -> StreamingResponse | JSONResponse:
         served = self.model_manager
-        given = check_fields(body, self.kind)
+        given = check_fields(unfold(body), self.kind)
         refuse_other_model(given.get("model", served.force_model), served.force_model)
         wish = read_wish(given, served.model, served.is_batched)
         wish.is_answer = self.kind == "chat"
@@ -137,7 +148,11 @@ class Chats(Handler, ChatCompletionHandler):
 
 def refuse_other_model(name: str, served: str) -> None:
     if name != served:
-        raise Refusal(404, f"model {name!r} is not served here; ask for {served!r}", "model_not_found", "model")
+        raise other_model(name, served)
+
+
+def other_model(name: str, served: str) -> Refusal:
+    return Refusal(404, f"model {name!r} is not served here; ask for {served!r}", "model_not_found", "model")
 
 
 def in_protocol(response: StreamingResponse) -> StreamingResponse:

@@ -121,6 +121,27 @@ class Wish:
     is_answer: bool = False
 
 
+# `transformers chat` says how to draw in one field, the JSON of a GenerationConfig: what the protocol calls otherwise.
+PROTOCOL_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+
+
+def unfold(body: dict) -> dict:
+    """The same request, where what a `generation_config` says is said by fields of its own."""
+    rest = {name: value for name, value in body.items() if name != "generation_config"}
+    if rest == body:
+        return body
+    try:
+        said = json.loads(body["generation_config"])
+        settings = {PROTOCOL_NAMES.get(name, name): value for name, value in said.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        message = "generation_config: must be the text of a JSON object"
+        raise Refusal(400, message, "invalid_value", "generation_config") from error
+    settings.pop("transformers_version", None)
+    if settings.pop("do_sample", True) is False:
+        settings["temperature"] = 0
+    return {**settings, **rest}
+
+
 def check_fields(body: dict, kind: str) -> dict:
     """The fields of a request that say something, each of its kind; Refusal for what is unknown, wrong or not there."""
     given = {name: value for name, value in body.items() if value is not None}
