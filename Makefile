@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICKSTART := runs/quickstart
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -rs
 PIP := -m pip install -q --disable-pip-version-check
 OLDEST := .venv/oldest
 CLIENTS := .venv-clients
@@ -43,10 +43,10 @@ test: $(INSTALLED)  ## run the tests: tiny, offline, on the CPU
 test-slow: $(INSTALLED) $(CLIENTS)/.llama  ## run the tests that take longer
 	-@$(BIN)/python -m tests.transformers_tests
 	ACORN_CONFORMANCE=some $(PYTEST) -m 'slow and not clients'
-	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q -m 'slow and clients'
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q -rs -m 'slow and clients'
 
 test-clients: $(INSTALLED) $(CLIENTS)/.installed  ## run the tests of what takes an Acorn model: TRL, lm-eval, gradio, onnxruntime ...
-	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q -n 2 -m 'clients and not slow'
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q -n 2 -rs -m 'clients and not slow'
 
 conformance: $(INSTALLED)  ## run transformers' own tests of models over every variant: an hour
 	$(BIN)/python -m tests.transformers_tests

@@ -2,8 +2,10 @@
 
 import atexit
 import os
+import shlex
 import shutil
 import tempfile
+from pathlib import Path
 
 # Read by transformers and tokenizers when they are imported, so set before anything else.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,6 +56,15 @@ def tiny_model():
 def ids() -> torch.Tensor:
     """Random token ids, (3, 16), the same in every test."""
     return torch.randint(variants.TINY["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(42))
+
+
+@pytest.fixture(scope="session")
+def grown(tmp_path_factory) -> Path:
+    """The directory of a run that has learned a little: rotary positions, a context of 64 bytes."""
+    from .tiny_runs import grow
+
+    flags = shlex.split("--tokenizer byte --position_encoding rope --block_size 64 --max_steps 60 --eval_steps 60")
+    return grow(tmp_path_factory.mktemp("grown"), *flags)
 
 
 @pytest.fixture
