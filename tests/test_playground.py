@@ -196,11 +196,15 @@ def test_attention_of_a_token(run) -> None:
     model, tokenizer = playground.load_model_and_tokenizer(str(run))
     page = Page(playground.AcornWriter(model, tokenizer, 160))
     event = type("Event", (), {"at": "0:3"})
-    look, html = page.look_at_prompt([Passage(list(b"the fox"))], event, 2, ALL_HEADS)
+    look, heads, html = page.look_at_prompt([Passage(list(b"the fox"))], event, 2, ALL_HEADS)
     assert words(html, "seen") == "the" and words(html, "chosen") == " "
     assert look.maps.shape == (2, 2, 3)
     assert page.draw_look(look, 1, "1") != page.draw_look(look, 2, "1") != page.draw_look(look, 2, ALL_HEADS)
-    assert "first" in page.look_at_prompt([Passage(list(b"the"))], type("Event", (), {"at": "0:0"}), 1, "1")[1]
+    cells = [cell.get("data-at") for cell in ElementTree.fromstring(f"<p>{heads}</p>").iter("i")]
+    assert sorted(cells) == ["1:1", "1:2", "2:1", "2:2"]
+    assert page.choose_head(type("Event", (), {"at": "2:1"})) == (2, "1")
+    for at, words_ in (("0:0", "first"), ("0:9", "gone"), ("1:0", "gone")):
+        assert words_ in page.look_at_prompt([Passage(list(b"the"))], type("Event", (), {"at": at}), 1, "1")[2]
 
 
 # the page, in Chromium
@@ -248,6 +252,8 @@ def test_the_page_in_a_browser(address, tmp_path) -> None:
         tab.wait("document.querySelectorAll('.token.seen').length > 80")
         tab.picture(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 30_000
+        tab.click("document.querySelector('.heads .head[data-at=\"1:2\"]')")
+        tab.wait("document.querySelector('.attention input[type=number]').value == '1'")
 
         tab.type("document.querySelector('input[type=number]')", "1024")
         tab.type(PROMPT, "the fox")

@@ -11,7 +11,7 @@ import torch
 
 from inference.playground import AcornWriter
 from inference.serving import writing
-from inference.serving.drawing import attention_html, chat_html, message_html, passage_html
+from inference.serving.drawing import attention_html, chat_html, heads_html, message_html, passage_html
 from inference.serving.writing import Passage, Refused, Token, Writer
 from training.data.tokenizers import build_tokenizer
 
@@ -177,7 +177,7 @@ def hostile(text: str = HOSTILE) -> Passage:
 
 def test_what_a_model_writes_is_no_html() -> None:
     made = passage_html(hostile(), ["<b>"]) + chat_html([("<i>", passage_html(hostile()))]) + message_html("<u>")
-    made += attention_html([HOSTILE], [1.0], "<s>", 0, 0)
+    made += attention_html([HOSTILE], [1.0], "<s>", 0, 0) + heads_html([[[1.0]]], [HOSTILE])
     assert not [word for word in ("<script", "<b>", "<i>", "<u>", "<s>") if word in made]
     assert "&lt;script&gt;" in made and '"1"' not in made
 

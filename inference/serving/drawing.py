@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from .writing import Passage, Token
 
+MOST = 5  # tokens that are listed of what a head attends to
 # From likely to unlikely: the least probability of each shade, and its name in page.css.
 SHADES = ((0.9, "p0"), (0.5, "p1"), (0.2, "p2"), (0.05, "p3"), (0.01, "p4"), (0.0, "p5"))
 
@@ -46,6 +47,21 @@ def attention_html(pieces: list[str], weights: list[float], chosen: str, number:
         card = json.dumps({"weight": weight})
         spans.append(span(text, number, first + place, "seen", card, f"--w:{math.sqrt(weight):.3f}"))
     return "".join(spans) + f'<span class="token chosen">{html.escape(chosen) or "&nbsp;"}</span>'
+
+
+def heads_html(maps: list[list[list[float]]], pieces: list[str]) -> str:
+    """All heads at once, a row a layer: as dark as the largest weight on one token; hovering shows on which."""
+    rows = []
+    for layer, heads in enumerate(maps, 1):
+        cells = []
+        for head, weights in enumerate(heads, 1):
+            most = sorted(range(len(weights)), key=lambda place, weights=weights: -weights[place])[:MOST]
+            looks = [(pieces[place], weights[place]) for place in most]
+            card = html.escape(json.dumps({"head": f"layer {layer}, head {head}", "looks": looks}))
+            style = f"--w:{math.sqrt(looks[0][1]):.3f}"
+            cells.append(f'<i class="head" data-at="{layer}:{head}" data-card="{card}" style="{style}"></i>')
+        rows.append(f'<div class="layer"><span>{layer}</span>{"".join(cells)}</div>')
+    return "".join(reversed(rows))
 
 
 def chat_html(turns: Iterable[tuple[str, str]]) -> str:

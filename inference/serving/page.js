@@ -30,6 +30,7 @@ function row(text, p, isDrawn) {
 
 function rows(token, data) {
   if (data.weight !== undefined) return [part('heading', 'attention'), row(token.textContent, data.weight, true)];
+  if (data.looks) return [part('heading', `${data.head} attends to`), ...data.looks.map(([text, p]) => row(text, p))];
   const likely = data.likely.map(([text, p], place) => row(text, p, place === data.rank));
   const drawn = data.rank === null ? [row(token.textContent, data.p, true)] : [];
   return [part('heading', 'what the model held likely'), ...likely, ...drawn];

@@ -9,7 +9,7 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from .drawing import LEGEND, attention_html, chat_html, message_html, passage_html, title_html
+from .drawing import LEGEND, attention_html, chat_html, heads_html, message_html, passage_html, title_html
 from .writing import Passage, Refused, Writer
 
 HERE = Path(__file__).parent
@@ -75,12 +75,17 @@ class Page:
             self.running[request.session_hash].set()
 
     def look_at_prompt(self, passages: list[Passage], event: gr.EventData, layer: int, head: str) -> tuple:
-        """(Look, HTML) of the token that was clicked on."""
+        """(Look, HTML of all heads, HTML of one) of the token that was clicked on."""
         return self._look(passages, event, layer, head)
 
     def look_at_chat(self, chat: list, event: gr.EventData, layer: int, head: str) -> tuple:
         """The same in a conversation."""
         return self._look([passage for _, passage in chat], event, layer, head)
+
+    def choose_head(self, event: gr.EventData) -> tuple[int, str]:
+        """(layer, head) that was clicked on among all."""
+        layer, head = event.at.split(":")
+        return int(layer), head
 
     def draw_look(self, look: Look | None, layer: int, head: str) -> str:
         """HTML of one layer's attention: of one head, or of all on average."""
@@ -115,10 +120,8 @@ class Page:
         """The conversation as chat templates take it, up to the new question."""
         turns = [("system", system)] * bool(system.strip())
         for asked, passage in chat:
-            turns += [
-                ("user", asked),
-                ("assistant", self.writer.plain(passage).strip()),
-            ]  # a template sets its own spaces
+            answer = self.writer.plain(passage).strip()  # a template sets its own spaces
+            turns += [("user", asked), ("assistant", answer)]
         return [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
 
     def _chat_html(self, chat: list) -> str:
@@ -127,11 +130,14 @@ class Page:
     def _look(self, passages: list[Passage], event: gr.EventData, layer: int, head: str) -> tuple:
         number, place = map(int, event.at.split(":"))
         try:
+            if number >= len(passages) or place >= len(passages[number].ids):
+                raise Refused("This text is gone already: click into the new one.")
             pieces = self.writer.pieces(passages[number].ids[: place + 1])
             look = Look(number, place, pieces, self.writer.attention(passages[number], place))
         except Refused as error:
-            return None, message_html(str(error), is_refusal=True)
-        return look, self.draw_look(look, layer, head)
+            return None, "", message_html(str(error), is_refusal=True)
+        heads = heads_html([heads.tolist() for heads in look.maps], pieces[place - look.maps.shape[-1] : place])
+        return look, heads, self.draw_look(look, layer, head)
 
 
 # ---- what is on the page
@@ -173,12 +179,16 @@ def _settings() -> list:
         ]
 
 
+def _script() -> str:
+    return (HERE / "page.js").read_text(encoding="utf-8")
+
+
 def _text(empty: str) -> gr.HTML:
     """Where tokens are shown: hovering over one and clicking on it do something."""
     return gr.HTML(
         "",
         html_template=TEXT.format(empty=empty),
-        js_on_load=(HERE / "page.js").read_text(encoding="utf-8"),
+        js_on_load=_script(),
         autoscroll=True,
     )
 
@@ -193,7 +203,7 @@ def _prompt_tab(page: Page) -> Callable:
         text = _text("What the model writes after your prompt appears here.")
         message, passages = _below(), gr.State([])
 
-    def connect(settings: list, attention: tuple) -> None:
+    def connect(settings: list, attention: tuple[list, list]) -> None:
         gr.on(
             [prompt.submit, write.click],
             page.write_prompt,
@@ -203,10 +213,8 @@ def _prompt_tab(page: Page) -> Callable:
             api_name="write",
         )
         stop.click(page.stop, queue=False, api_name=False)
-        look, layer, head, shown = attention
-        text.select(
-            page.look_at_prompt, [passages, layer, head], [look, shown], concurrency_id=THE_MODEL, api_name=False
-        )
+        choice, drawn = attention
+        text.select(page.look_at_prompt, [passages, *choice], drawn, concurrency_id=THE_MODEL, api_name=False)
 
     return connect
 
@@ -220,7 +228,7 @@ def _chat_tab(page: Page) -> Callable:
             send, stop, again = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New conversation")
         system = gr.Textbox(label="system message", lines=1, max_lines=4, placeholder="What the model is told first.")
 
-    def connect(settings: list, attention: tuple) -> None:
+    def connect(settings: list, attention: tuple[list, list]) -> None:
         gr.on(
             [question.submit, send.click],
             page.write_answer,
@@ -233,8 +241,8 @@ def _chat_tab(page: Page) -> Callable:
         again.click(page.stop, queue=False, api_name=False).then(
             lambda: ([], "", message_html("")), None, [chat, text, message], concurrency_id=THE_MODEL, api_name=False
         )
-        look, layer, head, shown = attention
-        text.select(page.look_at_chat, [chat, layer, head], [look, shown], concurrency_id=THE_MODEL, api_name=False)
+        choice, drawn = attention
+        text.select(page.look_at_chat, [chat, *choice], drawn, concurrency_id=THE_MODEL, api_name=False)
 
     return connect
 
@@ -244,15 +252,18 @@ def _below() -> gr.HTML:
     return gr.HTML(message_html(""), html_template=f"${{value}}{LEGEND}")
 
 
-def _attention_panel(page: Page, config) -> tuple:
-    """(what was looked at, layer, head, where it is drawn)."""
+def _attention_panel(page: Page, config) -> tuple[list, list]:
+    """([layer, head], [what was looked at, all heads, one head]): the controls, and what a click on a token fills."""
     layers, heads = (getattr(config, name, 1) for name in ("num_hidden_layers", "num_attention_heads"))
     look = gr.State(None)
-    with gr.Accordion("What the model looked at", elem_classes="attention"):
-        with gr.Row():
+    with gr.Accordion("What the model looked at", elem_classes="attention"), gr.Row():
+        with gr.Column(scale=1, min_width=240):
             layer = gr.Slider(1, layers, layers, step=1, label="layer")
             head = gr.Dropdown([ALL_HEADS, *map(str, range(1, heads + 1))], value=ALL_HEADS, label="head")
-        shown = _text("Click on a token above: the tokens before it are as dark as the model attended to them.")
+            every = gr.HTML("", html_template='<div class="heads">${value}</div>', js_on_load=_script())
+        with gr.Column(scale=3, min_width=420):
+            one = _text("Click on a token above: the tokens before it are as dark as the model attended to them.")
+    every.select(page.choose_head, None, [layer, head], api_name=False)
     for control in (layer, head):
-        control.change(page.draw_look, [look, layer, head], shown, api_name=False)
-    return look, layer, head, shown
+        control.change(page.draw_look, [look, layer, head], one, api_name=False)
+    return [layer, head], [look, every, one]
