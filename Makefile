@@ -11,7 +11,7 @@ LLAMA := llama-cpp-python==0.3.36
 # What a version of transformers can break: the model, its saved directory, generate, Trainer, PEFT and the conversions.
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,modeling model_abilities continuous_batching hub_copy generate cli pretrain \
 	resume trainer_overheads signals finetune finetune_bases adapters merge convert formats_gpt2 \
-	windows strategies))
+	windows strategies serve))
 # `make newest TORCH=torch==2.13.0` keeps torch as it is
 TORCH := torch
 

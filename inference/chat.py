@@ -3,14 +3,16 @@
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from training.model.devices import best_device
 from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
-from training.model.sampling import TextPrinter, context_left, stop_tokens
-from training.system.errors import UserError, quiet_libraries, run_main, unknown
+from training.model.sampling import TextPrinter, context_left
+from training.system.errors import UserError, one_line, quiet_libraries, run_main, unknown
 from training.system.files import write_whole
 from training.system.flags import FlagParser
+from training.system.shell import shell
 
 from .decoding.batches import Job, grow
 from .decoding.strategies import (
@@ -21,7 +23,7 @@ from .decoding.strategies import (
     refuse_unknown_ids,
     settle,
 )
-from .serving.conversation import Continuation, Conversation, conversation_with
+from .serving.conversation import Continuation, Conversation, answer_ends, conversation_with
 
 EPILOG = """examples:
   acorn chat runs/my-chat
@@ -81,13 +83,15 @@ def main(argv: list[str] | None = None) -> None:
         model=model,
         tokenizer=tokenizer,
         max_new_tokens=values["max_new_tokens"],
-        ends=stop_tokens(model),
+        ends=answer_ends(model, tokenizer),
         stop_strings=values.get("stop_strings", ()),
         seed=flags.seed,
         generation=generate_arguments(values),
     )
     greet(conversation, flags.model)
     talk(job, conversation)
+    if sys.stdin.isatty():
+        note("Type next:  " + shell("acorn", "serve", flags.model))
 
 
 def greet(conversation: Conversation, name: str) -> None:
@@ -101,7 +105,7 @@ def greet(conversation: Conversation, name: str) -> None:
 def talk(job: Job, conversation: Conversation) -> None:
     """Turn for turn, to the end of the input; a person at a terminal can mend what is refused, a file can not."""
     is_person = sys.stdin.isatty()
-    if is_person:
+    with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (gives input() its line editing and history)
     while True:
         try:
@@ -125,7 +129,7 @@ def talk(job: Job, conversation: Conversation) -> None:
 def read_line(is_person: bool) -> str | None:
     """What is typed next, None at its end."""
     try:
-        return input("> " if is_person else "").strip()
+        return input("> " if is_person and sys.stdout.isatty() else "").strip()
     except EOFError:
         if is_person:
             print()
@@ -194,13 +198,13 @@ def save(conversation: Conversation, name: str) -> None:
     """Write the conversation to a file that is not there yet."""
     if not name:
         raise UserError("/save: name a file, such as /save chat.jsonl")
-    path = Path(name).expanduser()
-    if path.exists():
-        raise UserError(f"/save {name}: is there already; choose another name")
     try:
+        path = Path(name).expanduser()
+        if path.exists():
+            raise UserError(f"/save {name}: is there already; choose another name")
         write_whole(path, json.dumps({"messages": conversation.messages}, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"/save {name}: {error.strerror}; choose another name") from error
+    except (OSError, ValueError, RuntimeError) as error:  # of the system; of NUL in a name; of a ~name that is nobody
+        raise UserError(f"/save {name!r}: {one_line(error)}; choose another name") from error
     note(f"(saved in {name})")
 
 

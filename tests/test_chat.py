@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pty
 import select
 import sys
 import time
@@ -16,11 +15,14 @@ from finetune.data import PLAIN_TEMPLATE
 from inference import chat, generate
 from inference.serving.conversation import Chat, Continuation
 from training.data.tokenizers import build_tokenizer
+from training.model.chat_template import end_of_turn
 from training.system.errors import UserError
 
 from . import tiny_bases
+from .chat_fixture import CHATML
 from .tiny_runs import refused
 
+pty = pytest.importorskip("pty")  # Windows has no pseudo-terminals
 ROOT = Path(__file__).parent.parent
 CONTEXT, LONG = 64, 400
 
@@ -159,7 +161,8 @@ def test_a_base_model_continues(models, piped, capsys) -> None:
         ("/rest\n", "unknown command '/rest': did you mean '/reset'?"),
         ("/save\n", "/save: name a file"),
         (f"/save {ROOT}/README.md\n", "is there already"),
-        (f"/save {ROOT}/README.md/below\n", "/save"),
+        (f"/save {ROOT}/README.md/below\n", "Not a directory"),
+        ("/save a\0b\n", "null byte"),
         ("a" * 100 + "\n", "your message: is 61 tokens longer than fits the model's context of 64 tokens"),
         (b"caf\xe9\n", "is not UTF-8"),
     ],
@@ -173,6 +176,21 @@ def test_lines_that_are_refused_end_a_pipe(models, piped, lines, said: str) -> N
 @pytest.mark.parametrize("flags", [["--max_new_tokens", "0"], ["--temperature", "-1"], ["--seed", "x"]], ids=" ".join)
 def test_flags_that_can_not_be(models, flags: list[str]) -> None:
     assert flags[0].removeprefix("--") in refused(chat.main, str(models / "aaa"), *flags)
+
+
+def test_an_answer_ends_with_its_turn(piped, tmp_path) -> None:
+    """A template's own token ends an answer, though the model's generation_config.json does not say so."""
+    tokenizer = build_tokenizer("byte")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny_bases.our_model(lm_head_bias=True, vocab_size=len(tokenizer), eos_token_id=None)
+    with torch.no_grad():
+        model.lm_head.bias[tokenizer.convert_tokens_to_ids("<|im_end|>")] += 1e4
+    model.save_pretrained(tmp_path)
+    assert end_of_turn(tokenizer) == 258
+    assert piped(tmp_path, "Hi\n/save " + str(tmp_path / "kept"), *GREEDY)[0] == "\n"
+    assert json.loads((tmp_path / "kept").read_text())["messages"][1]["content"] == ""
 
 
 # ---- what a conversation keeps

@@ -17,9 +17,10 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from training.model.chat_template import render_messages
-from training.model.sampling import Rendered, context_left, encode_prompt
+from training.model.sampling import Rendered, context_left, encode_prompt, stop_tokens
 from training.system.errors import UserError
 
+from .conversation import answer_ends
 from .guard import Guard
 from .protocol import Refusal, check_fields, fit_context, read_messages, read_prompt, read_wish, unfold
 from .streams import OneByOne, Together, batch_settings
@@ -55,7 +56,7 @@ class ServedModel(ModelManager):
 
     def __init__(self, name: str, model, tokenizer, is_batched: bool):
         self.force_model, self.model, self.tokenizer, self.is_batched = name, model, tokenizer, is_batched
-        self.context_length = context_left(model)
+        self.context_length, self.answer_ends = context_left(model), answer_ends(model, tokenizer)
         self.generator = Together(batch_settings(model)) if is_batched else OneByOne()
         if is_batched:
             self.generator.begin(model)
@@ -102,6 +103,7 @@ class Handler:
         refuse_other_model(given.get("model", served.force_model), served.force_model)
         wish = read_wish(given, served.model, served.is_batched)
         wish.is_answer = self.kind == "chat"
+        wish.ends = served.answer_ends if wish.is_answer else stop_tokens(served.model)
         ids = self.prompt_ids(given, served.tokenizer)
         fit_context(wish, len(ids), served.context_length)
         is_streamed = given.get("stream", False)

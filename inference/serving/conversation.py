@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 
-from training.model.chat_template import render_messages
-from training.model.sampling import Rendered, encode_prompt
+from training.model.chat_template import end_of_turn, render_messages
+from training.model.sampling import Rendered, encode_prompt, stop_tokens
 from training.system.errors import UserError
 
 YOU = "your message"  # what a refusal names
@@ -114,6 +114,12 @@ class Continuation(Conversation):
 def conversation_with(tokenizer, context_length: int) -> Conversation:
     """A chat where the tokenizer has a template for one, else a text that goes on."""
     return (Chat if tokenizer.chat_template else Continuation)(tokenizer, context_length)
+
+
+def answer_ends(model, tokenizer) -> list[int]:
+    """The tokens at which an answer ends: where the model's text does, and where the template ends a turn."""
+    end = end_of_turn(tokenizer)
+    return list(dict.fromkeys([*stop_tokens(model), *([] if end is None else [end])]))
 
 
 def refuse_broken(text: str) -> None:

@@ -110,7 +110,7 @@ LONGEST = 1024  # tokens of an answer whose request names no number
 class Wish:
     """What a request wants drawn: at most so many tokens (None: as fit), by generate()'s arguments, up to a stop.
 
-    penalties: the protocol's of frequency and presence. is_answer: in a chat.
+    penalties: the protocol's of frequency and presence. is_answer: in a chat. ends: the tokens that end it.
     """
 
     max_new_tokens: int | None = None
@@ -119,6 +119,7 @@ class Wish:
     seed: int | None = None
     penalties: tuple[float, float] = (0.0, 0.0)
     is_answer: bool = False
+    ends: list[int] = field(default_factory=list)
 
 
 # `transformers chat` says how to draw in one field, the JSON of a GenerationConfig: what the protocol calls otherwise.

@@ -94,7 +94,7 @@ def draw(model, tokenizer, ids: list[int], wish: Wish, streamer) -> None:
     if any(wish.penalties):
         generation["logits_processor"] = LogitsProcessorList([Penalties(*wish.penalties, len(ids))])
     seed = secrets.randbits(63) if wish.seed is None else wish.seed
-    job = Job(model, tokenizer, wish.max_new_tokens, stop_tokens(model), wish.stops, seed=seed, generation=generation)
+    job = Job(model, tokenizer, wish.max_new_tokens, wish.ends, wish.stops, seed=seed, generation=generation)
     grow(job, [ids], streamer)
 
 
@@ -250,6 +250,7 @@ class Together(Answers, CBGenerateManager):
             request_id=request_id,
             streaming=True,
             max_new_tokens=gen_config.max_new_tokens,
+            eos_token_id=gen_config.ends or -1,
             **batch_sampling(gen_config.generation, text_config(model.config).vocab_size),
         )
         return queue, stream

@@ -35,6 +35,19 @@ def render_messages(
 
 
 @lru_cache(maxsize=8)
+def end_of_turn(tokenizer) -> int | None:
+    """The special token with which the chat template ends an answer; not every model's config says so of its text."""
+    answer, text = "THE-ANSWER", ""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    with suppress(UserError):  # of a template that takes no such chat, or of none
+        text = render_messages(tokenizer, "a chat", turns)
+    after = text.rpartition(answer)[2]
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
+    places = {after.find(token.content): number for number, token in added if token.special and token.content in after}
+    return places[min(places)] if places else None
+
+
+@lru_cache(maxsize=8)
 def knows_tools(tokenizer) -> bool:
     """Whether the chat template shows what a tool answers; where it does not, it is given as the user's turn."""
     turns = [("user", "a"), ("assistant", "b"), ("tool", "TOOL-TURN"), ("assistant", "c")]
