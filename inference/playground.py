@@ -5,9 +5,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.version import Version
 
 from training.model.chat_template import render_messages
 from training.model.devices import best_device
@@ -17,6 +18,7 @@ from training.system.errors import UserError, log, quiet_libraries, run_main
 from training.system.flags import FlagParser
 
 from .serving.listening import address_of, is_open_to_others, listen
+from .serving.space import GRADIO
 from .serving.writing import Refused, Writer
 
 EPILOG = """examples:
@@ -108,9 +110,21 @@ def say_where(address: str, flags: argparse.Namespace, is_open: bool, link: str 
 
 
 def refuse_missing_gradio() -> None:
-    """Refuse to go on without the package of the extra."""
-    if find_spec("gradio") is None:
-        raise UserError("acorn playground needs gradio: .venv/bin/pip install -e '.[playground]'")
+    """Refuse to go on without the package of the extra, or with one from before what the page asks of it."""
+    found = gradio_version()
+    if found is None or Version(found) < Version(GRADIO):
+        has = f"; {found} is installed" if found else ""
+        raise UserError(
+            f"acorn playground needs gradio {GRADIO} or newer{has}: .venv/bin/pip install -e '.[playground]'"
+        )
+
+
+def gradio_version() -> str | None:
+    """The version of gradio that is installed, if any."""
+    try:
+        return version("gradio")
+    except PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

@@ -45,12 +45,14 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture
 def with_gradio(monkeypatch) -> None:
     """As if gradio were there, which what is refused before never imports."""
-    monkeypatch.setattr(playground, "find_spec", lambda name: name)
+    monkeypatch.setattr(playground, "gradio_version", lambda: "7.0.0")
 
 
-def test_without_gradio_the_extra_is_named(monkeypatch) -> None:
-    monkeypatch.setattr(playground, "find_spec", lambda name: None)
-    assert "needs gradio: .venv/bin/pip install -e '.[playground]'" in refused(playground.main, "any")
+@pytest.mark.parametrize(("found", "said"), [(None, ""), ("5.49.1", "; 5.49.1 is installed")])
+def test_without_gradio_the_extra_is_named(monkeypatch, found: str | None, said: str) -> None:
+    monkeypatch.setattr(playground, "gradio_version", lambda: found)
+    needed = f"needs gradio 6.31.0 or newer{said}: .venv/bin/pip install -e '.[playground]'"
+    assert needed in refused(playground.main, "any")
 
 
 def test_a_port_in_use(with_gradio) -> None:

@@ -25,7 +25,8 @@ def passage_html(passage: Passage, given: Iterable[str] = (), number: int = 0) -
 
 
 def token_span(token: Token, number: int, place: int) -> str:
-    card = {"p": token.probability, "likely": token.likely, "rank": token.rank}
+    likely = [(text, round(probability, 6)) for text, probability in token.likely]
+    card = {"p": round(token.probability, 6), "likely": likely, "rank": token.rank}
     kind = shade(token.probability) + " special" * token.is_special
     return span(token.text, number, place, kind, json.dumps(card))
 
@@ -56,7 +57,7 @@ def heads_html(maps: list[list[list[float]]], pieces: list[str]) -> str:
         cells = []
         for head, weights in enumerate(heads, 1):
             most = sorted(range(len(weights)), key=lambda place, weights=weights: -weights[place])[:MOST]
-            looks = [(pieces[place], weights[place]) for place in most]
+            looks = [(pieces[place], round(weights[place], 6)) for place in most]
             card = html.escape(json.dumps({"head": f"layer {layer}, head {head}", "looks": looks}))
             style = f"--w:{math.sqrt(looks[0][1]):.3f}"
             cells.append(f'<i class="head" data-at="{layer}:{head}" data-card="{card}" style="{style}"></i>')

@@ -97,7 +97,7 @@ def app(directory: Path, sent: dict[str, Upload], name: str) -> str:
 def requirements(sent: dict[str, Upload]) -> str:
     """What the Space installs beside gradio: the versions that the model was tried with here."""
     packages = ["transformers", "tokenizers", *(["peft"] if ADAPTER_CONFIG in sent else [])]
-    return "".join(f"{line}\n" for line in ["torch", *(f"{package}=={version(package)}" for package in packages)])
+    return "".join(f"{line}\n" for line in ["torch>=2.11", *(f"{package}=={version(package)}" for package in packages)])
 
 
 def adapter_settings(sent: dict[str, Upload]) -> dict:
