@@ -14,7 +14,15 @@ from .formats.conversion import convert, read_model
 from .formats.gguf import FILE_TYPES, write_gguf
 from .formats.onnx import check_version, write_onnx
 
-EPILOG = """examples:
+EPILOG = """formats:
+  gguf        a file for llama.cpp, Ollama and LM Studio, with the tokenizer
+  onnx        a directory for ONNX Runtime: one graph with a cache, its logits compared
+  gpt2        a directory that transformers' own GPT-2 loads, its logits compared
+  vllm-check  writes nothing: what the Transformers backends of vLLM and SGLang would miss in a directory
+
+An adapter is merged first: `acorn merge`.
+
+examples:
   acorn export runs/quickstart quickstart.gguf --format gguf    for llama.cpp, Ollama and LM Studio
   acorn export runs/char char.gguf --format gguf --outtype q8_0
   acorn export runs/quickstart models/onnx --format onnx        for ONNX Runtime
