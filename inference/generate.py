@@ -109,16 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     if not flags.force_precision:
         refuse_emulated_dtype(flags.dtype, best_device().type)
-    options = {
-        "dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code, "force_precision": flags.force_precision,
-    }  # fmt: skip
-    model, tokenizer = load_model_and_tokenizer(flags.model, **options)
+    model, tokenizer = load_model_and_tokenizer(flags.model, **loading(flags))
     refuse_unknown_ids(values, model)
-    is_window = flags.beyond_context == "window"
-    if not is_window and has_learned_positions(model):
-        raise UserError("beyond_context=extrapolate: the model's positions are learned, and end with its context")
-    limit = context_left(model) if is_window else None
-    rows = [prompt_tensor(tokenizer, prompt.text, limit, prompt.name)[0].tolist() for prompt in prompts]
+    rows = encode(flags, model, tokenizer, prompts)
     job = Job(
         model=model,
         tokenizer=tokenizer,
@@ -130,17 +123,38 @@ def main(argv: list[str] | None = None) -> None:
         beyond_context=flags.beyond_context,
         generation=generate_arguments(values),
     )
-    longest = max(map(len, rows))
-    if flags.assistant_model is not None:
-        draft = load_draft(flags.assistant_model, model, tokenizer, values, **options)
-        refuse_short_draft(flags.assistant_model, draft, model, longest + job.max_new_tokens)
-        job.generation["assistant_model"] = draft
-    if job.has_drafts:
-        refuse_drafts(job, longest)
+    add_draft(job, flags, values, max(map(len, rows)))
     quantized(model, flags.quantization)
     if flags.compile:
         job.generation |= compiled(model)
     write(job, prompts, rows, flags)
+
+
+def loading(flags: argparse.Namespace) -> dict:
+    """How models are loaded: `load_model_and_tokenizer`'s arguments."""
+    return {name: getattr(flags, name) for name in ("dtype", "trust_remote_code", "force_precision")}
+
+
+def encode(flags: argparse.Namespace, model, tokenizer, prompts: list[Prompt]) -> list[list[int]]:
+    """The ids of each prompt; one that the model cannot read whole is refused."""
+    is_window = flags.beyond_context == "window"
+    if not is_window and has_learned_positions(model):
+        raise UserError("beyond_context=extrapolate: the model's positions are learned, and end with its context")
+    limit = context_left(model) if is_window else None
+    return [prompt_tensor(tokenizer, prompt.text, limit, prompt.name)[0].tolist() for prompt in prompts]
+
+
+def add_draft(job: Job, flags: argparse.Namespace, values: dict, longest: int) -> None:
+    """Load the draft model that the flags name; drafts that could not be right are refused.
+
+    longest: tokens of the longest prompt.
+    """
+    if flags.assistant_model is not None:
+        draft = load_draft(flags.assistant_model, job.model, job.tokenizer, values, **loading(flags))
+        refuse_short_draft(flags.assistant_model, draft, job.model, longest + job.max_new_tokens)
+        job.generation["assistant_model"] = draft
+    if job.has_drafts:
+        refuse_drafts(job, longest)
 
 
 def write(job: Job, prompts: list[Prompt], rows: list[list[int]], flags: argparse.Namespace) -> None:
