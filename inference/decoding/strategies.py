@@ -206,7 +206,8 @@ def read_value(name: str, read: Callable[[object], Any], value: object) -> Any:
     try:
         found = read(value)
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{name}={value}: {error}") from error
+        shown = f"{value}"[:60] + ("…" if len(f"{value}") > 60 else "")
+        raise UserError(f"{name}={shown}: {error}") from error
     check_number(name, found)
     return found
 

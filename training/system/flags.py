@@ -62,6 +62,7 @@ _RANGES = {
     "prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens num_beams batch_size": _whole(1, 10_000),
     "min_p assistant_confidence_threshold": Range("from 0 to 1", lambda x: 0 <= x <= 1),
     "epsilon_cutoff eta_cutoff": Range("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "length_penalty": Range("from -50 to 50", lambda x: -50 <= x <= 50),  # beyond, powers of lengths leave float64
     "max_time": Range("a finite number above 0", lambda x: 0 < x < math.inf),
     "limit": _or("a share between 0 and 1", lambda n: 0 < n < 1, _whole(1)),
     # logits divided by less, or multiplied by more, leave float32
