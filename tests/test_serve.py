@@ -3,71 +3,30 @@
 import asyncio
 import http.client
 import json
+import os
 import re
-import threading
+import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 from transformers import GPT2LMHeadModel
 
-from finetune.data import PLAIN_TEMPLATE
-from inference import generate, serve
-from inference.serving.app import ServedModel, Server, build_app
+from inference import serve
 from inference.serving.listening import listen
-from training.data.tokenizers import build_tokenizer
-from training.model.loading import load_model_and_tokenizer
 
 from . import tiny_bases
+from .served import ASKED, KEY, Served, chat_model, streamed, written
 from .tiny_runs import refused
-
-KEY, CONTEXT = "a-key-of-the-tests", 160
-ASKED = [{"role": "user", "content": "What is the fruit of the oak?"}]
-
-
-class Served:
-    """A server on a free port of loopback, in a thread of this process."""
-
-    def __init__(self, directory, is_batched: bool = False, api_key: str | None = None):
-        self.directory = directory
-        self.model, tokenizer = load_model_and_tokenizer(str(directory))
-        self.listening = listen("127.0.0.1", 0)
-        self.port = self.listening.getsockname()[1]
-        served = ServedModel("tiny", self.model, tokenizer, is_batched)
-        config = uvicorn.Config(build_app(served, api_key), log_level="critical", lifespan="on")
-        self.server = Server(config, served)
-        self.thread = threading.Thread(target=lambda: self.server.run(sockets=[self.listening]))
-        self.thread.start()
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
-
-    def post(self, path: str, body: bytes | dict, chunked: bool = False, **headers: str) -> tuple[int, dict]:
-        """(status, body) of the answer to a request by hand."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | headers
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, iter([raw]) if chunked else raw, headers, encode_chunked=chunked)
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A random model of 160 positions whose tokenizer has a chat template."""
-    folder = tmp_path_factory.mktemp("serve") / "chat"
-    tiny_bases.our_model("gpt", max_position_embeddings=CONTEXT, eos_token_id=None).save_pretrained(folder)
-    tokenizer = build_tokenizer("byte")
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("serve") / "chat")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["one_by_one", "batched"])
@@ -82,17 +41,6 @@ def single(directory):
     server = Served(directory, api_key=KEY)
     yield server
     server.stop()
-
-
-def written(capsys, directory, prompt: str, length: int) -> str:
-    """What `acorn generate` writes greedily after a prompt."""
-    capsys.readouterr()
-    generate.main([str(directory), "--prompt", prompt, "--temperature", "0", "--max_new_tokens", str(length)])
-    return capsys.readouterr().out.removesuffix("\n").removeprefix(prompt)
-
-
-def streamed(stream) -> str:
-    return "".join(piece.choices[0].text for piece in stream)
 
 
 def test_completions_are_what_generate_writes(served, directory, capsys) -> None:
@@ -203,95 +151,15 @@ def test_the_snippet_of_the_readme(single, capsys) -> None:
     assert len(capsys.readouterr().out) > 9
 
 
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    "header", ["", "Bearer", "Bearer another", f"Bearer {KEY}x", f"Basic {KEY}", KEY, "Bearer \xe9"]
-)
-def test_a_bad_key_is_refused(single, header: str) -> None:
-    for path in ("/v1/completions", "/v1/models", "/health", "/nowhere"):
-        status, answer = single.post(path, {"prompt": "a"}, Authorization=header)
-        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
-    with pytest.raises(openai.AuthenticationError):
-        single.client("another").models.list()
-
-
-BAD = {
-    "prompt": [5, ["a", "b"], {"a": 1}, "\ud800", [1, 2]],
-    "max_tokens": [0, -1, 1.5, "3", True, CONTEXT, 10**20],
-    "temperature": ["hot", -1, [], True, 1e400, 10**400, 1e-40],
-    "top_p": [0, 1.5, "x"],
-    "top_k": [-1, 1.5, 10**13],
-    "min_p": [2, -1, "0.1"],
-    "no_repeat_ngram_size": [-1, "x", 1.5],
-    "suppress_tokens": [[], "[5]", [257], 5],
-    "min_new_tokens": [CONTEXT + 1],
-    "repetition_penalty": [0, 1e9],
-    "frequency_penalty": [3, "x"],
-    "logit_bias": [[1], {"a": 1}, {"5": 101}, {"5": "x"}, {"257": 1}, {"٣": 1}],
-    "stop": [5, [], [""], "", [1], ["a"] * 17],
-    "seed": [1.5, "x", 2**70],
-    "stream": ["yes", 1],
-    "stream_options": [True, {"a": 1}],
-    "model": [5, "gpt2", "../tiny", ""],
-    "n": [2, True],
-    "logprobs": [3, True],
-    "echo": [True],
-    "suffix": ["x"],
-    "max_tokns": [5],
-    "messages": [[]],
-}
-
-
-@pytest.mark.parametrize("field", BAD)
-def test_what_a_completion_can_not_say(single, field: str) -> None:
-    for value in BAD[field]:
-        status, answer = single.post("/v1/completions", {"prompt": "a", "max_tokens": 2, field: value})
-        assert status == (404 if field == "model" and isinstance(value, str) else 400), (value, answer)
-        assert field in answer["error"]["message"], (value, answer)
-        assert answer["error"]["type"] == "invalid_request_error"
-        assert "\n" not in answer["error"]["message"]
-
-
-BAD_MESSAGES = [
-    None, "hi", [], [5], [{}], [{"role": "user"}], [{"role": "king", "content": "a"}],
-    [{"role": ["user"], "content": ""}],
-    [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-    [{"role": "user", "content": "\ud800"}], [{"role": "user", "content": [{"type": "text"}]}],
-    [{"role": "assistant", "content": None, "tool_calls": [5]}],
-    [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-    [{"role": "assistant", "content": None, "tool_calls": 5}],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("messages", BAD_MESSAGES, ids=str)
-def test_messages_that_are_none(single, messages) -> None:
-    status, answer = single.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2})
-    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
-    assert "messages" in answer["error"]["message"]
-
-
-def test_over_the_context(single) -> None:
-    status, answer = single.post("/v1/completions", {"prompt": "a" * CONTEXT, "stream": True})
-    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
-    with pytest.raises(openai.BadRequestError, match="context is 160 tokens"):
-        single.client().chat.completions.create(model="tiny", messages=ASKED, max_tokens=CONTEXT)
-    assert single.client().completions.create(model="tiny", prompt="a").usage.completion_tokens == CONTEXT - 1
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"a"', b"\xff", b'{"prompt": ' + b"[" * 10**5, b"null"])
-def test_bodies_that_are_no_json_objects(single, body: bytes) -> None:
-    for path in ("/v1/completions", "/v1/chat/completions"):
-        status, answer = single.post(path, body)
-        assert status == 400
-        assert "JSON" in answer["error"]["message"] or "parsing" in answer["error"]["message"]
-
-
-@pytest.mark.parametrize("path", ["/load_models", "/reset", "/v1/responses", "/v1/audio/transcriptions", "/docs", "/"])
-def test_nothing_else_is_served(single, path: str) -> None:
-    status, answer = single.post(path, {"model": "gpt2"})
-    assert (status, answer["error"]["type"]) == (404, "invalid_request_error")
+def test_tools_and_their_turns_are_shown(single) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}, "id": "1"}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}]
+    turns.append({"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "text", "text": "now"}]})
+    ask = {"messages": [{"role": "developer", "content": "Add."}, *ASKED, *turns], "max_tokens": 3}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    without, with_tools = (single.post("/v1/chat/completions", body) for body in (ask, {**ask, "tools": tools}))
+    assert (without[0], with_tools[0]) == (200, 200)
+    assert with_tools[1]["usage"]["prompt_tokens"] > without[1]["usage"]["prompt_tokens"] > 60
 
 
 def test_a_client_that_leaves_stops_its_answer_and_not_the_server(served, monkeypatch) -> None:
@@ -316,25 +184,6 @@ def test_a_client_that_leaves_stops_its_answer_and_not_the_server(served, monkey
         steps.clear()
         time.sleep(0.1)
         assert len(steps) <= 1  # the one that was under way
-
-
-def test_a_bug_is_an_error_of_the_protocol(single, monkeypatch) -> None:
-    def broken(*args, **kwargs):
-        raise RuntimeError('with "quotes" and a \\\\')
-
-    monkeypatch.setattr(single.model, "forward", broken)
-    status, answer = single.post("/v1/completions", {"prompt": "a"})
-    assert (status, answer["error"]["type"]) == (500, "server_error")
-    with pytest.raises(openai.APIError, match="with 'quotes' and a"):
-        streamed(single.client().completions.create(model="tiny", prompt="a", stream=True))
-
-
-def test_only_this_machine_and_only_so_much(single) -> None:
-    assert single.post("/v1/completions", {"prompt": "a"}, Host="evil.example")[1]["error"]["code"] == "not_local"
-    assert single.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, Host="LOCALHOST:1")[0] == 200
-    for chunked in (False, True):
-        status, answer = single.post("/v1/completions", {"prompt": "a" * (5 << 20)}, chunked=chunked)
-        assert (status, answer["error"]["code"]) == (413, "too_large")
 
 
 def test_a_model_without_a_template_is_asked_for_completions(tmp_path_factory, capsys) -> None:
@@ -371,3 +220,36 @@ def test_a_port_in_use_is_said(directory) -> None:
     with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert f"port={port}: Address already in use" in refused(serve.main, str(directory), "--port", port)
+
+
+def test_missing_packages_are_said(directory, monkeypatch) -> None:
+    monkeypatch.setattr("inference.serve.find_spec", lambda name: None)
+    assert "acorn serve needs fastapi" in refused(serve.main, str(directory))
+    assert "pip install -e '.[serve]'" in refused(serve.main, str(directory))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_the_server_as_a_process(directory, tmp_path, stop: signal.Signals) -> None:
+    """Its key is in the environment alone; a signal ends it within seconds, though an answer is under way."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", serve.KEY_VARIABLE: KEY}
+    command = [sys.executable, "-m", "inference.serve", str(directory), "--port", "0", "--log_level", "info"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = process.stderr.readline()
+    address = re.search(r"http://\S+/v1", first)[0]
+    client = openai.OpenAI(base_url=address, api_key=KEY, max_retries=0)
+    asked = {"model": str(directory), "prompt": "a", "max_tokens": 20}
+    assert client.completions.create(**asked).usage.completion_tokens == 20
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=address, api_key="another", max_retries=0).models.list()
+    with pytest.raises(openai.APIError), ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(client.completions.create, **{**asked, "max_tokens": 150}) for _ in range(64)]
+        answers[0].result()
+        process.send_signal(stop)
+        [answer.result() for answer in answers]
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert error.endswith("stopped.\n")
+    assert "Traceback" not in error
+    assert KEY not in first + out + error

@@ -145,6 +145,8 @@ class Chats(Handler, ChatCompletionHandler):
             message = f"{self.model_manager.force_model} has no chat template: it continues text; ask /v1/completions"
             raise Refusal(400, message, "no_chat_template", "messages")
         text = render_messages(tokenizer, "messages", messages, given.get("tools"), add_generation_prompt=True)
+        if given.get("tools") and text == render_messages(tokenizer, "messages", messages, add_generation_prompt=True):
+            raise Refusal(400, "tools: the chat template shows none; leave them out", "unsupported", "tools")
         return encode_prompt(tokenizer, Rendered(text))
 
 

@@ -28,6 +28,9 @@ class Refusal(Exception):
         return {"error": error}
 
 
+MOST_ENTRIES = 1024  # of a list that every token is held against
+
+
 class Kind(NamedTuple):
     """The values that a field takes: in words, and as a test."""
 
@@ -41,13 +44,19 @@ def _is_number(value: Any) -> bool:
 
 def _is_stops(value: Any) -> bool:
     texts = value if isinstance(value, list) else [value]
-    return 1 <= len(texts) <= 16 and all(isinstance(text, str) and text for text in texts)
+    return 1 <= len(texts) <= 16 and all(isinstance(text, str) and 1 <= len(text) <= 1000 for text in texts)
 
 
 def _is_bias(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        key.isascii() and key.isdigit() and _is_number(bias) and -100 <= bias <= 100 for key, bias in value.items()
+    is_fit = isinstance(value, dict) and len(value) <= MOST_ENTRIES
+    return is_fit and all(
+        key.isascii() and key.isdigit() and len(key) < 12 and _is_number(bias) and -100 <= bias <= 100
+        for key, bias in value.items()
     )
+
+
+def _is_no_text(value: Any) -> bool:
+    return not (isinstance(value, str) or (isinstance(value, list) and len(value) > MOST_ENTRIES))
 
 
 NUMBER = Kind("a finite number", _is_number)
@@ -56,14 +65,14 @@ PENALTY = Kind("a number from -2 to 2", lambda value: _is_number(value) and -2 <
 COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-STOPS = Kind("a text, or a list of 1 to 16 texts, none of them empty", _is_stops)
-BIAS = Kind("an object of token ids and numbers from -100 to 100", _is_bias)
+STOPS = Kind("a text, or a list of 1 to 16 texts, of 1 to 1,000 characters each", _is_stops)
+BIAS = Kind(f"an object of at most {MOST_ENTRIES} token ids and numbers from -100 to 100", _is_bias)
 STREAM_OPTIONS = Kind(
     '{"include_usage": true} or false', lambda value: isinstance(value, dict) and set(value) <= {"include_usage"}
 )
 OBJECTS = Kind("a list of objects", lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value))
 ANY = Kind("anything", lambda value: True)
-NO_TEXT = Kind("no text", lambda value: not isinstance(value, str))  # flags are texts, the values of a request are not
+NO_TEXT = Kind(f"no text, and no list of more than {MOST_ENTRIES} entries", _is_no_text)  # a flag's value is a text
 
 # What `acorn generate` has beyond the protocol, under transformers' names (a client's `extra_body`).
 NEITHER = ("do_sample", "temperature", "top_p", "max_new_tokens", "stop_strings", "num_beams", "num_return_sequences")
