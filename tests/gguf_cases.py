@@ -2,7 +2,11 @@
 
 from string import ascii_letters, digits
 
-from training.data.tokenizers import build_entries
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from inference.formats.gguf_vocabulary import RULES
+from training.data.tokenizers import END_OF_TEXT, build_entries
 
 from .variants import FULL, SLIDING, VARIANTS, _rope, random_model, tiny_config
 
@@ -66,3 +70,19 @@ def model_of(fields: dict):
 def tokenizer_of(size: int):
     """Characters and an end-of-text token, `size` entries in all."""
     return build_entries(sorted(ascii_letters + digits)[: size - 1], has_end=True)
+
+
+def split_otherwise(rule: str, text: str) -> PreTrainedTokenizerFast:
+    """A BPE of 400 entries that takes texts apart by a rule of llama.cpp's other than GPT-2's."""
+    pattern, is_whole = RULES[rule]
+    backend = Tokenizer(models.BPE(ignore_merges=is_whole))
+    backend.normalizer = normalizers.NFC() if rule == "qwen2" else None
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=399, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens([END_OF_TEXT])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)

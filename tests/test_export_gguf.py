@@ -18,7 +18,7 @@ from training.data.tokenizers import build_entries, build_tokenizer
 from training.system.errors import UserError, explain
 
 from .foreign import CHARACTERS, nanogpt_of, stock_gpt2, write_checkpoint, write_meta
-from .gguf_cases import CASES, SWIGLU, model_of, tokenizer_of
+from .gguf_cases import CASES, RULES, SWIGLU, model_of, split_otherwise, tokenizer_of
 from .tiny_runs import refused
 from .variants import VARIANTS, random_model, tiny_config
 
@@ -305,10 +305,17 @@ def test_what_the_recipes_grow() -> None:
     }
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_that_llama_cpp_has_a_name_for(rule: str, tmp_path) -> None:
+    ours = split_otherwise(rule, TEXT)
+    reader = written(tmp_path / "made.gguf", model_of({"vocab_size": len(ours)}), ours)
+    assert value(reader, "tokenizer.ggml.pre") == rule
+
+
 def test_a_tokenizer_with_another_splitting_rule(tmp_path) -> None:
     ours = build_tokenizer("bpe", lambda: iter([TEXT]), 300)
     state = json.loads(ours.backend_tokenizer.to_str())
     state["normalizer"] = {"type": "NFC"}
     other = type(ours)(tokenizer_object=type(ours.backend_tokenizer).from_str(json.dumps(state)))
-    with pytest.raises(UserError, match="GPT-2's splitting rule"):
+    with pytest.raises(UserError, match="gpt-2, llama-bpe, qwen2 of llama"):
         write_gguf(model_of({"vocab_size": 300}), other, tmp_path / "made.gguf", "f32", "mine")

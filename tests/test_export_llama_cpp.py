@@ -13,7 +13,7 @@ from inference.formats.gguf import write_gguf
 from modeling import GPTForCausalLM
 from training.data.tokenizers import build_tokenizer
 
-from .gguf_cases import CASES, model_of, tokenizer_of
+from .gguf_cases import CASES, RULES, model_of, split_otherwise, tokenizer_of
 from .tiny_runs import grow
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
@@ -69,12 +69,14 @@ def test_the_same_logits(name: str, ids, tmp_path) -> None:
     torch.testing.assert_close(logits_of(llama, ids[0].tolist()), model(ids[:1]).logits[0], rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "byte", "char", "gpt2"])
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char", "gpt2", *RULES])
 def test_the_same_ids(kind: str, tmp_path) -> None:
     if kind == "gpt2":
         if not GPT2_TOKENIZER.is_dir():
             pytest.skip("GPT-2's tokenizer is not on this machine")
         ours = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
+    elif kind in RULES:
+        ours = split_otherwise(kind, TEXT + ODD)
     else:
         ours = build_tokenizer(kind, lambda: iter([TEXT + ODD]), 700 if kind == "bpe" else None)
     write_gguf(model_of({"vocab_size": len(ours) + 2}), ours, tmp_path / "made.gguf", "f32", kind)

@@ -8,9 +8,16 @@ from training.system.errors import UserError
 LETTERS = {byte: letter for letter, byte in BYTE_VOCABULARY.items()}  # byte: how byte-level vocabularies write it
 # llama.cpp wants one merge at least; these two bytes are in no UTF-8 text.
 NO_MERGE = f"{LETTERS[0xC0]} {LETTERS[0xC1]}"
-PRE = "gpt-2"  # llama.cpp's name of the rule by which GPT-2 takes a text apart before the merges
+GPT2 = "gpt-2"  # llama.cpp's name of the rule by which GPT-2 takes a text apart before the merges
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Others by llama.cpp's names: the pattern, and whether a piece that is an entry is taken whole
+RULES = {
+    "llama-bpe": (rf"{CONTRACTIONS}\p{{N}}{{1,3}}{REST}", True),
+    "qwen2": (rf"{CONTRACTIONS}\p{{N}}{REST}", False),
+}
 DEFAULT_END = 11  # llama.cpp's end of text where a file names none
-PLAIN = {"dropout": None, "byte_fallback": False, "ignore_merges": False}  # of a BPE that merges by rank alone
+PLAIN = {"dropout": None, "byte_fallback": False}  # of a BPE that merges by rank alone
 
 
 def add_vocabulary(writer, tokenizer: PreTrainedTokenizerFast, model) -> None:
@@ -18,10 +25,10 @@ def add_vocabulary(writer, tokenizer: PreTrainedTokenizerFast, model) -> None:
 
     Entries that the model has beyond the tokenizer's are marked as unused. Nothing is put around a text.
     """
-    kind = tokenizer_kind(tokenizer)
-    entries, merges = characters(tokenizer) if kind == "char" else byte_pairs(tokenizer)
+    is_characters = tokenizer_kind(tokenizer) == "char"
+    entries, merges = characters(tokenizer) if is_characters else byte_pairs(tokenizer)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PRE)
+    writer.add_tokenizer_pre(GPT2 if is_characters else splitting_rule(tokenizer))
     texts, types = whole_list(tokenizer, entries, model.config.vocab_size)
     writer.add_token_list(texts)
     writer.add_token_types(types)
@@ -87,19 +94,33 @@ def whole_list(tokenizer, entries: dict[int, str], size: int) -> tuple[list[str]
 
 
 def byte_pairs(tokenizer) -> tuple[dict[int, str], list[str]]:
-    """(entries by id, merges) of a byte-level BPE; UserError for other models and other rules of taking texts apart."""
-    state = backend_state(tokenizer.backend_tokenizer)
-    model = state["model"]
-    is_plain = model["type"] == "BPE" and all(model.get(name, value) == value for name, value in PLAIN.items())
-    is_bytes = tokenizer_kind(tokenizer) == "byte"  # which is not taken apart, and has no merges to be kept apart
-    if not is_plain or not (is_bytes or splits_as_gpt2(state)):
-        what = (state["pre_tokenizer"] or {}).get("type")
-        raise UserError(
-            f"the tokenizer ({model['type']}, pre_tokenizer={what}) cannot be written: bytes, characters and BPE with "
-            "GPT-2's splitting rule can be; convert a stock model with llama.cpp's convert_hf_to_gguf.py instead"
-        )
+    """(entries by id, merges) of a byte-level BPE."""
+    model = backend_state(tokenizer.backend_tokenizer)["model"]
+    if model["type"] != "BPE" or any(model.get(name, value) != value for name, value in PLAIN.items()):
+        raise UserError(f"the tokenizer is a {model['type']}: bytes, characters and byte-level BPE can be written")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {index: text for text, index in model["vocab"].items()}, merges
+
+
+def splitting_rule(tokenizer) -> str:
+    """llama.cpp's name of how a text is taken apart before the merges; UserError for a rule that is none of ours."""
+    state = backend_state(tokenizer.backend_tokenizer)
+    is_whole = state["model"].get("ignore_merges", False)
+    # Bytes are not taken apart, and have no merges that would be kept apart.
+    if not is_whole and (tokenizer_kind(tokenizer) == "byte" or splits_as_gpt2(state)):
+        return GPT2
+    split, *rest = (state["pre_tokenizer"] or {}).get("pretokenizers") or [{}]
+    to_bytes = [(step.get("type"), step.get("add_prefix_space"), step.get("use_regex")) for step in rest]
+    if (split.get("type"), split.get("behavior"), split.get("invert")) == ("Split", "Isolated", False) and (
+        to_bytes == [("ByteLevel", False, False)] and (state["normalizer"] or {"type": "NFC"}) == {"type": "NFC"}
+    ):
+        found = (split["pattern"].get("Regex"), is_whole)
+        if name := next((name for name, rule in RULES.items() if rule == found), None):
+            return name
+    known = ", ".join([GPT2, *RULES])
+    raise UserError(
+        f"the tokenizer takes a text apart by a rule that is none of {known} (llama.cpp's names); --tokenizer"
+    )
 
 
 def characters(tokenizer) -> tuple[dict[int, str], list[str]]:
