@@ -118,9 +118,7 @@ def splitting_rule(tokenizer) -> str:
         if name := next((name for name, rule in RULES.items() if rule == found), None):
             return name
     known = ", ".join([GPT2, *RULES])
-    raise UserError(
-        f"the tokenizer takes a text apart by a rule that is none of {known} (llama.cpp's names); --tokenizer"
-    )
+    raise UserError(f"the tokenizer's rule of taking texts apart is none that can be written ({known} of llama.cpp's)")
 
 
 def characters(tokenizer) -> tuple[dict[int, str], list[str]]:
