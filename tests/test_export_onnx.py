@@ -102,6 +102,11 @@ def test_a_refusal_names_the_field(name: str, tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_context_that_is_too_small(tmp_path) -> None:
+    with pytest.raises(UserError, match="max_position_embeddings=3 "):
+        write_onnx("small", random_model(tiny_config(max_position_embeddings=3)), None, tmp_path)
+
+
 def test_old_transformers_and_missing_packages(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(export, "NEEDS", {"onnx": []})
     monkeypatch.setattr(transformers, "__version__", "5.23.0")

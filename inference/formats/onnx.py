@@ -33,6 +33,10 @@ WINDOW = "_sliding_window_tensor"  # how the exporter's input ends that holds a 
 
 # field: (when it stands in the way, why)
 OBSTACLES: dict[str, Obstacle] = {
+    "max_position_embeddings": (
+        lambda c: c.position_encoding == "learned" and c.max_position_embeddings < 4,
+        "the graph is traced with four tokens",
+    ),
     "rope_parameters": (
         lambda c: any(p.get("rope_type") == "dynamic" for p in rotary(c)),
         "its frequencies depend on the length, and a graph has no conditions on numbers",
