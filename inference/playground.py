@@ -17,6 +17,7 @@ from training.model.sampling import Rendered, context_left, continue_ids, encode
 from training.system.errors import UserError, log, quiet_libraries, run_main
 from training.system.flags import FlagParser
 
+from .serving.conversation import answer_ends
 from .serving.listening import address_of, is_open_to_others, listen
 from .serving.space import GRADIO
 from .serving.writing import Refused, Writer
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     from .serving.page import build_page, open_page  # gradio takes seconds to import
 
-    blocks = build_page(AcornWriter(model, tokenizer, context_left(model)), flags.model.rstrip("/"))
+    writer = AcornWriter(model, tokenizer, context_left(model), answer_ends(model, tokenizer))
+    blocks = build_page(writer, flags.model.rstrip("/") or flags.model)
     host = f"[{flags.host}]" if ":" in flags.host else flags.host
     with redirect_stdout(sys.stderr):  # gradio explains at length why there is no link
         open_page(blocks, server_name=host, server_port=port, share=flags.share, quiet=True)
@@ -87,7 +89,7 @@ class AcornWriter(Writer):
             return encode_prompt(self.tokenizer, Rendered(text), "the conversation")
 
     def grow(self, ids: torch.Tensor, max_new_tokens: int, **generation) -> None:
-        continue_ids(self.model, ids, max_new_tokens, **generation)
+        continue_ids(self.model, ids, max_new_tokens, ends=self.ends, **generation)
 
 
 @contextmanager

@@ -75,10 +75,15 @@ def test_past_the_context(writer) -> None:
 
 def test_a_text_ends_at_its_end_and_says_so(writer) -> None:
     third = written(writer).tokens[2].id
-    writer.model.generation_config.eos_token_id = [third]
+    writer.ends = [third]
     passage = written(writer)
     assert passage.tokens[-1].id == third and len(passage.tokens) <= 3
     assert writer.why_it_ended(passage, 9) == "the model ended its text"
+
+
+def test_a_text_ends_where_the_model_says_and_where_a_turn_does(writer) -> None:
+    writer.model.generation_config.eos_token_id = 5
+    assert type(writer)(writer.model, writer.tokenizer, CONTEXT, [7, 5]).ends == [5, 7]
 
 
 def test_a_stopped_text_keeps_what_there_is(writer) -> None:

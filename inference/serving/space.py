@@ -8,7 +8,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, SpaceCard, SpaceCardData
 
 from training.config.publishing import NOT_CHOSEN
-from training.model.loading import ADAPTER_CONFIG, OUR_TYPES, base_of, load_config
+from training.data.tokenizers import load_tokenizer
+from training.model.chat_template import end_of_turn
+from training.model.loading import ADAPTER_CONFIG, OUR_TYPES, base_of, load_config, tokenizer_home
 from training.model.sizes import context_of
 from training.share.hub import SPACE_MODEL
 from training.share.uploads import Upload
@@ -31,13 +33,13 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = "auto" if device == "cuda" else torch.float32  # many processors only emulate the shorter ones
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
 model = {loader}.from_pretrained({folder!r}, dtype=dtype{trust}).to(device).eval()
-page = build_page(Writer(model, tokenizer, context={context}), {name!r})
+page = build_page(Writer(model, tokenizer, context={context}, more_ends={ends}), {name!r})
 open_page(page)
 page.block_thread()
 '''
 ABOUT = """
-A page to write with a small language model: how likely each token was, what else was likely, and what the model
-looked at. Made with Acorn.
+A page to write with the language model in `model/`: how likely each token was, what else was likely, and what the
+model looked at. Made with Acorn.
 """
 
 
@@ -80,16 +82,20 @@ def app(directory: Path, sent: dict[str, Upload], name: str) -> str:
     is_base = ADAPTER_CONFIG not in sent
     config = read_json(directory / "config.json") if is_base else load_config(base_of(directory)).to_dict()
     has_code = any(file.endswith(".py") for file in sent) or config.get("model_type") in OUR_TYPES
-    loader = "AutoModelForCausalLM" if is_base else "AutoPeftModelForCausalLM"
-    packages = {"AutoTokenizer": "transformers", loader: "transformers" if is_base else "peft"}
+    loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if not is_base:
+        loader = "AutoPeftModelForCausalLM"
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
     home = SPACE_MODEL if "tokenizer_config.json" in sent else adapter_settings(sent)["base_model_name_or_path"]
+    end = end_of_turn(load_tokenizer(tokenizer_home(str(directory)), needs_end_of_text=False))
     return APP.format(
-        imports="\n".join(f"from {package} import {what}" for what, package in sorted(packages.items())),
+        imports=imports,
         tokenizer=home,
         loader=loader,
         folder=SPACE_MODEL,
         trust=", trust_remote_code=True" * has_code,
         context=context_of(config),
+        ends=[] if end is None else [end],
         name=name,
     )
 

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -47,12 +47,17 @@ class Passage:
 
 
 class Writer:
-    """A causal LM and its tokenizer as the page uses them, by transformers alone: `encode`, `render` and `grow` are
-    what Acorn does more carefully where it is installed.
+    """A causal LM and its tokenizer as the page uses them, by transformers alone.
+
+    `encode`, `encode_chat` and `grow` are what Acorn does more carefully where it is installed. context: tokens that
+    the model reads. more_ends: tokens that end a text, beside those that the model names.
     """
 
-    def __init__(self, model, tokenizer, context: int):
+    def __init__(self, model, tokenizer, context: int, more_ends: Sequence[int] = ()):
         self.model, self.tokenizer, self.context = model, tokenizer, context
+        own = model.generation_config.eos_token_id
+        self.ends = list(dict.fromkeys([*(own if isinstance(own, list) else [own]), *more_ends]))
+        self.ends = [token for token in self.ends if token is not None]
 
     # ---- what a subclass may do in its own way
 
@@ -77,10 +82,14 @@ class Writer:
 
     def grow(self, ids: torch.Tensor, max_new_tokens: int, **generation) -> None:
         """Write on after `ids`, (1, tokens), with generate()'s arguments, a streamer among them."""
-        room = self.context - ids.shape[1]
-        mask = torch.ones_like(ids)
         self.model.generate(
-            ids, attention_mask=mask, max_new_tokens=max(1, min(max_new_tokens, room)), num_beams=1, **generation
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max(1, min(max_new_tokens, self.context - ids.shape[1])),
+            eos_token_id=self.ends or None,
+            pad_token_id=self.ends[0] if self.ends else None,
+            num_beams=1,
+            **generation,
         )
 
     # ---- the same for all
@@ -146,8 +155,7 @@ class Writer:
 
     def why_it_ended(self, passage: Passage, max_new_tokens: int) -> str:
         """Why there is no more of a passage that nobody stopped."""
-        ends = self.model.generation_config.eos_token_id
-        if passage.tokens and passage.tokens[-1].id in (ends if isinstance(ends, list) else [ends]):
+        if passage.tokens and passage.tokens[-1].id in self.ends:
             return "the model ended its text"
         return "as many as were asked for" if len(passage.tokens) >= max_new_tokens else "the context is full"
 
