@@ -112,7 +112,7 @@ def language_model(model, tokenizer, flags: argparse.Namespace):
         def tok_batch_encode(self, strings, *args, **kwargs):
             return encoded(lambda: super(LoadedModel, self).tok_batch_encode(strings, *args, **kwargs))
 
-    start = first_id(tokenizer)
+    start = first_id(tokenizer, "--tasks: the text before some answers")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         tokenizer.pad_token_id = start  # or else lm_eval adds a token that the model does not have
     return LoadedModel(
