@@ -173,6 +173,11 @@ def test_settings_out_of_range_are_refused(ask, place: int) -> None:
 
 
 @clients
+def test_a_seed_that_was_deleted(ask) -> None:
+    assert "seed is empty" in ask("write", "the fox", *GREEDY[:5], None)[1]
+
+
+@clients
 def test_visitors_take_turns(page) -> None:
     from gradio_client import Client
 

@@ -99,6 +99,8 @@ class Page:
     def _grow(self, request: gr.Request, passage: Passage, *settings, note: str = "") -> Iterator[str]:
         """Let the passage grow, and yield what to say below it, a few times a second; note: what to say first."""
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed = settings
+        if seed is None:
+            raise Refused("The seed is empty: give a whole number.")
         sampling: dict = {"do_sample": temperature > 0, "repetition_penalty": float(repetition_penalty)}
         if temperature > 0:
             sampling |= {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
