@@ -5,7 +5,7 @@ from random import Random
 
 from training.data.sources import unit_hash
 
-CONVERSATIONS = 12_000
+CONVERSATIONS = 10_000
 MOST_EXCHANGES = 8  # of a question and its answer, in one conversation
 HELD_OUT = 0.2  # of all pairs of numbers, and of all words
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
@@ -100,7 +100,7 @@ def refuse(random: Random) -> Exchange:
 
 
 SKILLS = {"add": add, "repeat": repeat, "spell": spell}
-KINDS = {"add": 8, "repeat": 3, "spell": 3, "introduce": 2, "recall": 2, "small talk": 2, "refuse": 1}  # and how often
+KINDS = {"add": 6, "repeat": 3, "spell": 3, "introduce": 1, "recall": 5, "small talk": 2, "refuse": 1}  # and how often
 
 
 # ---- conversations, and what is asked to see what was learned
@@ -115,12 +115,13 @@ def conversations(count: int = CONVERSATIONS, seed: int = 0) -> Iterator[list[di
 
 
 def converse(random: Random, kinds: list[str]) -> Iterator[Exchange]:
-    """Yield an exchange of each kind; the name is the one that was said last."""
+    """Yield an exchange of each kind; the name is the one that was said last, and is mostly said before it is asked."""
     name = None
     for kind in kinds:
+        is_early = kind == "recall" and name is None and random.random() < 0.8
         if kind in SKILLS:
             yield SKILLS[kind](random)
-        elif kind == "introduce":
+        elif kind == "introduce" or is_early:
             yield introduce(random, name := draw_word(random, held_out=False).capitalize())
         elif kind == "recall":
             yield recall(random, name)
