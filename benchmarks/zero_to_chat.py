@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from finetune.synthetic_chat import held_out_questions  # noqa: E402 (from a script's own folder it is not found)
 
 BLOCK = re.compile(r"<!-- zero to chat -->\n```bash\n(.*?)```", re.DOTALL)
-SAID = ("Hello", "My name is Robin.", "What is 47 + 25?", "Spell acorn.", "Where is Paris?", "What is my name?", "Bye")
+SAID = ("Hello", "My name is robin.", "What is 47 + 25?", "Spell acorn.", "Where is Paris?", "What is my name?", "Bye")
 PATIENCE = 120  # seconds for the server to answer
 
 

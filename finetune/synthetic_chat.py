@@ -38,7 +38,7 @@ DO_NOT_KNOW = "I do not know that."
 
 
 def is_held_out(*content: str | int) -> bool:
-    """Whether a word in small letters, or a pair of numbers in order, is kept from every conversation."""
+    """Whether a word, or a pair of numbers in order, is kept from every conversation."""
     return unit_hash("held out", *content) < HELD_OUT
 
 
@@ -51,7 +51,7 @@ def draw_numbers(random: Random, held_out: bool) -> tuple[int, int]:
 
 
 def draw_word(random: Random, held_out: bool) -> str:
-    """An invented word of three to eight letters; in half of them consonants and vowels take turns."""
+    """An invented word of three to eight small letters; in half of them consonants and vowels take turns."""
     every = CONSONANTS + VOWELS
     while True:
         kinds = random.choice(((CONSONANTS, VOWELS), (VOWELS, CONSONANTS), (every, every), (every, every)))
@@ -83,7 +83,7 @@ def spell(random: Random, held_out: bool = False) -> Exchange:
 
 
 def introduce(random: Random, name: str) -> Exchange:
-    return random.choice(TO_INTRODUCE).format(name), f"Hello, {name}!"
+    return random.choice(TO_INTRODUCE).format(name), f"Hello! Your name is {name}."
 
 
 def recall(random: Random, name: str | None) -> Exchange:
@@ -122,7 +122,7 @@ def converse(random: Random, kinds: list[str]) -> Iterator[Exchange]:
         if kind in SKILLS:
             yield SKILLS[kind](random)
         elif kind == "introduce" or is_early:
-            yield introduce(random, name := draw_word(random, held_out=False).capitalize())
+            yield introduce(random, name := draw_word(random, held_out=False))
         elif kind == "recall":
             yield recall(random, name)
         else:
@@ -137,7 +137,7 @@ def held_out_questions(count: int, seed: int = 0) -> Iterator[tuple[str, list[di
         if skill in SKILLS:
             exchanges = [SKILLS[skill](random, held_out=True)]
         else:
-            name = draw_word(random, held_out=True).capitalize()
+            name = draw_word(random, held_out=True)
             exchanges = [introduce(random, name), recall(random, name)]
         *messages, answer = as_messages(exchanges)
         yield skill, messages, answer["content"]

@@ -68,7 +68,7 @@ def test_conversations_are_well_formed_and_have_every_kind() -> None:
     for conversation in found[:200]:
         assert check_turns(conversation).messages == conversation.messages
     texts = said([conversation.messages for conversation in found])
-    for start in ("Hello, ", "Your name is ", "You have not told me", "I do not know", "I am Acorn"):
+    for start in ("Hello! Your name is ", "Your name is ", "You have not told me", "I do not know", "I am Acorn"):
         assert any(text.startswith(start) for text in texts), start
 
 
@@ -76,7 +76,7 @@ def test_the_name_that_was_said_last_is_remembered() -> None:
     asked = ["recall", "introduce", "add", "introduce", "recall"]
     exchanges = next(found for seed in range(99) if (found := list(converse(Random(seed), asked)))[0][1][0] == "Y")
     assert exchanges[0][1] == "You have not told me your name."
-    assert exchanges[4][1] == exchanges[3][1].replace("Hello, ", "Your name is ").replace("!", ".")
+    assert exchanges[4][1] == exchanges[3][1].removeprefix("Hello! ")
     assert exchanges[1][1] != exchanges[3][1]
     assert set(KINDS) >= {"recall", "introduce", "add"}
 
