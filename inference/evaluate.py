@@ -29,9 +29,9 @@ EPILOG = """examples:
   acorn evaluate runs/quickstart --by_position loss-by-position.png
   acorn evaluate runs/my-gpt2 --tasks hellaswag,lambada_openai --update_card
 
-With --stride sequences overlap, so that each token but those of the first is predicted from block_size - stride tokens
-of context at least: what the model can do on a long text, for block_size/stride times the work. Loss by position is
-clearest without it, when there are as many tokens at each position."""
+With --stride sequences overlap, and each token but those of the first is predicted from at least
+block_size - stride tokens of context: what the model can do on a long text, for block_size/stride times the
+work. Loss by position is clearest without it, when there are as many tokens at each position."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

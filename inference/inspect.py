@@ -21,8 +21,9 @@ EPILOG = """examples:
   acorn inspect runs/quickstart --prompt FILE:start.txt --output look.html
   acorn inspect gpt2 --prompt "When Mary and John went to the store, John gave a drink to" --layers 5 9 10
 
-A head is named after what at least a third of its attention goes to: the previous token, the first one, itself, an
-earlier same token, or what followed one ("after a repeat": induction). A prompt that repeats itself shows those."""
+A head is named after what at least a third of its attention goes to: the previous token, the first one,
+itself, the last 4, an earlier same token, or what followed one ("after a repeat": induction). A prompt that
+repeats itself shows the last two."""
 
 WRITERS = {".png": draw_look, ".html": write_page}
 MOST_HEADS = 12  # heads that are listed in words
