@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", help="run directory, checkpoint, model directory, adapter or Hub id")
-    add("--prompt", required=True, help="text to look at, or FILE:path")
+    add("--prompt", required=True, help="text to look at, FILE:path, or - for standard input")
     add("--output", type=Path, default=Path("inspect.png"), help="file to write: .png or .html")
     add("--layers", type=int, nargs="+", help="layers whose heads are drawn, from 0 (default: all)")
     add("--top_k", type=int, default=5, help="next tokens listed after each token")
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     print(in_words(look, heads))
     print(f"The {'page' if flags.output.suffix.lower() == '.html' else 'picture'} is in {flags.output}.")
     if flags.output.suffix.lower() != ".html":
-        page = shell("acorn", "inspect", flags.model, prompt=flags.prompt, output=flags.output.with_suffix(".html"))
+        words = ["acorn", "inspect", flags.model, *["--trust_remote_code"] * flags.trust_remote_code]
+        page = shell(*words, prompt=flags.prompt, output=flags.output.with_suffix(".html"))
         print(f"As a page to point at:\n  {page}")
 
 
