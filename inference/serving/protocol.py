@@ -152,8 +152,19 @@ def unfold(body: dict) -> dict:
     return {**settings, **rest}
 
 
+def refuse_broken_text(body: dict) -> None:
+    """Refuse halves of pairs of UTF-16, which JSON can spell and no UTF-8 can."""
+    for name, value in body.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            name = name.encode("utf-8", "replace").decode()
+            raise Refusal(400, f"{name}: holds half of a character, no UTF-8", "invalid_value", name) from error
+
+
 def check_fields(body: dict, kind: str) -> dict:
     """The fields of a request that say something, each of its kind; Refusal for what is unknown, wrong or not there."""
+    refuse_broken_text(body)
     given = {name: value for name, value in body.items() if value is not None}
     fields = FIELDS[kind]
     for name, value in given.items():
@@ -226,7 +237,7 @@ def read_prompt(given: dict) -> str:
     prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
     if not isinstance(prompt, str):
         raise Refusal(400, "prompt: must be one text; ask once for each", "invalid_value", "prompt")
-    return _utf8(prompt, "prompt")
+    return prompt
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -256,7 +267,7 @@ def _read_message(message: Any, where: str) -> dict:
         content = None if None in parts else " ".join(map(str, parts))
     if not isinstance(content, str):
         raise Refusal(400, f"{where}.content: must be a text; this model reads nothing else", "invalid_value", where)
-    read = {"role": "system" if role == "developer" else role, "content": _utf8(content, where)}
+    read = {"role": "system" if role == "developer" else role, "content": content}
     read |= {"tool_calls": _read_calls(calls, where)} if calls else {}
     return read | {name: message[name] for name in ("name", "tool_call_id") if isinstance(message.get(name), str)}
 
@@ -272,12 +283,3 @@ def _read_calls(calls: Any, where: str) -> list[dict]:
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         message = f"{where}.tool_calls: must be calls with a function's name and arguments as JSON"
         raise Refusal(400, message, "invalid_value", where) from error
-
-
-def _utf8(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{where}: character {error.start} is half of a pair, and no UTF-8"
-        raise Refusal(400, message, "invalid_value", where) from error
-    return text
