@@ -133,6 +133,7 @@ def test_penalties_and_biases_are_the_protocols(single) -> None:
 
     assert repeats(frequency_penalty=2) < repeats()
     assert repeats(presence_penalty=2) < repeats()
+    assert repeats(presence_penalty=0.1, extra_body={"no_repeat_ngram_size": 1}) < repeats()
     assert client.completions.create(**ask, logit_bias={"97": 100}).choices[0].text == "a" * 60
 
 

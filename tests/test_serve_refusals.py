@@ -84,6 +84,12 @@ def test_messages_that_are_none(single, messages) -> None:
     assert "messages" in answer["error"]["message"]
 
 
+def test_settings_that_leave_nothing_to_draw(single) -> None:
+    for more in ({"suppress_tokens": [*range(257)]}, {"begin_suppress_tokens": [*range(257)], "top_h": 0.5}):
+        status, answer = single.post("/v1/completions", {"prompt": "a", "max_tokens": 2, **more})
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
 def test_over_the_context(single) -> None:
     status, answer = single.post("/v1/completions", {"prompt": "a" * CONTEXT, "stream": True})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")

@@ -116,11 +116,11 @@ def _continue(job: Job, prompts: list[list[int]], more: dict, streamer) -> list[
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
     stops = Stops(job.tokenizer, job.stop_strings) if job.stop_strings else None
     if not job.has_beams and any(name in job.generation for name in FORBIDDING):
-        more |= {"logits_processor": LogitsProcessorList([SomeLeft()])}
+        more |= {"logits_processor": LogitsProcessorList([*job.generation.get("logits_processor", []), SomeLeft()])}
     options = {"attention_mask": mask, "ends": job.ends, "stops": stops, "beyond_context": job.beyond_context}
     try:
         with counting_passes(job.model, job.passes):
-            grown = continue_ids(job.model, ids, job.max_new_tokens, streamer, **options, **job.generation, **more)
+            grown = continue_ids(job.model, ids, job.max_new_tokens, streamer, **options, **(job.generation | more))
     except RuntimeError as error:
         if "multinomial" not in str(error) and "probability tensor" not in str(error):
             raise

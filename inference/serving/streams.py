@@ -95,7 +95,10 @@ def draw(model, tokenizer, ids: list[int], wish: Wish, streamer) -> None:
         generation["logits_processor"] = LogitsProcessorList([Penalties(*wish.penalties, len(ids))])
     seed = secrets.randbits(63) if wish.seed is None else wish.seed
     job = Job(model, tokenizer, wish.max_new_tokens, wish.ends, wish.stops, seed=seed, generation=generation)
-    grow(job, [ids], streamer)
+    try:
+        grow(job, [ids], streamer)
+    except ValueError as error:  # of transformers, where settings that are right alone leave nothing to draw
+        raise UserError(f"these settings do not go together: {one_line(error)}") from error
 
 
 class Failure(_StreamError):
