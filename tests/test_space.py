@@ -124,6 +124,14 @@ def test_the_space_is_of_the_gradio_that_was_tested() -> None:
     assert gradio.__version__ == GRADIO
 
 
+def checked_out(hub, folder: Path) -> Path:
+    """The Space's files in a folder, as the machine that runs it finds them."""
+    for name, content in hub.repos["spaces/me/page"].files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 @contextmanager
 def running(folder: Path) -> Iterator[str]:
     """The address of the Space in `folder`, run as the Hub does, but in a process that can import no Acorn."""
@@ -154,10 +162,7 @@ def test_the_space_runs_where_no_acorn_is(base, hub, tmp_path) -> None:
     from gradio_client import Client
 
     push.main([str(base), "me/page", "--space"])
-    folder = tmp_path / "space"
-    for name, content in hub.repos["spaces/me/page"].files().items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    folder = checked_out(hub, tmp_path / "space")
     settings = (5, 0, 0, 1, 1, 1)  # greedy
     with running(folder) as address:
         client = Client(address, verbose=False)
@@ -172,3 +177,19 @@ def test_the_space_runs_where_no_acorn_is(base, hub, tmp_path) -> None:
     grown = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 2:].tolist()
     spans = ElementTree.fromstring(f"<p>{html}</p>")[2:]
     assert "".join(span.text or "" for span in spans).split() == tokenizer.decode(grown).split()
+
+
+@pytest.mark.clients
+@pytest.mark.slow
+def test_the_space_of_an_adapter_takes_its_base_from_the_hub(base, hub, tmp_path, monkeypatch) -> None:
+    from gradio_client import Client
+
+    push.main([str(base), "me/base"])
+    adapter = adapted(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    push.main([adapter, "me/page", "--space", "--base_model", "me/base"])
+    hub_of_the_space = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    for name, value in (hub_of_the_space | {"HF_HUB_OFFLINE": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with running(checked_out(hub, tmp_path / "space")) as address:
+        html, said = Client(address, verbose=False).predict("a b", 5, 0, 0, 1, 1, 1, api_name="/write")
+    assert " tokens in" in said and len(ElementTree.fromstring(f"<p>{html}</p>")) > 2
