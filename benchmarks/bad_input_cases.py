@@ -132,6 +132,10 @@ FLAGS = {
     ),
     "merge": (["merge", "lora", "merged"], dict(dtype=str)),
     "convert": (["convert", "run", "converted", "--to", "nanogpt"], dict(to=str, tokenizer=str, meta=str)),
+    "export": (
+        ["export", "run", "made.gguf", "--format", "gguf"],
+        dict(format=str, outtype=str, tokenizer=str),
+    ),
     "resume": (["resume", "run", "--max_steps", "5"], dict(checkpoint=str, max_steps=int, learning_rate=float)),
     "prepare": (
         words("prepare shakespeare-char-cpu --text_files text.txt --data_dir made"),
@@ -150,7 +154,10 @@ LINES = (  # command lines that are wrong as a whole
     "finetune|finetune nonsense|finetune run --resume|finetune --resume|finetune --resume nonsense|merge|merge run|"
     "merge run out|merge lora run|merge nonsense out|evaluate|evaluate nonsense|evaluate tokens|generate|"
     "generate nonsense|generate tokens|generate run --nonsense 1|generate run stray|convert|convert run|"
-    "convert run run --to gpt2|convert nonsense out --to acorn|push|push run|push run a/b/c|"
+    "convert run run --to gpt2|convert nonsense out --to acorn|export|export run|export run x.gguf|"
+    "export run --format gguf|export run x --format gguf|export run text.txt --format gguf|export nonsense x.gguf "
+    "--format gguf|export lora x.gguf --format gguf|export run run --format gpt2|export run x --format vllm-check|"
+    "export tokens --format vllm-check|export run x.gguf --format gguf --outtype q2|push|push run|push run a/b/c|"
     "push nonsense me/gpt|push tokens me/gpt|"
     "push run me/gpt --license nonsense|estimate|estimate nonsense|recipes nonsense|prepare|prepare nonsense|"
     "prepare quickstart --nonsense 1|tokenizer|tokenizer --output_dir x|tokenizer --tokenizer nonsense --output_dir x"
@@ -212,6 +219,8 @@ READERS = {
         (["resume", "run", "--max_steps", "6"], RESUMED),
         (["push", "run", "me/gpt", "--dry_run"], None),
         (["convert", "run", "converted", "--to", "nanogpt"], weights_of("converted/ckpt.pt")),
+        (["export", "run", "made.gguf", "--format", "gguf"], weights_of("made.gguf")),
+        (["export", "run", "--format", "vllm-check"], None),
         (FINETUNE, weights_of("tuned/adapter_model.safetensors")),
     ),
     "run/checkpoint-4": (

@@ -119,6 +119,7 @@ def test_what_is_printed(directory, capsys) -> None:
 def test_what_is_missing(directory, capsys) -> None:
     path = directory(logit_softcap=2.0, lm_head_bias=True, head_dim=6)
     (path / "positions.py").unlink()
+    (path / "loss.py").write_bytes(b"\x80 (")
     (path / "tokenizer.json").unlink()
     config = json.loads((path / "config.json").read_text())
     del config["auto_map"]["AutoModel"]
@@ -127,7 +128,7 @@ def test_what_is_missing(directory, capsys) -> None:
     found = statuses(capsys.readouterr().out)
     assert [what.partition("=")[0] for what in found["missing"]] == [
         "config.json: auto_map.AutoModel",
-        "code: positions.py not there",
+        "code: loss.py, positions.py not there, or damaged",
         "logit_softcap",
     ]
     assert all(what in line for what in found["missing"])

@@ -57,27 +57,35 @@ def report(name: str) -> list[str]:
 
 def files(directory: Path) -> Iterator[Line]:
     """What has to lie in the directory."""
-    auto_map = read_json(directory / "config.json").get("auto_map") or {}
+    named = read_json(directory / "config.json").get("auto_map")
+    auto_map = {key: entry for key, entry in named.items() if isinstance(entry, str)} if isinstance(named, dict) else {}
     for entry in ("AutoConfig", "AutoModel"):
         is_there = entry in auto_map
         yield (GOOD if is_there else MISSING, f"config.json: auto_map.{entry}={auto_map.get(entry)!r}")
-    needed = imported(directory, {f"{entry.split('.')[0]}.py" for entry in auto_map.values()})
-    gone = sorted(file for file in needed if not (directory / file).is_file())
-    yield (MISSING, f"code: {', '.join(gone)} not there") if gone else (GOOD, f"code: {', '.join(sorted(needed))}")
+    broken: list[str] = []
+    needed = imported(directory, {f"{entry.split('.')[0]}.py" for entry in auto_map.values()}, broken)
+    found = f"code: {', '.join(sorted(needed))}"
+    yield (MISSING, f"code: {', '.join(sorted(broken))} not there, or damaged") if broken else (GOOD, found)
     has_weights = any(directory.glob("*.safetensors"))
     yield (GOOD if has_weights else MISSING, "weights: model.safetensors" + (" is there" if has_weights else ""))
     has_tokenizer = (directory / "tokenizer.json").is_file()
     yield (GOOD if has_tokenizer else LIMIT, "tokenizer.json" + ("" if has_tokenizer else ": none; only ids go in"))
 
 
-def imported(directory: Path, names: set[str]) -> set[str]:
-    """The names of these Python files and of all that they import by `from .x import y`."""
+def imported(directory: Path, names: set[str], broken: list[str]) -> set[str]:
+    """The names of these Python files and of all that they import by `from .x import y`; no code is run.
+
+    broken: where the names of those go that are not there, or cannot be read.
+    """
     found, waiting = set(), set(names)
     while waiting:
         name = waiting.pop()
         found.add(name)
-        path = directory / name
-        tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+        try:
+            tree = ast.parse((directory / name).read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            broken.append(name)
+            continue
         nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level and node.module)
         waiting |= {f"{node.module}.py" for node in nodes} - found
     return found
