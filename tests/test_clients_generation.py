@@ -20,7 +20,7 @@ def test_transformers_own_ways_to_generate(more: tuple[str, ...], grown, tmp_pat
     assert ways.pop("hqq, 8 bits") == 1
     assert ways.pop("hqq, 4 bits") > 0.5
     assert not more or ways.pop("quanto, 4 bits") > 0.5
-    assert ways == dict.fromkeys(("static", "assisted", "prompt lookup", "pipeline", "AutoModel"), True)
+    assert ways == dict.fromkeys(("static", "assisted", "prompt lookup", "pipeline", "AutoModel", "torch.export"), True)
 
 
 def test_generate_batch(grown, tmp_path) -> None:

@@ -39,6 +39,7 @@ def refused(call) -> str:
 write = pipeline("text-generation", directory, device="cpu", **trusted)
 written = write("the quick", max_new_tokens=32, do_sample=False)[0]["generated_text"]
 base = AutoModel.from_pretrained(directory, **trusted).eval()
+exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False).module()
 assistant = AutoModelForCausalLM.from_pretrained(draft, **trusted).eval()
 facts = {
     "tokens": plain.shape[1],
@@ -49,6 +50,7 @@ facts = {
     "hqq, 4 bits": quantized("hqq", 4),
     "pipeline": written == tokenizer.decode(plain[0], skip_special_tokens=True),
     "AutoModel": torch.equal(model.lm_head(base(ids).last_hidden_state), model(ids).logits),
+    "torch.export": torch.allclose(exported(input_ids=ids, use_cache=False).logits, model(ids).logits, atol=1e-5),
     "quantized and assisted": refused(lambda: same(assistant_model=assistant, cache_implementation="quantized")),
 }
 if more == ["quanto"]:  # which compiles its kernels at its first use, for half a minute
