@@ -20,7 +20,7 @@ from training.system.errors import UserError, explain
 from .foreign import CHARACTERS, nanogpt_of, stock_gpt2, write_checkpoint, write_meta
 from .gguf_cases import CASES, RULES, SWIGLU, model_of, split_otherwise, tokenizer_of
 from .tiny_runs import refused
-from .variants import VARIANTS, random_model, tiny_config
+from .variants import VARIANTS, _rope, random_model, tiny_config
 
 ROOT = Path(__file__).parent.parent
 TEXT = "the quick brown fox: 12 jumps, naïve 漢字 😀 over\n\tthe lazy dogs\r\n  and  the quick brown foxes' dens\n" * 9
@@ -92,6 +92,8 @@ def test_what_it_cannot_hold_is_named(name: str) -> None:
         ("sliding_window=5", {"sliding_window": 5}),
         ("qk_norm=True", {**SWIGLU, "qk_norm": True}),
         ("'dynamic'", {**SWIGLU, **VARIANTS["rope_dynamic"]}),
+        ("'attention_factor'", {**SWIGLU, **_rope("yarn", factor=4.0, attention_factor=1.5)}),
+        ("'sliding_attention'", {**SWIGLU, **VARIANTS["rope_by_layer"], "sliding_window": 64}),
     ],
 )
 def test_a_refusal_names_the_one_field(field: str, fields: dict) -> None:

@@ -29,6 +29,8 @@ FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32  # so many numbers of a row share a scale
 GELUS = ("gelu_new", "gelu")
 ROPE_TYPES = ("default", "linear", "yarn")  # which every architecture takes from the file's metadata
+ROPE_NUMBERS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor"}
+ROPE_NUMBERS |= {"high_freq_factor"}  # not those of yarn that nobody changes, such as beta_fast
 
 # ---- what stands in the way, by field
 
@@ -43,8 +45,8 @@ def needs_rope(*types: str, or_none: bool = False) -> dict[str, Obstacle]:
     return {
         **takes("position_encoding", "rope", *["none"] * or_none, why="its positions are rotary"),
         "rope_parameters": (
-            lambda c: bool(c.rope_layer_types()) or rope_type(c) not in (None, *types),
-            f"it knows {', '.join(types)}, the same in every layer",
+            lambda c: rope_type(c) not in (None, *types) or not (c.rope_parameters or {}).keys() <= ROPE_NUMBERS,
+            f"it knows {', '.join(types)}, the same in every layer, and only {', '.join(sorted(ROPE_NUMBERS))}",
         ),
         "head_dim": (lambda c: c.head_dim % 2 == 1, "it rotates pairs"),
     }
