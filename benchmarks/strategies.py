@@ -18,7 +18,7 @@ from inference.decoding.batches import Job, grow
 from inference.decoding.drafts import Passes, load_draft
 from inference.decoding.strategies import generate_arguments, settle
 from training.model.loading import load_model_and_tokenizer
-from training.model.sampling import stop_tokens
+from training.model.sampling import context_left, prompt_tensor, stop_tokens
 from training.system.errors import quiet_libraries
 
 STRATEGIES = {
@@ -52,20 +52,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="run directory")
     parser.add_argument("--assistant_model", help="smaller run with the same tokenizer")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    parser.add_argument("--text", type=Path, default=stdlib / "tarfile.py", help="file that the prompts are cut from")
     parser.add_argument("--max_new_tokens", type=int, default=40)
     flags = parser.parse_args()
     quiet_libraries()
     model, tokenizer = load_model_and_tokenizer(flags.model)
-    text = Path(sysconfig.get_paths()["stdlib"], "tarfile.py").read_text(encoding="utf-8")
-    rows = [tokenizer(text[place : place + 5 + place % 97])["input_ids"] for place in range(0, 16 * 211, 211)]
+    text = flags.text.read_text(encoding="utf-8")
+    starts = [text[place : place + 5 + place % 97] for place in range(0, 16 * 211, 211)]
+    rows = [prompt_tensor(tokenizer, start, None)[0].tolist()[: context_left(model)] for start in starts]
     equal = {}
+    greedy = Job(model, tokenizer, flags.max_new_tokens, stop_tokens(model), generation={"do_sample": False})
     for name, values in STRATEGIES.items():
-        settled = settle(values | {"max_new_tokens": flags.max_new_tokens})
-        job = Job(
-            model=model,
-            tokenizer=tokenizer,
-            max_new_tokens=flags.max_new_tokens,
-            ends=stop_tokens(model),
+        settled = settle(values)
+        job = dataclasses.replace(
+            greedy,
             stop_strings=settled.get("stop_strings", ()),
             num_samples=settled.get("num_return_sequences", 1),
             seed=1337,
@@ -74,8 +75,7 @@ def main() -> None:
         together = grow(job, rows)
         alone = [grow(job, [row])[0] for row in rows]
         equal[name] = {"repeats": grow(job, rows) == together, "batch_is_single": alone == together}
-        print(f"{name:<40}{together[3][0].text!r}")
-    greedy = Job(model, tokenizer, flags.max_new_tokens, stop_tokens(model), generation={"do_sample": False})
+        print(f"{name:<40}{together[3][0].text!r}", flush=True)
     drafts = {"prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 5}}
     if flags.assistant_model:
         draft = load_draft(flags.assistant_model, model, tokenizer, {})

@@ -12,6 +12,7 @@ from training.model.sampling import BEYOND_CONTEXT, TextPrinter, context_left, p
 from training.model.windows import has_learned_positions
 from training.system.errors import UserError, log, quiet_libraries, run_main, unknown
 from training.system.flags import FlagParser
+from training.system.shell import shell
 
 from .decoding.batches import Job, grow, refuse_drafts
 from .decoding.compiled import compiled
@@ -166,6 +167,8 @@ def write(job: Job, prompts: list[Prompt], rows: list[list[int]], flags: argpars
         write_complete(job, prompts, rows, flags)
     if job.has_drafts:
         log(str(job.passes))
+    if sys.stderr.isatty():
+        log(f"Type next: {shell('acorn', 'chat', flags.model)}")
 
 
 def write_streamed(job: Job, prompt: str, ids: list[int]) -> None:
