@@ -93,15 +93,23 @@ def serve_and_ask(words: list[str], flags, seconds: dict) -> dict:
     began = time.monotonic()
     process = start(words, flags.output_dir, stderr=subprocess.PIPE)
     try:
-        lines = iter(process.stderr.readline, "")
-        address = next(found[0] for line in lines if (found := re.search(r"http://\S+/v1", line)))
-        client = openai.OpenAI(base_url=address, api_key="none", timeout=PATIENCE)
+        client = openai.OpenAI(base_url=address_in(process.stderr), api_key="none", timeout=PATIENCE)
         answer(client, words[2], [{"role": "user", "content": "Hello"}])
         seconds[" ".join(words[:3])] = round(time.monotonic() - began, 1)
         return ask(client, words[2], flags.questions)
     finally:
         process.terminate()
         process.wait(PATIENCE)
+
+
+def address_in(stream) -> str:
+    """The address that the server says it is at; what it says instead ends the script."""
+    said = ""
+    for line in stream:
+        said += line
+        if found := re.search(r"http://\S+/v1", line):
+            return found[0]
+    raise SystemExit(said)
 
 
 def answer(client: openai.OpenAI, model: str, messages: list[dict]) -> str:
