@@ -34,13 +34,6 @@ STREAMED = tuple(
     name for name, strategy in STRATEGIES.items()
     if strategy.needs not in ("beams", "assistant") and name not in ("num_beams", "num_return_sequences")
 )  # fmt: skip
-COMMANDS = {
-    "/help": "what can be typed",
-    "/reset": "forget what was said",
-    "/system": "TEXT: what the model is told before the conversation, which starts anew; none without TEXT",
-    "/save": "FILE: keep the conversation as a line of JSON, which `acorn finetune` reads",
-    "/exit": "end, as Ctrl-D does; Ctrl-C stops an answer",
-}
 NO_TEMPLATE = (
     "has no chat template: it continues text, and does not answer. What you type is continued, line by line, and Enter "
     "alone goes on. For answers finetune it on a chat: `acorn finetune MODEL --text_files chat.txt`."
@@ -51,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags; names are generate()'s where it has one."""
     parser = FlagParser(
         prog="acorn chat",
+        usage="acorn chat MODEL [--flag value ...]",
         description="Talk with a model in the terminal. Type a message and Enter; /help lists the commands.",
         epilog=EPILOG,
     )
@@ -110,12 +104,13 @@ def talk(job: Job, conversation: Conversation) -> None:
     while True:
         try:
             line = read_line(is_person)
-            if line is None or line == "/exit":
-                return
-            if line.startswith("/"):
+            if line.startswith("/") and not line.startswith("//"):
                 run_command(conversation, line)
             elif line or isinstance(conversation, Continuation):
-                answer(job, conversation, line)
+                answer(job, conversation, line.removeprefix("/") if line.startswith("//") else line)
+        except EOFError:
+            print(end="\n" if is_person else "")
+            return
         except KeyboardInterrupt:
             if not is_person:
                 raise
@@ -126,14 +121,10 @@ def talk(job: Job, conversation: Conversation) -> None:
             note(str(error))
 
 
-def read_line(is_person: bool) -> str | None:
-    """What is typed next, None at its end."""
+def read_line(is_person: bool) -> str:
+    """What is typed next; EOFError at its end."""
     try:
         return input("> " if is_person and sys.stdout.isatty() else "").strip()
-    except EOFError:
-        if is_person:
-            print()
-        return None
     except UnicodeDecodeError as error:
         raise UserError(f"your message: is not UTF-8 ({error.reason}); type it in UTF-8") from error
 
@@ -173,17 +164,29 @@ def run_command(conversation: Conversation, line: str) -> None:
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    if name == "/help":
-        for command, what in COMMANDS.items():
-            note(f"{command:<9}{what}")
-    elif name == "/reset":
-        conversation.reset()
-        note("(forgotten)")
-    elif name == "/system":
-        set_system(conversation, rest.strip())
-        note("(the conversation starts anew)")
-    else:
-        save(conversation, rest.strip())
+    run, takes, _ = COMMANDS[name]
+    if rest.strip() and not takes:
+        raise UserError(f"{name} takes no more words; a message that begins with a slash has two")
+    run(conversation, rest.strip())
+
+
+def list_commands(conversation: Conversation, rest: str) -> None:
+    for name, (_, takes, what) in COMMANDS.items():
+        note(f"{f'{name} {takes}':<14}{what}")
+
+
+def forget(conversation: Conversation, rest: str) -> None:
+    conversation.reset()
+    note("(forgotten)")
+
+
+def start_anew(conversation: Conversation, text: str) -> None:
+    set_system(conversation, text)
+    note("(the conversation starts anew)")
+
+
+def leave(conversation: Conversation, rest: str) -> None:
+    raise EOFError
 
 
 def set_system(conversation: Conversation, text: str) -> None:
@@ -206,6 +209,16 @@ def save(conversation: Conversation, name: str) -> None:
     except (OSError, ValueError, RuntimeError) as error:  # of the system; of NUL in a name; of a ~name that is nobody
         raise UserError(f"/save {name!r}: {one_line(error)}; choose another name") from error
     note(f"(saved in {name})")
+
+
+# what is typed: what it does, what it takes, and what is said of it
+COMMANDS = {
+    "/help": (list_commands, "", "what can be typed besides messages"),
+    "/reset": (forget, "", "forget what was said"),
+    "/system": (start_anew, "TEXT", "start anew with another system message, or with none"),
+    "/save": (save, "FILE", "keep the conversation as a line of JSON, which `acorn finetune` reads"),
+    "/exit": (leave, "", "end, as Ctrl-D does; Ctrl-C stops an answer"),
+}
 
 
 def note(line: str) -> None:

@@ -29,6 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb's flags; names are `transformers serve`'s where it has one."""
     parser = FlagParser(
         prog="acorn serve",
+        usage="acorn serve MODEL [--flag value ...]",
         description="Serve a model on this machine by the OpenAI protocol, until Ctrl-C.",
         epilog=EPILOG,
     )
@@ -36,8 +37,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every address of this machine")
     add("--port", type=int, default=8000, help="port to listen at; 0: one that is free")
-    add("--api_key", help=f"key that every call must bring; the variable {KEY_VARIABLE} shows it to nobody else here")
-    add("--continuous_batching", action="store_true", help="draw requests together instead of one after the other")
+    add(
+        "--api_key",
+        help=f"key that every call must bring; better in the variable {KEY_VARIABLE}, which `ps` does not show",
+    )
+    add("--continuous_batching", action="store_true", help="write the answers together, not one after the other")
     add("--log_level", default="warning", choices=["info", "warning"], help="info: a line for each request")
     dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
     add("--dtype", default="auto", help=dtypes)

@@ -145,6 +145,13 @@ def test_a_pipe_is_a_turn_a_line(models, piped, tmp_path) -> None:
     assert [turn["content"] for turn in kept] == ["Be brief.", "Hi", "a" * 8, "Ho", "a" * 8]
 
 
+def test_help_and_messages_that_begin_with_a_slash(models, piped, tmp_path) -> None:
+    out, err = piped(models / "aaa", f"/help\n//reset\n/reset\n//etc\n/save {tmp_path}/kept\n", *GREEDY)
+    assert all(name in err for name in chat.COMMANDS)
+    assert out == "aaaaaaaa\n" * 2
+    assert json.loads((tmp_path / "kept").read_text())["messages"][0]["content"] == "/etc"
+
+
 def test_a_base_model_continues(models, piped, capsys) -> None:
     out, err = piped(models / "base", "the fox\n\n", *GREEDY)
     assert "has no chat template: it continues text" in err
@@ -160,6 +167,7 @@ def test_a_base_model_continues(models, piped, capsys) -> None:
     [
         ("/rest\n", "unknown command '/rest': did you mean '/reset'?"),
         ("/save\n", "/save: name a file"),
+        ("/exit now\n", "/exit takes no more words"),
         (f"/save {ROOT}/README.md\n", "is there already"),
         (f"/save {ROOT}/README.md/below\n", "Not a directory"),
         ("/save a\0b\n", "null byte"),
