@@ -6,7 +6,7 @@ import torch
 from transformers import StaticCache
 
 from training.model.sizes import text_config
-from training.system.errors import UserError, one_line
+from training.system.errors import UserError, log, one_line
 
 MODES = {"cuda": "reduce-overhead"}  # of torch.compile by device: there launching kernels is what costs
 
@@ -47,6 +47,7 @@ def compiled(model, **options) -> dict:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     refuse_uncompilable(model, base)
     refuse_without_compiler(base.device)
+    log("compiling the step that writes a token: the first one takes a while")
     base.forward = CompiledStep(base.forward, **{"mode": MODES.get(base.device.type), **options})
     return {"make_cache": StaticCaches(base.config), "disable_compile": True}  # not a second time, by generate()
 
