@@ -68,6 +68,7 @@ class GPTConfig(PreTrainedConfig):
         "n_inner": "intermediate_size",
         "block_size": "max_position_embeddings",
         "n_positions": "max_position_embeddings",
+        "final_logit_softcapping": "logit_softcap",  # Gemma's name, by which vLLM's head looks for it
     }
     vocab_size: int = 50257
     hidden_size: int = 768

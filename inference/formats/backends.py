@@ -159,11 +159,10 @@ def heads(config: GPTConfig) -> Iterator[Line]:
 
 def head(config: GPTConfig) -> Iterator[Line]:
     """The head belongs to the backend: what ours does beside multiplying is lost."""
-    if getattr(config, THEIR_SOFTCAP, None) != config.logit_softcap:
-        yield (
-            MISSING,
-            f"logit_softcap={config.logit_softcap}: their heads read {THEIR_SOFTCAP}, and would cap nothing",
-        )
+    if config.logit_softcap is not None:
+        is_read = getattr(config, THEIR_SOFTCAP, None) == config.logit_softcap
+        what = f"logit_softcap={config.logit_softcap}: their heads read it as {THEIR_SOFTCAP}"
+        yield (GOOD, what) if is_read else (MISSING, f"{what}, which is not there, and would cap nothing")
     if config.lm_head_bias:
         yield (LIMIT, "lm_head_bias=True: vLLM's newer versions alone read a bias of the head")
 
