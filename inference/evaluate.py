@@ -78,6 +78,8 @@ def check(flags: argparse.Namespace, parser: FlagParser) -> None:
         check_output("--by_position", flags.by_position, (".png",))
     if flags.save:
         check_output("--save", Path(flags.save))
+        if Path(flags.save).is_file():
+            raise UserError(f"--save={flags.save}: is there already; name another file, or a folder for many")
     if flags.update_card:
         check_card(flags)
 

@@ -29,6 +29,7 @@ from .decoding.strategies import (
 )
 from .decoding.weights import QUANTIZATIONS, quantized
 
+BATCH_SIZE = 16
 EPILOG = """examples:
   acorn generate runs/quickstart --prompt "def main("
   acorn generate runs/quickstart --prompt FILE:start.txt --num_samples 3 --temperature 0.7 --seed 7
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
     add("--prompt", help="text to continue, FILE:path, or - for standard input (default: start a new document)")
     add("--prompts", help="JSONL file of many, or -: an object a line, with its text as prompt")
-    add("--batch_size", type=int, default=16, help="prompts that are continued at once")
+    add("--batch_size", type=int, help=f"of --prompts, so many are continued at once (default: {BATCH_SIZE})")
     add("--json", action="store_true", help="print samples as lines of JSON: text, tokens, why it ended")
     add("--output", help="new JSONL file to write those lines to")
     add("--logprobs", action="store_true", help="the log-probability of each token in those lines")
@@ -86,6 +87,8 @@ def check_output(flags: argparse.Namespace) -> None:
         raise unknown("beyond_context", flags.beyond_context, BEYOND_CONTEXT)
     if flags.quantization is not None and flags.quantization not in QUANTIZATIONS:
         raise unknown("quantization", flags.quantization, QUANTIZATIONS)
+    if flags.batch_size is not None and flags.prompts is None:
+        raise UserError("--batch_size: has no effect without --prompts")
     if flags.json and flags.output:
         raise UserError("--json and --output: the same lines, printed or written to a file; give one of them")
     if flags.logprobs and not (flags.json or flags.output):
@@ -185,15 +188,15 @@ def write_streamed(job: Job, prompt: str, ids: list[int]) -> None:
 
 def write_complete(job: Job, prompts: list[Prompt], rows: list[list[int]], flags) -> None:
     """Samples batch by batch, in the order of their prompts."""
-    written = 0
+    written, batch_size = 0, flags.batch_size or BATCH_SIZE
     with (
         open_output(flags.output) as out,
         tqdm(
             total=len(rows), unit="prompt", leave=False, file=sys.stderr, disable=None if len(rows) > 1 else True
         ) as bar,
     ):
-        for first in range(0, len(rows), flags.batch_size):
-            batch = slice(first, first + flags.batch_size)
+        for first in range(0, len(rows), batch_size):
+            batch = slice(first, first + batch_size)
             for prompt, ids, samples in zip(prompts[batch], rows[batch], grow(job, rows[batch]), strict=True):
                 for number, sample in enumerate(samples):
                     if flags.json or flags.output:

@@ -310,3 +310,4 @@ def test_the_results_are_kept_where_asked(run, figures, tmp_path) -> None:
     assert {name: kept[name] for name in KEYS} == results
     assert kept["model"] == str(run) and kept["_timestamp"] and kept["_evaluate_version"]
     assert "--save=" in refused(evaluate.main, str(run), "--save", str(run / "recipe.yaml" / "below"))
+    assert "is there already" in refused(evaluate.main, str(run), "--save", str(run / "config.json"))

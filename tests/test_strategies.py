@@ -300,13 +300,21 @@ def test_many_prompts_as_lines_of_json(write, tmp_path, monkeypatch) -> None:
     rows = [{"id": 3, "prompt": "the"}, {"prompt": ""}, {"prompt": "lazy dog, and ho", "topic": {"a": 1}}]
     lines = "\n\n".join(map(json.dumps, rows)) + "\n"
     (tmp_path / "prompts.jsonl").write_text(lines)
-    flags = ["--num_samples", "2", "--batch_size", "2"]
-    write("--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out.jsonl"), *flags, prompt=None)
+    flags, batched = ["--num_samples", "2"], ["--batch_size", "2"]
+    write(
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+        *flags,
+        *batched,
+        prompt=None,
+    )
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for row in rows for line in write("--json", *flags, prompt=row["prompt"]).splitlines()]
     assert found == [line | rows[place // 2] for place, line in enumerate(expected)]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert write("--prompts", "-", "--json", *flags, prompt=None).splitlines()[0] == json.dumps(found[0])
+    assert write("--prompts", "-", "--json", *flags, *batched, prompt=None).splitlines()[0] == json.dumps(found[0])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert write(*GREEDY, prompt="-") == write(*GREEDY)
 
@@ -358,6 +366,7 @@ def test_a_file_that_is_there_is_not_written_over(runs, tmp_path) -> None:
         ("--dola_layers high", "dola"),
         ("--max_length 9", "give max_new_tokens"),
         ("--logprobs", "has no effect on text"),
+        ("--batch_size 2", "has no effect without --prompts"),
         ("--json --output x.jsonl", "give one of them"),
         ("--prompt a --prompts b", "give one of them"),
         ("--prompts nowhere.jsonl", "No such file"),
