@@ -5,7 +5,7 @@ from random import Random
 
 from training.data.sources import unit_hash
 
-CONVERSATIONS = 10_000
+CONVERSATIONS = 8_400
 MOST_EXCHANGES = 8  # of a question and its answer, in one conversation
 HELD_OUT = 0.2  # of all pairs of numbers, and of all words
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
