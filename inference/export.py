@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--format {flags.format}: needs DST, the place to write to")
     if missing := [name for name in NEEDS.get(flags.format, ()) if find_spec(name) is None]:
         install = f".venv/bin/pip install -e '.[{flags.format}]'"
-        raise UserError(f"acorn export --format {flags.format} needs {', '.join(missing)}: {install}")
+        raise UserError(f"--format {flags.format}: needs {', '.join(missing)}: {install}")
     print("\n".join(FORMATS[flags.format](flags)))
 
 

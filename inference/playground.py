@@ -117,7 +117,7 @@ def refuse_missing_gradio() -> None:
     if found is None or Version(found) < Version(GRADIO):
         has = f"; {found} is installed" if found else ""
         raise UserError(
-            f"acorn playground needs gradio {GRADIO} or newer{has}: .venv/bin/pip install -e '.[playground]'"
+            f"acorn playground: needs gradio {GRADIO} or newer{has}: .venv/bin/pip install -e '.[playground]'"
         )
 
 

@@ -106,7 +106,7 @@ def refuse_missing_packages() -> None:
     """Refuse to go on without the packages of the extra."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise UserError(f"acorn serve needs {', '.join(missing)}: .venv/bin/pip install -e '.[serve]'")
+        raise UserError(f"acorn serve: needs {', '.join(missing)}: .venv/bin/pip install -e '.[serve]'")
 
 
 if __name__ == "__main__":

@@ -114,5 +114,5 @@ def test_old_transformers_and_missing_packages(monkeypatch, tmp_path) -> None:
     assert line == "--format onnx: needs transformers 5.24 or later, and 5.23.0 is installed; upgrade it"
     monkeypatch.setattr(export, "NEEDS", {"onnx": ["json", "not_there"]})
     line = refused(export.main, str(tmp_path / "model"), str(tmp_path / "made"), "--format", "onnx")
-    assert line == "acorn export --format onnx needs not_there: .venv/bin/pip install -e '.[onnx]'"
+    assert line == "--format onnx: needs not_there: .venv/bin/pip install -e '.[onnx]'"
     assert not (tmp_path / "made").exists()

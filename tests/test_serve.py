@@ -225,7 +225,7 @@ def test_a_port_in_use_is_said(directory) -> None:
 
 def test_missing_packages_are_said(directory, monkeypatch) -> None:
     monkeypatch.setattr("inference.serve.find_spec", lambda name: None)
-    assert "acorn serve needs fastapi" in refused(serve.main, str(directory))
+    assert "acorn serve: needs fastapi" in refused(serve.main, str(directory))
     assert "pip install -e '.[serve]'" in refused(serve.main, str(directory))
 
 
