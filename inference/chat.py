@@ -6,8 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from training.model.devices import best_device
-from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
+from training.model.loading import add_loading_flags, load_model_and_tokenizer, loading_options
 from training.model.sampling import TextPrinter, context_left
 from training.system.errors import UserError, one_line, quiet_libraries, run_main, unknown
 from training.system.files import write_whole
@@ -52,10 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
     add("--system", default="", help="what the model is told before the conversation")
     add("--seed", type=int, default=1337, help="seed of the sampling")
-    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
-    add("--dtype", default="auto", help=dtypes)
-    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
-    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    add_loading_flags(add)
     add_strategy_flags(parser, STREAMED)
     return parser.parse_args(argv)
 
@@ -65,11 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     values = settle(given_strategies(flags))
     quiet_libraries()
-    if not flags.force_precision:
-        refuse_emulated_dtype(flags.dtype, best_device().type)
-    model, tokenizer = load_model_and_tokenizer(
-        flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
-    )
+    model, tokenizer = load_model_and_tokenizer(flags.model, **loading_options(flags))
     refuse_unknown_ids(values, model)
     conversation = conversation_with(tokenizer, context_left(model))
     set_system(conversation, flags.system)

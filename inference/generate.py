@@ -6,8 +6,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from training.model.devices import best_device
-from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
+from training.model.loading import add_loading_flags, load_model_and_tokenizer, loading_options
 from training.model.sampling import BEYOND_CONTEXT, TextPrinter, context_left, prompt_tensor, stop_tokens
 from training.model.windows import has_learned_positions
 from training.system.errors import UserError, log, quiet_libraries, run_main, unknown
@@ -68,12 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--assistant_model", help="smaller run that drafts for the model to verify: same text, fewer passes")
     add_strategy_flags(parser)
     add = parser.add_argument_group("how it runs").add_argument
-    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
-    add("--dtype", default="auto", help=dtypes)
     add("--quantization", help="int8: weights of linear layers in 8 bits, which a CPU reads in less time")
     add("--compile", action="store_true", help="compile the step that writes a token: slow to start, quick after that")
-    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
-    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    add_loading_flags(add)
     flags = parser.parse_args(argv)
     check_output(flags)
     return flags
@@ -111,9 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         prompts = read_prompts(flags.prompts)
     quiet_libraries()
-    if not flags.force_precision:
-        refuse_emulated_dtype(flags.dtype, best_device().type)
-    model, tokenizer = load_model_and_tokenizer(flags.model, **loading(flags))
+    model, tokenizer = load_model_and_tokenizer(flags.model, **loading_options(flags))
     refuse_unknown_ids(values, model)
     rows = encode(flags, model, tokenizer, prompts)
     job = Job(
@@ -134,11 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     write(job, prompts, rows, flags)
 
 
-def loading(flags: argparse.Namespace) -> dict:
-    """How models are loaded: `load_model_and_tokenizer`'s arguments."""
-    return {name: getattr(flags, name) for name in ("dtype", "trust_remote_code", "force_precision")}
-
-
 def encode(flags: argparse.Namespace, model, tokenizer, prompts: list[Prompt]) -> list[list[int]]:
     """The ids of each prompt; one that the model cannot read whole is refused."""
     is_window = flags.beyond_context == "window"
@@ -154,7 +143,7 @@ def add_draft(job: Job, flags: argparse.Namespace, values: dict, longest: int) -
     longest: tokens of the longest prompt.
     """
     if flags.assistant_model is not None:
-        draft = load_draft(flags.assistant_model, job.model, job.tokenizer, values, **loading(flags))
+        draft = load_draft(flags.assistant_model, job.model, job.tokenizer, values, **loading_options(flags))
         refuse_short_draft(flags.assistant_model, draft, job.model, longest + job.max_new_tokens)
         job.generation["assistant_model"] = draft
     if job.has_drafts:

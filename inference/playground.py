@@ -11,8 +11,7 @@ import torch
 from packaging.version import Version
 
 from training.model.chat_template import render_messages
-from training.model.devices import best_device
-from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
+from training.model.loading import add_loading_flags, load_model_and_tokenizer, loading_options
 from training.model.sampling import Rendered, context_left, continue_ids, encode_prompt, prompt_tensor
 from training.system.errors import UserError, log, quiet_libraries, run_main
 from training.system.flags import FlagParser
@@ -44,10 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every address of this machine")
     add("--port", type=int, default=7860, help="port to listen at; 0: one that is free")
     add("--share", action="store_true", help="also ask gradio's servers for a public link, which anyone can open")
-    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
-    add("--dtype", default="auto", help=dtypes)
-    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
-    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    add_loading_flags(add)
     return parser.parse_args(argv)
 
 
@@ -56,14 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     refuse_missing_gradio()
     quiet_libraries()
-    if not flags.force_precision:
-        refuse_emulated_dtype(flags.dtype, best_device().type)
+    options = loading_options(flags)
     with listen(flags.host, flags.port) as listening:  # before the model is loaded: a port in use is said at once
         address, is_open = address_of(listening), is_open_to_others(listening)
         port = listening.getsockname()[1]
-        model, tokenizer = load_model_and_tokenizer(
-            flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
-        )
+        model, tokenizer = load_model_and_tokenizer(flags.model, **options)
     from .serving.page import build_page, open_page  # gradio takes seconds to import
 
     writer = AcornWriter(model, tokenizer, context_left(model), answer_ends(model, tokenizer))

@@ -7,8 +7,7 @@ import socket
 from contextlib import suppress
 from importlib.util import find_spec
 
-from training.model.devices import best_device
-from training.model.loading import load_model_and_tokenizer, refuse_emulated_dtype
+from training.model.loading import add_loading_flags, load_model_and_tokenizer, loading_options
 from training.system.errors import UserError, log, quiet_libraries, run_main
 from training.system.flags import FlagParser
 from training.system.shell import shell
@@ -43,10 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--continuous_batching", action="store_true", help="write the answers together, not one after the other")
     add("--log_level", default="warning", choices=["info", "warning"], help="info: a line for each request")
-    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
-    add("--dtype", default="auto", help=dtypes)
-    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
-    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    add_loading_flags(add)
     return parser.parse_args(argv)
 
 
@@ -56,12 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     refuse_missing_packages()
     key = api_key(flags.api_key)
     quiet_libraries()
-    if not flags.force_precision:
-        refuse_emulated_dtype(flags.dtype, best_device().type)
+    options = loading_options(flags)
     with listen(flags.host, flags.port) as listening:  # before the model is loaded: a port in use is said at once
-        model, tokenizer = load_model_and_tokenizer(
-            flags.model, flags.dtype, flags.trust_remote_code, flags.force_precision
-        )
+        model, tokenizer = load_model_and_tokenizer(flags.model, **options)
         name = flags.model.rstrip("/") or flags.model
         serve(model, tokenizer, name, listening, flags, key)
 

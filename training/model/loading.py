@@ -76,6 +76,21 @@ def refuse_emulated_dtype(dtype: str, device_type: str) -> None:
         refuse_emulated(f"dtype={dtype}", device_type, DTYPES[dtype], mend)
 
 
+def add_loading_flags(add) -> None:
+    """The flags that say how a model is loaded to be used; `add` is a parser's add_argument."""
+    dtypes = "float32, bfloat16, float16 or auto (as saved, unless the device only emulates that)"
+    add("--dtype", default="auto", help=dtypes)
+    add("--force_precision", action="store_true", help="use a type even if the device only emulates it")
+    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+
+
+def loading_options(flags) -> dict:
+    """`load_model_and_tokenizer`'s arguments from those flags; refuses a type that the device only emulates."""
+    if not flags.force_precision:
+        refuse_emulated_dtype(flags.dtype, best_device().type)
+    return {name: getattr(flags, name) for name in ("dtype", "trust_remote_code", "force_precision")}
+
+
 def in_native_dtype(model, device_type: str):
     """`model` as it was saved, or in float32 where the device only emulates what it was saved in."""
     is_kept = getattr(model, "is_quantized", False) or is_native(device_type, model.dtype)
