@@ -24,7 +24,7 @@ from .tiny_runs import refused
 
 pty = pytest.importorskip("pty")  # Windows has no pseudo-terminals
 ROOT = Path(__file__).parent.parent
-CONTEXT, LONG = 64, 400
+CONTEXT, LONG = 64, 1500  # so long that an interrupt comes in time on a busy machine too
 
 
 def save(folder: Path, template: str | None, letter: str = "") -> Path:

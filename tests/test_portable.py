@@ -60,7 +60,8 @@ def is_guard(node: ast.AST) -> bool:
     if isinstance(node, ast.If | ast.IfExp):
         return any(word in ast.unparse(node.test) for word in ASKING)
     if isinstance(node, ast.With):
-        return any(ast.unparse(item).startswith("suppress(") and "OSError" in ast.unparse(item) for item in node.items)
+        texts = [ast.unparse(item) for item in node.items]
+        return any(text.startswith("suppress(") and any(error in text for error in CAUGHT) for text in texts)
     return isinstance(node, ast.Try) and any(
         handler.type is not None and any(error in ast.unparse(handler.type) for error in CAUGHT)
         for handler in node.handlers
