@@ -130,18 +130,9 @@ class SimpleLogits:
 @pytest.mark.clients
 def test_a_runs_results_are_kept_and_reach_its_card(folder, capsys) -> None:
     """A character model, which has no token that ends a text."""
-    argv = (
-        "run",
-        "--tasks",
-        "acorn_choice",
-        "--save",
-        "kept.json",
-        "--update_card",
-        "--per_device_eval_batch_size",
-        "2",
-    )
-    found = evaluate(capsys, *argv, "--num_fewshot", "1")
-    evaluate(capsys, *argv, "--num_fewshot", "1")
+    argv = "run --tasks acorn_choice --update_card --per_device_eval_batch_size 2 --num_fewshot 1".split()
+    found = evaluate(capsys, *argv, "--save", "kept.json")
+    evaluate(capsys, *argv)
     text = (folder / "run" / "README.md").read_text(encoding="utf-8")
     assert card_errors(text) == []
     results = [result for result in ModelCard(text).data.eval_results if result.dataset_name == "acorn_choice"]

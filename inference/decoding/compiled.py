@@ -8,7 +8,8 @@ from transformers import StaticCache
 from training.model.sizes import text_config
 from training.system.errors import UserError, log, one_line
 
-MODES = {"cuda": "reduce-overhead"}  # of torch.compile by device: there launching kernels is what costs
+# torch.compile's arguments by device: on a GPU launching kernels is what costs, on a CPU calling them from Python.
+SETTINGS = {"cuda": {"mode": "reduce-overhead"}, "cpu": {"options": {"cpp_wrapper": True}}}
 
 
 class StaticCaches:
@@ -42,13 +43,13 @@ class CompiledStep:
 def compiled(model, **options) -> dict:
     """Let a model decode by a compiled step from now on; `continue_ids()`'s arguments for that.
 
-    options: torch.compile's. Raises UserError where nothing can be compiled, and for what cannot be.
+    options: torch.compile's, in place of SETTINGS. Raises UserError for what cannot be compiled, and where nothing can.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     refuse_uncompilable(model, base)
     refuse_without_compiler(base.device)
     log("compiling the step that writes a token: the first one takes a while")
-    base.forward = CompiledStep(base.forward, **{"mode": MODES.get(base.device.type), **options})
+    base.forward = CompiledStep(base.forward, **(options or SETTINGS.get(base.device.type, {})))
     return {"make_cache": StaticCaches(base.config), "disable_compile": True}  # not a second time, by generate()
 
 
