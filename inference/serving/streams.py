@@ -23,7 +23,7 @@ from training.model.sampling import TextPrinter, context_left, stop_tokens
 from training.model.sizes import text_config
 from training.system.errors import UserError, one_line
 
-from ..decoding.batches import Job, grow
+from ..decoding.batches import Job, grow, has_virtual_tokens
 from .protocol import Refusal, Wish
 
 FIRST_SECONDS = 300  # for the batch's first token: a GPU may compile
@@ -162,9 +162,8 @@ class OneByOne(Answers, GenerateManager):
 
     def _run(self, model, tokenizer, ids, wish, stream, loop, queue) -> None:
         try:
-            draw(model, tokenizer, ids, wish, stream)
-        except (Ended, _GenerationCancelled):
-            pass
+            with suppress(Ended, _GenerationCancelled):  # what was drawn until then is the text
+                draw(model, tokenizer, ids, wish, stream)
         except Exception as error:
             loop.call_soon_threadsafe(queue.put_nowait, Failure(error))
             return
@@ -213,7 +212,7 @@ class Together(Answers, CBGenerateManager):
         Raises UserError for a model that cannot be batched.
         """
         refusal = "--continuous_batching: this model cannot be batched ({}); serve it without"
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        if has_virtual_tokens(model):
             raise UserError(refusal.format("its adapter puts virtual tokens before the text"))
         settings = {"temperature": 0.5, "top_k": 1, "top_p": 0.5, "eos_token_id": stop_tokens(model) or -1}
         try:
