@@ -11,6 +11,7 @@ import transformers
 from packaging import version
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from training.model.loading import without_adapter
 from training.model.sampling import DRAFTS, Sample, Stops, context_left, continue_ids, cut_sample
 from training.model.sizes import text_config
 from training.system.errors import UserError, one_line
@@ -186,7 +187,7 @@ def drawing_by_seed(model, seeds: Sequence[int]) -> Iterator[None]:
     if not seeds:
         yield
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     build, draw = base._get_logits_processor, DrawBySeed(seeds, model.device)
     base._get_logits_processor = lambda *args, **kwargs: LogitsProcessorList([*build(*args, **kwargs), draw])
     try:

@@ -5,6 +5,7 @@ import functools
 import torch
 from transformers import StaticCache
 
+from training.model.loading import without_adapter
 from training.model.sizes import text_config
 from training.system.errors import UserError, log, one_line
 
@@ -45,7 +46,7 @@ def compiled(model, **options) -> dict:
 
     options: torch.compile's, in place of SETTINGS. Raises UserError for what cannot be compiled, and where nothing can.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     refuse_uncompilable(model, base)
     refuse_without_compiler(base.device)
     log("compiling the step that writes a token: the first one takes a while")

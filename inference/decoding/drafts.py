@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from training.model.loading import load_model_and_tokenizer
+from training.model.loading import load_model_and_tokenizer, without_adapter
 from training.model.sampling import context_left
 from training.model.sizes import text_config
 from training.system.errors import UserError
@@ -64,7 +64,7 @@ class Passes:
 @contextmanager
 def counting_passes(model, passes: Passes) -> Iterator[None]:
     """Count the model's forward passes, and the tokens that are drafted in them."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
 
     def count(module, args, kwargs) -> None:
         passes.passes += 1

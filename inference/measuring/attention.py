@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from training.data.tokenizers import BYTE_VOCABULARY
-from training.model.loading import without_warnings
+from training.model.loading import without_adapter, without_warnings
 from training.model.sizes import text_config
 
 NAMED_FROM = 0.35  # share of a head's attention that must be on what it is named after
@@ -50,7 +50,7 @@ class Look(NamedTuple):
 @torch.no_grad()
 def look_into(model, tokenizer, ids: torch.Tensor, top_k: int) -> Look:
     """Run the model on a prompt's ids, (1, tokens), with attention by plain matmuls: no other gives its weights."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     try:
         inner.set_attn_implementation("eager")
         with without_warnings():

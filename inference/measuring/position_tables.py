@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from training.model.loading import without_adapter
 from training.model.sizes import context_of
 
 MOST = 1024  # positions that are drawn
@@ -26,7 +27,7 @@ class PositionTable(NamedTuple):
 @torch.no_grad()
 def position_tables(model) -> list[PositionTable]:
     """The tables of a model, under an adapter too; none where only the mask says what comes first."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     count = min(MOST, context_of(inner.config, MOST))
     waves = {n: b for n, b in inner.named_buffers() if n.endswith("inv_freq") and "original" not in n and b.dim() == 1}
     if waves:
@@ -64,7 +65,7 @@ def learned_table(vectors: torch.Tensor) -> PositionTable:
 
 def no_positions(model) -> str:
     """What to say where there is no table."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     if getattr(inner.config, "position_encoding", None) == "none":
         return "This model has no positions:\nthe causal mask alone tells what comes first."
     return f"No table of positions was found in this {type(inner).__name__}:\nthey may enter its attention otherwise."

@@ -11,6 +11,7 @@ from torch import nn
 from modeling.loss import CHUNK_ELEMENTS
 
 from ..data.dataset import IGNORED, Rows, collate_rows
+from ..model.loading import without_adapter
 
 
 class PositionSums:
@@ -143,7 +144,7 @@ def chunk_elements(device: torch.device) -> int:
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
     """The part of a causal LM that ends in hidden states, under an adapter too; None where there is none."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_adapter(model)
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
     return None if decoder is inner else decoder
 

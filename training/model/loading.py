@@ -91,6 +91,11 @@ def loading_options(flags) -> dict:
     return {name: getattr(flags, name) for name in ("dtype", "trust_remote_code", "force_precision")}
 
 
+def without_adapter(model):
+    """The model itself, or of an adapter the base that it is on, with the adapter's layers in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def in_native_dtype(model, device_type: str):
     """`model` as it was saved, or in float32 where the device only emulates what it was saved in."""
     is_kept = getattr(model, "is_quantized", False) or is_native(device_type, model.dtype)

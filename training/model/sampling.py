@@ -16,6 +16,7 @@ from ..data.encoding import THE_PROMPT, encode_documents
 from ..data.tokenizers import begin_ids
 from ..system.errors import UserError, one_line
 from ..system.flags import check_number
+from .loading import without_adapter
 from .sizes import context_of
 from .windows import reading_windows
 
@@ -225,7 +226,7 @@ def own_generation(model, ends: Sequence[int]) -> Iterator[None]:
     A foreign one may hold what streaming cannot do, such as beams, or strings to stop at. ends: in place of its
     end-of-text tokens.
     """
-    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holder = without_adapter(model)
     kept = holder.generation_config
     tokens = {"bos_token_id": kept.bos_token_id, "pad_token_id": kept.pad_token_id, "eos_token_id": list(ends) or None}
     holder.generation_config = GenerationConfig(**tokens)
