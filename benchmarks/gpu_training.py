@@ -16,8 +16,8 @@ from torch import nn
 
 from benchmarks import placement as placing
 from modeling import GPTConfig, GPTForCausalLM
-from modeling.presets import PRESETS
 from tests.variants import VARIANTS, tiny_config
+from training.config.presets import PRESETS
 from training.model.devices import known_gpu
 from training.model.sizes import flops_per_token
 

@@ -2,6 +2,5 @@
 
 from .configuration_gpt import GPTConfig
 from .modeling_gpt import GPTForCausalLM, GPTModel
-from .presets import PRESETS
 
-__all__ = ["PRESETS", "GPTConfig", "GPTForCausalLM", "GPTModel"]
+__all__ = ["GPTConfig", "GPTForCausalLM", "GPTModel"]

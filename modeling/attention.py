@@ -1,5 +1,7 @@
 """Softmax attention: full or sliding, grouped heads, keys and values shared between layers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -68,12 +70,14 @@ class SoftmaxAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         shared_key_values: KVSharingDict | None = None,
+        rotate_keys: Callable | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (batch, tokens, hidden_size). Returns the same shape, and under eager the attention weights.
 
         attention_mask: of the backend's kind, or None for causal alone. position_embeddings: the angles of this kind of
         layer, see positions.py. shared_key_values: layer index to (key, value), (batch, kv_heads, keys, head_dim) each.
+        rotate_keys: (keys, positions) to turned keys, where the cache holds them as they were, see segment_memory.py.
         The cache comes by its name in the installed transformers, as their gradient checkpointing looks for it there.
         """
         cache = kwargs.pop(CACHE_NAME, None)
@@ -82,10 +86,15 @@ class SoftmaxAttention(nn.Module):
         if self.kv_source is None:
             key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
             value = self._split_heads(self.v_proj(hidden_states))
-            query, key = self.rotate(query, key, position_embeddings)
+            if rotate_keys is None:
+                query, key = self.rotate(query, key, position_embeddings)
+                given = {"kwargs": kwargs}  # read by paged caches
+            else:
+                query, _ = self.rotate(query, None, position_embeddings)
+                given = {"query_states": query, "rotate": rotate_keys, "scaling": self.scaling}
             key, value = key.to(value.dtype), value  # a norm under autocast gives float32
             if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # read by paged caches
+                key, value = cache.update(key, value, self.layer_idx, **given)
             if self.kv_sharing_mode == "store":
                 shared_key_values[self.layer_idx] = (key, value)
         else:

@@ -1,5 +1,6 @@
 """The model, read from top to bottom: norm, MLP, block, GPTModel, GPTForCausalLM."""
 
+import functools
 import math
 
 import torch
@@ -222,6 +223,7 @@ class GPTModel(GPTPreTrainedModel):
                 position_ids=position_ids,
                 position_embeddings=angles[layer_type],
                 shared_key_values=shared_key_values,
+                **self._key_rotation(cache, layer_type),
                 **{layers_name(cache): cache},
                 **kwargs,
             )
@@ -229,6 +231,12 @@ class GPTModel(GPTPreTrainedModel):
             last_hidden_state=self.final_norm(hidden_states),
             **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def _key_rotation(self, cache: Cache | None, layer_type: str) -> dict:
+        """What a layer needs for a cache that holds keys as they were before their positions turned them."""
+        if not getattr(cache, "holds_unrotated", False):
+            return {}
+        return {"rotate_keys": functools.partial(self.positions.turned, layer_type)}
 
     def _next_positions(self, inputs_embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Positions (1, tokens) that follow what the cache has seen."""

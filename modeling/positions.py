@@ -36,6 +36,13 @@ class NoPositions(nn.Module):
         """(query, key) turned by the angles, in their shapes."""
         return query, key
 
+    def turned(self, layer_type: str, keys: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Keys of a layer of that type, (batch, kv_heads, tokens, head_dim), turned by their positions.
+
+        position_ids: (tokens,), or one a key, (batch, kv_heads, tokens).
+        """
+        return keys
+
     def init_weights(self) -> None:
         """Fill what a checkpoint does not hold; nothing here."""
 
@@ -116,6 +123,11 @@ class RotaryPositions(NoPositions):
     def rotate(query, key, angles):
         return turn(query, *angles), None if key is None else turn(key, *angles)
 
+    def turned(self, layer_type, keys, position_ids):
+        rows = position_ids.reshape(-1, position_ids.shape[-1])
+        shape = (*position_ids.shape, -1)  # without the axis of the heads, which the positions have or do not need
+        return turn(keys, *(angle[:, 0].reshape(shape) for angle in self(keys, rows)))
+
     def init_weights(self):
         inv_freq, _ = self._frequencies()
         init.copy_(self.inv_freq, inv_freq)
@@ -135,6 +147,9 @@ class RotaryPositionsByLayer(NoPositions):
 
     def angles(self, hidden_states, position_ids):
         return {layer_type: own(hidden_states, position_ids) for layer_type, own in self.by_type.items()}
+
+    def turned(self, layer_type, keys, position_ids):
+        return self.by_type[layer_type].turned(layer_type, keys, position_ids)
 
     def init_weights(self):
         for own in self.by_type.values():

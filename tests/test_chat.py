@@ -4,6 +4,7 @@ import io
 import json
 import os
 import select
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -63,14 +64,27 @@ def piped(monkeypatch, capsys):
     return call
 
 
+# In a session of its own it makes the terminal its controlling one, so that Ctrl-C there interrupts it.
+OWN_TERMINAL = """
+import fcntl, runpy, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("inference.chat", run_name="__main__")
+"""
+
+
 class Terminal:
-    """`python -m inference.chat` on the other side of a pseudo-terminal, of which it is the controlling process."""
+    """`python -m inference.chat` on the other side of a pseudo-terminal, of which it is the controlling process.
+
+    Not by pty.fork(): the fork of a process with threads may wait for ever for a lock that one of them held.
+    """
 
     def __init__(self, *flags: str):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-        self.pid, self.end = pty.fork()
-        if self.pid == 0:
-            os.execve(sys.executable, [sys.executable, "-m", "inference.chat", *flags], environment)
+        command = [sys.executable, "-c", OWN_TERMINAL, *flags]
+        self.end, theirs = pty.openpty()
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        os.close(theirs)
 
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
@@ -83,8 +97,16 @@ class Terminal:
             shown += os.read(self.end, 1)
         return shown.decode()
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C with nothing to stop: the prompt comes anew; typed again where it came before readline waits."""
+        for _ in range(60):
+            self.type("\x03")
+            if select.select([self.end], [], [], 2)[0]:
+                break
+        self.wait_for("> ")
+
     def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait(60)
 
 
 def test_a_conversation_in_a_terminal(models, tmp_path) -> None:
@@ -98,8 +120,7 @@ def test_a_conversation_in_a_terminal(models, tmp_path) -> None:
     terminal.wait_for("a" * 5)
     terminal.type("\x03")
     assert terminal.wait_for("> ").count("a") < LONG - 5
-    terminal.type("\x03")  # with nothing to stop
-    terminal.wait_for("> ")
+    terminal.interrupt_prompt()
     terminal.type(f"/save {tmp_path}/whole.jsonl\n")
     terminal.wait_for("saved")
     terminal.wait_for("> ")

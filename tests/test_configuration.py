@@ -9,7 +9,8 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from modeling import PRESETS, GPTConfig, GPTForCausalLM
+from modeling import GPTConfig, GPTForCausalLM
+from training.config.presets import PRESETS
 from training.model.loading import load_config
 
 from .variants import VARIANTS, tiny_config

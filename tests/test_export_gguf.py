@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inference import export
 from inference.formats.gguf import choose, write_gguf
 from modeling import GPTConfig
-from modeling.presets import PRESETS
+from training.config.presets import PRESETS
 from training.data.tokenizers import build_entries, build_tokenizer
 from training.system.errors import UserError, explain
 

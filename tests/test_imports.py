@@ -155,7 +155,7 @@ def test_the_rule_catches(path: str, line: str) -> None:
         ("modeling/a.py", "import math, torch.nn\nfrom transformers import Cache\nfrom .positions import POSITIONS"),
         (
             "training/a.py",
-            "import datasets\nfrom modeling.presets import PRESETS\nfrom training.system.errors import unknown",
+            "import datasets\nfrom modeling.loss import causal_lm_loss\nfrom training.system.errors import unknown",
         ),
         ("training/a.py", "import evaluate, tokenizers"),
         ("inference/a.py", "from training.loop.evaluation import evaluate_rows\nfrom modeling import GPTForCausalLM"),

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling import GPTForCausalLM, loss
+from modeling.segment_memory import UnrotatedCache, UnrotatedLayer
 
 from .variants import FULL, INEXACT_WITH_CACHE, SLIDING, VARIANTS, random_model, tiny_config
 
@@ -17,9 +18,9 @@ def build(name: str) -> GPTForCausalLM:
     return random_model(tiny_config(**VARIANTS[name]))
 
 
-def cached_logits(model: GPTForCausalLM, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+def cached_logits(model: GPTForCausalLM, ids: torch.Tensor, chunks: list[int], cache=None) -> torch.Tensor:
     """Logits of `ids` given in pieces of the given lengths, with the cache carried from one to the next."""
-    cache, logits = None, []
+    logits = []
     for piece in ids.split(chunks, dim=1):
         outputs = model(piece, past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
@@ -43,6 +44,18 @@ def gradients(model: GPTForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, d
 def test_cached_equals_uncached(name: str, chunks: list[int], ids: torch.Tensor) -> None:
     model = build(name)
     torch.testing.assert_close(cached_logits(model, ids, chunks), model(ids, use_cache=False).logits, **CLOSE)
+
+
+@every_variant_with_cache
+@torch.no_grad()
+def test_a_cache_of_unrotated_keys_equals_none(name: str, ids: torch.Tensor) -> None:
+    model = build(name)
+    cache = UnrotatedCache(layers=[UnrotatedLayer() for _ in model.model.layers])
+    found = cached_logits(model, ids, [7, 1, 8], cache)
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits, **CLOSE)
+    first = cache.layers[0]
+    assert first.keys.shape == (3, model.config.num_key_value_heads, 16, model.config.head_dim)
+    assert first.get_mask_sizes(1) == (17, 0)
 
 
 @every_variant

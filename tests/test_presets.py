@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling import PRESETS, GPTConfig, GPTForCausalLM
+from modeling import GPTConfig, GPTForCausalLM
+from training.config.presets import PRESETS
 
 EXACT = {
     "gpt1": 116_534_784,

@@ -8,9 +8,10 @@ import torch
 import yaml
 
 from finetune.arguments import FinetuneRecipe
-from modeling import PRESETS, GPTForCausalLM
+from modeling import GPTForCausalLM
 from training.config.arguments import DataArguments
 from training.config.command_line import load_recipe
+from training.config.presets import PRESETS
 from training.config.recipe import (
     RECIPES_DIR,
     Recipe,

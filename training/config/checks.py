@@ -18,13 +18,12 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import trainer_log_levels
 from transformers.utils import import_utils
 
-from modeling import PRESETS
-
 from ..data.dataset import SAMPLERS
 from ..data.sources import SPLITTERS
 from ..model.loading import DTYPES
 from ..model.optimizers import OPTIMIZERS
 from ..system.errors import UserError, one_line, unknown
+from .presets import PRESETS
 
 # The metrics of an evaluation, and whether more of it is better.
 RISING = {"loss": False, "perplexity": False, "bits_per_byte": False, "token_accuracy": True}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from modeling import PRESETS, GPTConfig
+from modeling import GPTConfig
 
 from ..data.preparation import DECIDED
 from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
@@ -23,6 +23,7 @@ from ..system.files import check_hash, write_with_hash
 from ..system.flags import check_number
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .checks import NEEDS, REFUSED, RISING, check_name
+from .presets import PRESETS
 from .values import coerce, dump, load
 
 RECIPES_DIR = Path(__file__).parents[1] / "recipes"
