@@ -32,7 +32,9 @@ from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, 
 from .data.tokenizers import add_nothing, encoding_hash
 from .loop.trainer import GPTTrainer
 from .model.devices import choose_attention, describe_precision, record_precision
+from .model.loading import load_model_tokenizer
 from .model.sampling import context_left, prompt_tensor, sample_text
+from .model.starting import model_to_start_from
 from .share.metrics_file import mend_metrics, read_metrics
 from .share.model_card import CardFacts, write_card
 from .share.report import draw_losses, facts_of_run, next_steps
@@ -303,20 +305,19 @@ def sequence_length(model, block_size: int | None, usual: int | None = None) -> 
     return length
 
 
-def refuse_other_tokenizer(tokenizer, corpus: Corpus, model: Path | str) -> None:
-    """Refuse to measure a model on tokens that its tokenizer would not make."""
+def refuse_other_tokenizer(
+    tokenizer, corpus: Corpus, model: Path | str, mend: str = "evaluate on text instead (--text_files)"
+) -> None:
+    """Refuse to give a model tokens that its tokenizer would not make."""
     if encoding_hash(tokenizer) != encoding_hash(corpus.tokenizer):
-        raise UserError(
-            f"{model}: the tokenizer is not the one that {corpus.directory} was made with; "
-            "evaluate on text instead (--text_files)"
-        )
+        raise UserError(f"{model}: the tokenizer is not the one that {corpus.directory} was made with; {mend}")
 
 
 # ---- the model and the tokens of a recipe
 
 
 def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
-    """A fresh model whose vocabulary is the tokenizer's, seeded by the recipe."""
+    """A fresh model whose vocabulary is the tokenizer's, seeded by the recipe; or the weights that it starts from."""
     tokenizer = corpus.tokenizer
     vocab_size = max(len(tokenizer), recipe.model.get("vocab_size", 0))
     ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
@@ -325,7 +326,14 @@ def build_model(recipe: Recipe, corpus: Corpus, args) -> GPTForCausalLM:
     set_seed(args.seed)
     # Under FSDP the first process sends the others their shards: they need the shapes only.
     needs_weights = args.process_index == 0 or os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") != "true"
-    return GPTForCausalLM(config) if needs_weights else empty_model(config)
+    if not needs_weights:
+        return empty_model(config)
+    start = recipe.model.get("model_name_or_path")
+    if start is None:
+        return GPTForCausalLM(config)
+    mend = "name its text instead (--text_files), or tokens that this tokenizer made"
+    refuse_other_tokenizer(load_model_tokenizer(start, config, needs_end_of_text=False), corpus, start, mend)
+    return model_to_start_from(start, config)
 
 
 def empty_model(config) -> GPTForCausalLM:

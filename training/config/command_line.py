@@ -18,6 +18,7 @@ SECTIONS = ("data", "training", "model", "adapter", "sample", "card")  # a flag 
 # The usual fields of GPTConfig, whose own help is its docstring.
 MODEL_HELP = {
     "preset": "Named architecture, such as gpt2; the other flags change it.",
+    "model_name_or_path": "Acorn model whose weights to start from; the other flags change its architecture.",
     "n_layer": "Number of layers.",
     "n_head": "Number of attention heads.",
     "n_embd": "Hidden size.",
@@ -83,7 +84,9 @@ def recipe_of(flags: argparse.Namespace, verb: str) -> Recipe:
     if flags.recipe is None:
         raise UserError(f"acorn {verb} needs a RECIPE: one of {', '.join(shipped_recipes())}, or a YAML file")
     recipe = load_recipe_file(flags.recipe)
-    recipe.update(given_values(flags), data_dir_is_source=verb != "prepare")
+    given = given_values(flags)
+    recipe.update(given, data_dir_is_source=verb != "prepare")
+    recipe.start_from_another(given.get("data", {}))
     recipe.check()
     return recipe
 

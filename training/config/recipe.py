@@ -15,6 +15,7 @@ from modeling import GPTConfig
 from ..data.preparation import DECIDED
 from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from ..model.devices import PRECISION_KEYS
+from ..model.starting import architecture_to_start_from
 from ..system.addresses import each_text, public_name, public_text
 from ..system.checkpoints import run_of
 from ..system.distributed import check_launch, check_partitions
@@ -37,7 +38,7 @@ GOES_WITH = {name: need.argument for name, need in NEEDS.items()} | {
 TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer knows its special tokens")
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 # Keys of the model section that are not fields of GPTConfig.
-MODEL_EXTRAS = {"preset": str, "dropout": float, "attn_implementation": str}
+MODEL_EXTRAS = {"preset": str, "model_name_or_path": str, "dropout": float, "attn_implementation": str}
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Recipe:
 
     def model_config(self, **overrides) -> GPTConfig:
         """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""
-        keys = {key: value for key, value in self.model.items() if key != "preset"}
+        keys = {key: value for key, value in self.model.items() if key not in ("preset", "model_name_or_path")}
         try:
             return GPTConfig(**{**PRESETS.get(self.model.get("preset"), {}), **keys, **overrides})
         except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
@@ -118,10 +119,27 @@ class Recipe:
             if not names_source and Path(named["data_dir"] or "", "manifest.json").is_file():
                 for key in ("tokenizer", *DECIDED):  # the tokens have their own
                     self.data.pop(key, None)
+        if "model_name_or_path" in overrides.get("model", {}) and "model_name_or_path" not in self.model:
+            self.model.clear()  # the recipe's architecture is another model's
         self._drop_size_of_another(overrides.get("data", {}), names_source)
         self._drop_what_goes_with_another(overrides.get("training", {}))
         for section, values in overrides.items():
             getattr(self, section).update(values)
+
+    def start_from_another(self, flags: dict) -> None:
+        """Where a model to start from is named, take over its architecture and its tokenizer; `flags`: of the data."""
+        name = self.model.get("model_name_or_path")
+        if name is None:
+            return
+        if self.model.get("preset"):
+            raise UserError(f"preset={self.model['preset']!r}: {name} has an architecture of its own; leave it out")
+        for key in ("tokenizer", "tokenizer_vocab_size"):
+            if flags.get(key, name) != name:
+                raise UserError(f"{key}={flags[key]!r}: {name} keeps its own tokenizer; leave it out")
+            self.data.pop(key, None)
+        self.model = architecture_to_start_from(name, self.model)
+        if any(self.data.get(key) for key in SOURCE_KEYS):  # else they are prepared tokens, which have theirs
+            self.data["tokenizer"] = name
 
     def _drop_size_of_another(self, flags: dict, names_source: bool) -> None:
         """The recipe's size of vocabulary is its own tokenizer's; the usual one is no demand on another text either."""

@@ -81,7 +81,12 @@ def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
     best = recipe.best(rows)
     facts = facts_of_model(directory)
     facts.name = recipe.name if directory == run_dir else f"{recipe.name}, {directory.name}"
-    facts.about = f"A GPT of {count_parameters(directory):,} parameters, grown from scratch by Acorn."
+    start = recipe.model.get("model_name_or_path")
+    begun = "from scratch" if start is None else f"from the weights of `{start}`"
+    facts.about, facts.base_model = (
+        f"A GPT of {count_parameters(directory):,} parameters, grown {begun} by Acorn.",
+        start,
+    )
     facts.license, facts.language = recipe.card_arguments().license, recipe.card_arguments().language
     facts.datasets, facts.text = datasets_of(recipe), ", ".join(sources)
     facts.prompt = recipe.sample_arguments().prompt or "\n"  # one that this vocabulary has
