@@ -211,6 +211,7 @@ class GPTModel(GPTPreTrainedModel):
             cache = DynamicCache(config=self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
+        shift = None if position_ids is None else self._shift(position_ids, cache)
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, cache)
         hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
@@ -223,7 +224,7 @@ class GPTModel(GPTPreTrainedModel):
                 position_ids=position_ids,
                 position_embeddings=angles[layer_type],
                 shared_key_values=shared_key_values,
-                **self._key_rotation(cache, layer_type),
+                **self._key_rotation(cache, layer_type, shift),
                 **{layers_name(cache): cache},
                 **kwargs,
             )
@@ -232,11 +233,19 @@ class GPTModel(GPTPreTrainedModel):
             **{CACHE_NAME: cache if use_cache else None},
         )
 
-    def _key_rotation(self, cache: Cache | None, layer_type: str) -> dict:
+    def _shift(self, position_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
+        """(batch or 1, 1, 1), how far a row's positions are from how a cache of un-rotated keys counts: by padding."""
+        if not getattr(cache, "holds_unrotated", False):
+            return None
+        last = cache.get_seq_length() + position_ids.shape[1] - 1
+        return (position_ids[:, -1] - last)[:, None, None]
+
+    def _key_rotation(self, cache: Cache | None, layer_type: str, shift: torch.Tensor | None) -> dict:
         """What a layer needs for a cache that holds keys as they were before their positions turned them."""
         if not getattr(cache, "holds_unrotated", False):
             return {}
-        return {"rotate_keys": functools.partial(self.positions.turned, layer_type)}
+        turned = functools.partial(self.positions.turned, layer_type)
+        return {"rotate_keys": turned if shift is None else lambda keys, places: turned(keys, places + shift)}
 
     def _next_positions(self, inputs_embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Positions (1, tokens) that follow what the cache has seen."""
