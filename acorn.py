@@ -23,6 +23,7 @@ VERBS = {
     "chat": ("inference.chat", "talk with a model in the terminal"),
     "serve": ("inference.serve", "serve a model by the OpenAI protocol"),
     "playground": ("inference.playground", "write and talk with a model on a page in the browser"),
+    "lab": ("inference.lab", "measure what context and memory are worth: small KV caches, long contexts"),
     "convert": ("inference.convert", "convert GPT-2 and nanoGPT checkpoints to Acorn's, and back"),
     "export": ("inference.export", "write a model for llama.cpp, ONNX Runtime and other programs"),
     "push": ("inference.push", "upload a model or an adapter to the Hub"),

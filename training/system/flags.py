@@ -41,7 +41,7 @@ _RANGES = {
     "seed data_seed validation_seed": _whole(0, 2**32 - 1),
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps tokens_per_step": _whole(1),
     "save_total_limit early_stopping_patience dataloader_prefetch_factor torch_empty_cache_steps": _whole(1),
-    "shard_size validation_characters tokenizer_vocab_size block_size stride num_virtual_tokens": _whole(1),
+    "shard_size validation_characters tokenizer_vocab_size block_size stride num_virtual_tokens length": _whole(1),
     "ddp_timeout ddp_bucket_cap_mb": _whole(1, 10**9),
     "num_train_epochs peak_flops lora_alpha loraplus_lr_ratio": Range(
         "a finite number above 0", lambda x: 0 < x < math.inf
@@ -60,7 +60,7 @@ _RANGES = {
     "num_samples num_return_sequences": _whole(1, 10_000),
     "max_new_tokens min_new_tokens top_k no_repeat_ngram_size encoder_no_repeat_ngram_size num_fewshot": _whole(0),
     "prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens num_beams batch_size": _whole(1, 10_000),
-    "cache_window cache_budget": _whole(1),
+    "cache_window cache_budget streams": _whole(1),
     "cache_sinks": _whole(0),
     "min_p assistant_confidence_threshold": Range("from 0 to 1", lambda x: 0 <= x <= 1),
     "epsilon_cutoff eta_cutoff": Range("at least 0 and below 1", lambda x: 0 <= x < 1),

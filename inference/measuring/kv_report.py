@@ -1,0 +1,119 @@
+"""The one measure of caches: loss by decoding through each, on the same tokens, with the bits that it holds.
+
+A pass over whole sequences would not go through a cache at all (transformers' quantized ones return what they were
+given), so every token is decoded by itself, over many streams of running text at once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache
+
+from modeling.compat import CACHE_NAME
+from training.system.errors import UserError
+
+FEWEST_STREAMS = 8  # of fewer an interval would say nothing
+DRAWS, CONFIDENCE = 4000, 0.95  # of the bootstrap
+FULL_BITS = 16  # of a number that is not quantized: what the baseline stores
+
+
+class Streams(NamedTuple):
+    """Stretches of running text, and from which place on their tokens are predicted from enough context to count.
+
+    ids: (streams, length + 1). first: the first target that counts is ids[:, first + 1]. bytes_per_token: of the text.
+    """
+
+    ids: torch.Tensor
+    first: int
+    bytes_per_token: float
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1] - 1
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The tokens that count, (streams, length - first)."""
+        return self.ids[:, self.first + 1 :]
+
+
+def cut_streams(ids: torch.Tensor, length: int, most: int, bytes_per_token: float) -> Streams:
+    """At most `most` streams of `length` tokens and one to predict, spread over the text; their last half counts.
+
+    ids: (tokens,). Raises UserError for a text that is too short.
+    """
+    count = min(most, (len(ids) - 1) // length)
+    if count < FEWEST_STREAMS:
+        needed = f"{FEWEST_STREAMS} streams of {length} need {FEWEST_STREAMS * length + 1:,}"
+        raise UserError(f"the text has {len(ids):,} tokens: {needed}; give a longer text, or a shorter --length")
+    starts = torch.linspace(0, len(ids) - 1 - length, count).long()
+    return Streams(ids[starts[:, None] + torch.arange(length + 1)], length // 2, bytes_per_token)
+
+
+@torch.inference_mode()
+def decode(
+    model, ids: torch.Tensor, cache: Cache, first: int, on_token: Callable = lambda: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats, whether the likeliest token was right) of ids[:, first + 1:], each by decoding through the cache.
+
+    ids: (streams, tokens). Both results: (streams, tokens - first - 1), float32 and bool.
+    """
+    nats, right, ids = [], [], ids.to(model.device)
+    for place in range(ids.shape[1] - 1):
+        logits = model(input_ids=ids[:, place : place + 1], use_cache=True, **{CACHE_NAME: cache}).logits[:, -1].float()
+        if place >= first:
+            nats.append(cross_entropy(logits, ids[:, place + 1], reduction="none"))
+            right.append(logits.argmax(-1) == ids[:, place + 1])
+        on_token()
+    return torch.stack(nats, 1).cpu(), torch.stack(right, 1).cpu()
+
+
+def held_bits(cache: Cache) -> int:
+    """Every bit that a cache holds; of a cache of transformers' own, its keys and values at 16 bits a number."""
+    if hasattr(cache, "state_bits"):
+        return cache.state_bits()
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return FULL_BITS * sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+class Interval(NamedTuple):
+    """An estimate, and between what it lies in 95 of 100 draws."""
+
+    value: float
+    low: float
+    high: float
+
+
+def paired(nats: torch.Tensor, baseline: torch.Tensor, num_bytes: float, seed: int) -> tuple[Interval, Interval]:
+    """(bits per byte lost, percent of the baseline's loss lost), by drawing whole streams anew with replacement.
+
+    A stream is a block: what happens within one hangs together. nats, baseline: (streams, targets), of the same tokens.
+    num_bytes: of all those tokens.
+    """
+    ours, theirs = (values.double().sum(1) for values in (nats, baseline))
+    streams = len(ours)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(streams, (DRAWS, streams), generator=generator)
+    all_ours, all_theirs = ours[drawn].sum(1), theirs[drawn].sum(1)
+    ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+
+    def interval(value, draws) -> Interval:
+        return Interval(float(value), *draws.quantile(ends).tolist())
+
+    per_byte = 1 / math.log(2) / num_bytes
+    lost, all_lost = ours.sum() - theirs.sum(), all_ours - all_theirs
+    return interval(lost * per_byte, all_lost * per_byte), interval(
+        100 * lost / theirs.sum(), 100 * all_lost / all_theirs
+    )
+
+
+def drawn_means(values: torch.Tensor, seed: int) -> Interval:
+    """The mean of one value a stream, (streams,), and its interval by the same drawing."""
+    values = values.double()
+    generator = torch.Generator().manual_seed(seed)
+    means = values[torch.randint(len(values), (DRAWS, len(values)), generator=generator)].mean(1)
+    ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+    return Interval(values.mean().item(), *means.quantile(ends).tolist())
