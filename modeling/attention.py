@@ -1,5 +1,6 @@
 """Softmax attention: full or sliding, grouped heads, keys and values shared between layers."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat import CACHE_NAME, KVSharingDict
+from .kv_quantization import build_quantizer, unquantized
 from .positions import POSITIONS
 
 
@@ -51,6 +53,7 @@ class SoftmaxAttention(nn.Module):
         self.kv_sharing_mode = config.kv_sharing_modes[layer_idx] if config.kv_sharing_modes else None
         self.kv_source = config.kv_source(layer_idx) if self.kv_sharing_mode == "reuse" else None
         self.rotate = POSITIONS[config.position_encoding].rotate
+        self.quantize = build_quantizer(config)
 
         heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, heads_size, bias=config.bias)
@@ -84,17 +87,7 @@ class SoftmaxAttention(nn.Module):
         batch_and_tokens = hidden_states.shape[:-1]
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         if self.kv_source is None:
-            key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
-            value = self._split_heads(self.v_proj(hidden_states))
-            if rotate_keys is None:
-                query, key = self.rotate(query, key, position_embeddings)
-                given = {"kwargs": kwargs}  # read by paged caches
-            else:
-                query, _ = self.rotate(query, None, position_embeddings)
-                given = {"query_states": query, "rotate": rotate_keys, "scaling": self.scaling}
-            key, value = key.to(value.dtype), value  # a norm under autocast gives float32
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx, **given)
+            query, key, value = self._own(hidden_states, query, position_embeddings, cache, rotate_keys, kwargs)
             if self.kv_sharing_mode == "store":
                 shared_key_values[self.layer_idx] = (key, value)
         else:
@@ -114,6 +107,31 @@ class SoftmaxAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(attended.reshape(*batch_and_tokens, -1)), weights
+
+    def _own(self, hidden_states, query, angles, cache, rotate_keys, kwargs) -> tuple[torch.Tensor, ...]:
+        """The turned queries, and the layer's own keys and values, of the cache and of the new tokens.
+
+        kwargs: attention's, which paged caches read and change.
+        """
+        key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
+        value = self._split_heads(self.v_proj(hidden_states))
+        quantize = unquantized if getattr(cache, "holds_codes", False) else self.quantize
+        if rotate_keys is None:
+            query, key = self.rotate(query, key, angles)
+            key, given = quantize(key.to(value.dtype)), {"kwargs": kwargs}  # a norm under autocast gives float32
+        else:
+            query, _ = self.rotate(query, None, angles)
+            rotate = functools.partial(self._turned, rotate_keys)
+            given = {"query_states": query, "rotate": rotate, "scaling": self.scaling}
+            key = key.to(value.dtype)
+        value = quantize(value)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, **given)
+        return query, key, value
+
+    def _turned(self, rotate_keys: Callable, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Keys that a cache held as they were, turned by `rotate_keys` and as attention sees them."""
+        return self.quantize(rotate_keys(keys, positions))
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) to (batch, heads, tokens, head_dim)."""

@@ -6,6 +6,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .kv_quantization import KV_QUANTIZATION, packing_unit
+
 CHOICES = {
     "position_encoding": ("learned", "sinusoidal", "rope", "none"),
     "norm": ("layer_norm", "rms_norm"),
@@ -47,6 +49,9 @@ class GPTConfig(PreTrainedConfig):
     layer_types: one of `full_attention`, `sliding_attention` a layer; `sliding_window` in tokens.
     kv_sharing_modes: None, "store" or "reuse" a layer; "reuse" takes the keys and values of the nearest "store"
         below it (cross-layer attention, arXiv 2405.12981).
+    kv_quantization: `int2`, `int3` or `int4`: keys and values are quantized in training, and held so by the cache; a
+        scale serves kv_quantization_group channels of a head, a power of two (default: up to 64), see
+        kv_quantization.py.
     bias: in all linear layers and LayerNorms but the head, which has `lm_head_bias`.
     initializer_range: standard deviation of linear weights; `embedding_initializer_range` of embeddings (default: the
         same); residual_init: `scaled` divides the output projections' by sqrt(2 * layers) (GPT-2), `zero` zeroes them;
@@ -91,6 +96,8 @@ class GPTConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     kv_sharing_modes: list[str | None] | None = None
+    kv_quantization: str | None = None
+    kv_quantization_group: int | None = None
     bias: bool = True
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
@@ -135,6 +142,8 @@ class GPTConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % max(self.num_attention_heads, 1) == 0:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.kv_quantization is not None and self.kv_quantization_group is None and self.head_dim:
+            self.kv_quantization_group = min(self.head_dim & -self.head_dim, 64)  # its largest power of two
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.position_encoding != "rope" and (self.rope_parameters or {}).keys() <= {"rope_theta", "rope_type"}:
@@ -188,6 +197,27 @@ class GPTConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim}: rope rotates pairs, so it must be even")
         if self.position_encoding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"hidden_size={self.hidden_size}: sinusoidal positions come in pairs, so it must be even")
+
+    def validate_kv_quantization(self):
+        """Refuse groups that do not divide a head, and heads that do not fill bytes."""
+        kind, group, head_dim = self.kv_quantization, self.kv_quantization_group, self.head_dim
+        if kind is None:
+            if group is not None:
+                raise ValueError(
+                    f"kv_quantization_group={group} is set but kv_quantization is not: set it, or drop both"
+                )
+            return
+        if kind not in KV_QUANTIZATION:
+            raise ValueError(f"kv_quantization={kind!r}: choose one of {', '.join(KV_QUANTIZATION)}, or null for none")
+        unit = packing_unit(KV_QUANTIZATION[kind][0])
+        if head_dim % unit:
+            raise ValueError(f"head_dim={head_dim}: {kind} fills bytes with {unit} codes at a time; choose a multiple")
+        choices = [2**n for n in range(1, head_dim.bit_length()) if head_dim % 2**n == 0]
+        if group not in choices:
+            raise ValueError(
+                f"kv_quantization_group={group} is no power of two that divides head_dim={head_dim}: "
+                f"choose one of {', '.join(map(str, choices))}"
+            )
 
     def validate_positions(self):
         """Refuse rotary parameters that nobody would read, and unknown or incomplete ones."""

@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import SoftmaxAttention
 from .compat import CACHE_NAME, KVSharingDict, given_cache, layers_name, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
+from .kv_quantization import build_cache
 from .loss import causal_lm_loss
 from .positions import NoPositions, build_positions
 
@@ -208,7 +209,7 @@ class GPTModel(GPTPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         cache = given_cache(cache, past_key_values)
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = build_cache(self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         shift = None if position_ids is None else self._shift(position_ids, cache)
@@ -332,6 +333,13 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """As in transformers, but generate()'s default is the cache that the model fills without it, too."""
+        is_default = generation_config.cache_implementation is None and model_kwargs.get(CACHE_NAME) is None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if is_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
+            model_kwargs[CACHE_NAME] = build_cache(self.config)
 
     def _softcapped(self, logits: torch.Tensor) -> torch.Tensor:
         cap = self.config.logit_softcap

@@ -51,6 +51,22 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
         {"kv_sharing_modes": ["store", "reuse"], "layer_types": [FULL, SLIDING], "sliding_window": 4},
         r"kv_sharing_modes\[1\]='reuse' is sliding_attention .*layer 0, is full_attention",
     ),
+    "unknown kind of quantization": ({"kv_quantization": "int5"}, "kv_quantization='int5': .*int2, int3, int4"),
+    "quantization of bits alone": ({"kv_quantization": 2}, "kv_quantization"),
+    "a group without quantization": ({"kv_quantization_group": 8}, "kv_quantization_group=8 .*kv_quantization is not"),
+    "a group that does not divide the head": (
+        {"kv_quantization": "int2", "kv_quantization_group": 16},
+        "kv_quantization_group=16 .*head_dim=8: choose one of 2, 4, 8",
+    ),
+    "a group that is no power of two": (
+        {"kv_quantization": "int2", "kv_quantization_group": 12, "head_dim": 24},
+        "kv_quantization_group=12 .*head_dim=24: choose one of 2, 4, 8",
+    ),
+    "a group of nothing": ({"kv_quantization": "int2", "kv_quantization_group": 0}, "kv_quantization_group=0 "),
+    "codes that do not fill bytes": (
+        {"kv_quantization": "int3", "head_dim": 12},
+        "head_dim=12: int3 fills bytes with 8 codes at a time",
+    ),
     "rope of an odd head": ({**ROPE, "head_dim": 7}, "head_dim=7: .*even"),
     "sinusoids of an odd width": (
         {"position_encoding": "sinusoidal", "hidden_size": 33, "num_attention_heads": 3},

@@ -19,6 +19,8 @@ from .variants import VARIANTS, random_model, tiny_config
 REFUSED = {  # variant: the field that stands in the way
     "rope_dynamic": "rope_parameters",
     "rope_dynamic_past_context": "rope_parameters",
+    "kv_quantization": "kv_quantization",
+    "kv_quantization_mixed_layers": "kv_quantization",
     "sliding_window_two": "sliding_window",
 }
 

@@ -57,7 +57,8 @@ def rope_type(config: GPTConfig) -> str | None:
     return (config.rope_parameters or {}).get("rope_type")
 
 
-NEVER = {name: OBSTACLES[name] for name in ("norm_order", "kv_sharing_modes", "lm_head_bias", "logit_softcap")}
+NEVER_HELD = ("norm_order", "kv_sharing_modes", "kv_quantization", "lm_head_bias", "logit_softcap")
+NEVER = {name: OBSTACLES[name] for name in NEVER_HELD}
 NEVER["embedding_norm"] = (
     lambda c: c.embedding_norm and c.position_encoding in ("learned", "sinusoidal"),
     "it does not norm the sum of embeddings and positions",

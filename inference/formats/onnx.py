@@ -41,6 +41,10 @@ OBSTACLES: dict[str, Obstacle] = {
         lambda c: any(p.get("rope_type") == "dynamic" for p in rotary(c)),
         "its frequencies depend on the length, and a graph has no conditions on numbers",
     ),
+    "kv_quantization": (
+        lambda c: c.kv_quantization is not None,
+        "its cache holds codes, and the exporter knows those of keys and values",
+    ),
     "sliding_window": (
         lambda c: "sliding_attention" in c.layer_types and c.sliding_window == 2,
         "its cache keeps one token, which the exporter takes for a constant; windows from 3 on can be written",

@@ -1,0 +1,219 @@
+"""Keys and values that a model learns to live with in 2 to 4 bits.
+
+In training they are quantized as a cache will hold them, and the gradient goes straight through (arXiv 1308.3432). The
+channels of a token's head are cut into groups; a group is turned by a Hadamard matrix (QuaRot, arXiv 2404.00456), so
+that no channel stands out, and held as one code a channel and a scale of one byte. Nothing is quantized twice, and what
+the cache gives back is, to the bit, what attention sees without one.
+"""
+
+import math
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+# The bits of a code, and the distance between the evenly spaced levels that loses least of a normal distribution, in
+# its standard deviations (Max, "Quantizing for minimum distortion", 1960).
+KV_QUANTIZATION = {"int2": (2, 0.9957), "int3": (3, 0.5860), "int4": (4, 0.3352)}
+# A scale's byte: that many steps a factor of two, and the byte of a distance of one.
+SCALES_AN_OCTAVE, SCALE_OF_ONE = 8, 128
+SMALLEST = 2.0 ** (-SCALE_OF_ONE / SCALES_AN_OCTAVE)
+
+
+# ---- codes in bytes
+
+
+def packing_unit(bits: int) -> int:
+    """The fewest codes of so many bits that fill whole bytes."""
+    return 8 // math.gcd(8, bits)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes below 2**bits, uint8 (..., n), in the bytes that hold them: (..., n * bits / 8), a whole number.
+
+    bits: 1, 2, 3, 4 or 8.
+    """
+    unit = packing_unit(bits)
+    word = torch.uint8 if unit * bits == 8 else torch.int32
+    shifts = torch.arange(0, unit * bits, bits, dtype=word, device=codes.device)
+    words = (codes.unflatten(-1, (-1, unit)).to(word) << shifts).sum(-1, dtype=word)
+    if word == torch.uint8:
+        return words
+    places = torch.arange(0, unit * bits, 8, dtype=word, device=codes.device)
+    return ((words[..., None] >> places) & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes, uint8 (..., n), that `pack` put into those bytes."""
+    unit, words = packing_unit(bits), packed
+    if unit * bits > 8:
+        places = torch.arange(0, unit * bits, 8, dtype=torch.int32, device=packed.device)
+        words = (packed.unflatten(-1, (-1, len(places))).int() << places).sum(-1, dtype=torch.int32)
+    shifts = torch.arange(0, unit * bits, bits, dtype=words.dtype, device=packed.device)
+    return ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)
+
+
+def hadamard(states: torch.Tensor, size: int) -> torch.Tensor:
+    """States turned within each `size` channels, a power of two; turning twice gives them back.
+
+    By sums of pairs: a matmul would round otherwise for other numbers of tokens.
+    """
+    turned = states.unflatten(-1, (-1, *[2] * (size.bit_length() - 1)))
+    for axis in range(-(size.bit_length() - 1), 0):
+        first, second = turned.unbind(axis)
+        turned = torch.stack((first + second, first - second), dim=axis)
+    return turned.reshape(states.shape) * size**-0.5
+
+
+# ---- the quantizer
+
+
+class KVQuantizer:
+    """Quantizes states, (..., tokens, head_dim), in groups of a token's channels."""
+
+    def __init__(self, kind: str, group_size: int):
+        self.bits, self.step = KV_QUANTIZATION[kind]
+        self.group_size = group_size
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """What a cache will give back of these states, with their gradient."""
+        quantized = self._states(*self._codes(states.detach()), states.dtype)
+        return quantized + (states - states.detach())
+
+    def encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a cache holds: (..., head_dim * bits / 8) bytes of codes, and (..., head_dim / group_size) of scales."""
+        codes, scales = self._codes(states)
+        return pack(codes.to(torch.uint8).flatten(-2), self.bits), scales.to(torch.uint8)
+
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The states that those bytes stand for."""
+        codes = unpack(packed, self.bits).unflatten(-1, (-1, self.group_size))
+        return self._states(codes.float(), scales.float(), dtype)
+
+    def _codes(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (..., groups, group_size) and scales (..., groups), whole numbers in float32."""
+        groups = hadamard(states.float(), self.group_size).unflatten(-1, (-1, self.group_size))
+        distance = groups.square().mean(-1).sqrt() * self.step
+        scales = (distance.clamp(min=SMALLEST).log2() * SCALES_AN_OCTAVE).round() + SCALE_OF_ONE
+        scales, half = scales.clamp(max=255), 2 ** (self.bits - 1)
+        return (groups / self._distance(scales)).floor().clamp(-half, half - 1) + half, scales
+
+    def _states(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        levels = codes + (0.5 - 2 ** (self.bits - 1))
+        return hadamard((levels * self._distance(scales)).flatten(-2), self.group_size).to(dtype)
+
+    @staticmethod
+    def _distance(scales: torch.Tensor) -> torch.Tensor:
+        """The distance between levels that a scale's byte stands for, with an axis for the channels."""
+        return torch.exp2((scales - SCALE_OF_ONE) / SCALES_AN_OCTAVE)[..., None]
+
+
+def unquantized(states: torch.Tensor) -> torch.Tensor:
+    """The states as they are: what a model without quantization does with them."""
+    return states
+
+
+def build_quantizer(config):
+    """What a configuration does to keys and values before attention sees them."""
+    if config.kv_quantization is None:
+        return unquantized
+    return KVQuantizer(config.kv_quantization, config.kv_quantization_group)
+
+
+# ---- the cache
+
+
+class CodedCache(Cache):
+    """A cache that quantizes what it is given, once, and holds codes."""
+
+    holds_codes = True  # attention looks for it, and leaves the quantizing to the cache
+
+
+class CodedLayer(DynamicLayer):
+    """The codes and scales of the keys and values of all tokens, or of a sliding window's."""
+
+    def __init__(self, quantizer: KVQuantizer, sliding_window: int | None = None):
+        super().__init__()
+        self.quantizer, self.sliding_window = quantizer, sliding_window
+        self.is_sliding, self.is_croppable = sliding_window is not None, sliding_window is None
+        self.seen, self.held = 0, ()
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of what was held and of the new tokens, quantized: (batch, kv_heads, keys, head_dim) each.
+
+        key_states, value_states: (batch, kv_heads, tokens, head_dim), turned by their positions, not quantized.
+        """
+        self.device, self.is_initialized = key_states.device, True
+        new = (*self.quantizer.encode(key_states), *self.quantizer.encode(value_states))
+        held = tuple(torch.cat(parts, dim=-2) for parts in zip(self.held, new, strict=True)) if self.held else new
+        self.seen += key_states.shape[-2]
+        self.held = (
+            held if self.sliding_window is None else tuple(part[:, :, 1 - self.sliding_window :] for part in held)
+        )
+        keys, values = (self.quantizer.decode(*held[i : i + 2], key_states.dtype) for i in (0, 2))
+        return keys, values
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a sequence holds."""
+        names = ("key_codes", "key_scales", "value_codes", "value_scales")
+        return dict(zip(names, self.held, strict=bool(self.held)))
+
+    def state_bits(self) -> int:
+        """The size of `state`."""
+        return sum(8 * part.nbytes for part in self.held)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = self.held[0].shape[-2] if self.held else 0
+        return held + query_length, self.seen - held
+
+    def get_max_length(self) -> int:
+        return self.sliding_window or -1
+
+    def reset(self) -> None:
+        self.seen, self.held = 0, ()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; as in transformers, their number comes negative, or as the length to keep."""
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
+        if kept < self.seen:
+            self._each(lambda part: part[:, :, :kept])
+            self.seen = kept
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._each(lambda part: part[indices])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def offload(self) -> None:
+        self._each(lambda part: part.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._each(lambda part: part.to(self.device, non_blocking=True))
+
+    def _each(self, change) -> None:
+        self.held = tuple(change(part) for part in self.held)
+
+
+def build_cache(config) -> Cache:
+    """An empty cache of the kind that the configuration's layers fill, as generate() and the model take it."""
+    plain = DynamicCache(config=config)
+    if config.kv_quantization is None:
+        return plain
+    quantizer = build_quantizer(config)
+    return CodedCache(layers=[_coded(layer, quantizer) for layer in plain.layers])
+
+
+def _coded(layer, quantizer: KVQuantizer):
+    """The layer that holds codes in place of keys and values; what holds none of those stays."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return CodedLayer(quantizer, layer.sliding_window)
+    return CodedLayer(quantizer) if type(layer) is DynamicLayer else layer
+
+
+__all__ = ["CodedCache", "CodedLayer", "KVQuantizer", "build_cache", "build_quantizer", "hadamard", "pack", "unpack"]
