@@ -9,9 +9,11 @@ from modeling.compat import CACHE_NAME
 
 from .variants import INEXACT_WITH_CACHE, VARIANTS, random_model, tiny_config
 
-LOSSLESS = {"window": {"cache_window": 26, "cache_sinks": 2}}  # 28 of a context of 32, and no text is longer
-LOSSY = {"window": {"cache_window": 6, "cache_sinks": 2}}
+# 28 of a context of 32, and no text is longer
+LOSSLESS = {name: {"cache_budget": 28} for name in ("window", "h2o", "tova", "random")}
+LOSSY = {name: {"cache_budget": 8, "cache_sinks": 2} for name in LOSSLESS}
 EXACT = [name for name in VARIANTS if name not in INEXACT_WITH_CACHE]
+SHAPES = ("gpt2", "grouped_query", "mixed_layers_full_first", "shared_kv_rope", "modern")
 
 
 def endless(name: str, **overrides):
@@ -30,14 +32,23 @@ def grown(model, ids: torch.Tensor, cache=None, tokens: int = 8, mask=None, **ge
 
 
 @pytest.mark.parametrize("variant", EXACT)
+@torch.no_grad()
+def test_without_loss_the_text_is_the_plain_caches(variant: str, ids: torch.Tensor) -> None:
+    model = endless(variant)
+    expected = grown(model, ids, tokens=4)
+    for name, settings in LOSSLESS.items():
+        cache = build_cache(model.config, name, **settings)
+        assert torch.equal(grown(model, ids, cache, tokens=4), expected), name
+        assert all(layer.store.length == layer.seen or layer.is_sliding for layer in cache.holding.values())
+
+
+@pytest.mark.parametrize("variant", SHAPES)
 @pytest.mark.parametrize("name", LOSSLESS)
 @torch.no_grad()
-def test_without_loss_the_text_is_the_plain_caches(name: str, variant: str, ids: torch.Tensor) -> None:
-    model = endless(variant)
-    for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
-        cache = build_cache(model.config, name, **LOSSLESS[name])
-        assert torch.equal(grown(model, ids, cache, **more), grown(model, ids, **more))
-        assert cache.has_gaps or "sliding" in variant
+def test_beams_take_what_is_held_with_them(name: str, variant: str, ids: torch.Tensor) -> None:
+    model, beams = endless(variant), {"num_beams": 3, "num_return_sequences": 2}
+    cache = build_cache(model.config, name, **LOSSLESS[name])
+    assert torch.equal(grown(model, ids, cache, **beams), grown(model, ids, **beams))
 
 
 @pytest.mark.parametrize("name", LOSSY)

@@ -150,7 +150,6 @@ class EvictingLayer(PolicyLayer):
     budget however long the text is (StreamingLLM); else where each token was.
     """
 
-    ROWS = ("born",)  # where in the text each token was, (batch, kv_heads, held); None: where it lies in the store
     has_gaps = True
 
     def __init__(self, budget: int, sinks: int = 0, is_by_slot: bool = True, store: Store | None = None):
@@ -162,23 +161,21 @@ class EvictingLayer(PolicyLayer):
         return super().positions(length) if self.is_by_slot else self.birthplaces(length)
 
     def birthplaces(self, length: int) -> torch.Tensor:
-        """Where in the text so many tokens were: (length,), or where heads hold different ones one a key."""
-        if self.born is None:
-            return torch.arange(self.seen - length, self.seen, device=self.device)
-        new = torch.arange(self.seen - length + self.born.shape[-1], self.seen, device=self.device)
-        return torch.cat((self.born, new.to(self.born.dtype).expand(*self.born.shape[:2], -1)), dim=-1)
+        """Where in the text so many tokens were: (length,), or (batch, kv_heads, length) where heads hold others."""
+        raise NotImplementedError
 
     def evict(self, turned, query_states, scaling) -> None:
         length, block = self.store.length, self.store.block
+        scores = self.scores(turned, query_states, scaling)
         dropped = -(-max(0, length - self.budget) // block) * block
-        self.notice(turned, query_states, scaling)
         if dropped:
-            self.hold(self.places(length, length - dropped))
+            self.hold(self.places(length, length - dropped, scores))
 
-    def notice(self, turned, query_states, scaling) -> None:
-        """Note what the new tokens attend to, as `evict` is told of it; here, nothing."""
+    def scores(self, turned, query_states, scaling) -> torch.Tensor | None:
+        """What each token is worth now that the new ones attend, see `evict`: (batch or 1, kv_heads or 1, keys)."""
+        return None
 
-    def places(self, length: int, kept: int) -> torch.Tensor:
+    def places(self, length: int, kept: int, scores: torch.Tensor | None) -> torch.Tensor:
         """Which of `length` tokens stay: `kept` places in ascending order, (kept,) or (batch, kv_heads, kept)."""
         raise NotImplementedError
 

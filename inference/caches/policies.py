@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from transformers.cache_utils import DummyLayer
 
 from modeling import GPTConfig
@@ -11,11 +12,14 @@ from training.system.errors import UserError, log_once, unknown
 from training.system.flags import check_number
 
 from .base import EvictingLayer, PolicyCache, PolicyLayer, Store
+from .h2o import SCORES
+from .random_choice import RandomLayer
+from .tova import LastAttentionLayer
 from .window import POSITIONS, SlidingLayer, WindowLayer
 
 
 class Flag(NamedTuple):
-    """A setting of policies: its type and what it says in the help."""
+    """A setting of policies: its type, what the help says of it, and its values where they are few."""
 
     type: type
     help: str
@@ -23,12 +27,14 @@ class Flag(NamedTuple):
 
 
 FLAGS = {
-    "cache_window": Flag(int, "recent tokens: those that window holds, or that int4 and its like hold unquantized"),
-    "cache_budget": Flag(int, "tokens held in all, sinks and recent ones included"),
-    "cache_sinks": Flag(int, "first tokens, which always stay (default: 4 of window, else 0)"),
+    "cache_budget": Flag(int, "tokens that a policy which drops some holds in all, sinks and recent ones included"),
+    "cache_window": Flag(int, "newest tokens, which stay"),
+    "cache_sinks": Flag(int, "first tokens, which stay too (default: 4 of window, else 0)"),
     "cache_positions": Flag(
-        str, "of what is held: slot, right before the next token, or absolute, where it was (default: slot)", POSITIONS
+        str, "of what is held: slot, right before the next token; absolute, where it was (default: slot)", POSITIONS
     ),
+    "cache_scores": Flag(str, "of h2o: sum of the attention that a token got, or its mean (default: sum)", (*SCORES,)),
+    "cache_seed": Flag(int, "of random (default: 0)"),
 }
 
 
@@ -42,27 +48,53 @@ class Eviction(NamedTuple):
 
 
 class Storing(NamedTuple):
-    """A policy that keeps all tokens in fewer bits. build: settings to a store; takes: the flags that it reads."""
+    """A policy that keeps tokens in fewer bits. build: (config, settings, dtype of what is left as it is) to a store."""
 
     help: str
-    build: Callable[[dict[str, Any]], Store]
+    build: Callable[[Any, dict[str, Any], torch.dtype | None], Store]
     takes: tuple[str, ...]
     defaults: dict[str, Any]
 
 
-def window(settings: dict[str, Any], layer: int, store: Store) -> WindowLayer:
+def window(settings: dict[str, Any], layer: int, store: Store) -> EvictingLayer:
     return WindowLayer(settings["cache_budget"], settings["cache_sinks"], by_slot(settings), store)
+
+
+def h2o(settings: dict[str, Any], layer: int, store: Store) -> EvictingLayer:
+    return SCORES[settings["cache_scores"]](**scored(settings), store=store)
+
+
+def tova(settings: dict[str, Any], layer: int, store: Store) -> EvictingLayer:
+    return LastAttentionLayer(**scored(settings), store=store)
+
+
+def random_choice(settings: dict[str, Any], layer: int, store: Store) -> EvictingLayer:
+    return RandomLayer(**scored(settings), store=store, seed=settings["cache_seed"], layer=layer)
+
+
+def scored(settings: dict[str, Any]) -> dict[str, Any]:
+    """What every layer that scores tokens is built with; half of the budget is recent where nothing else is said."""
+    budget, sinks, recent = (settings.get(flag) for flag in ("cache_budget", "cache_sinks", "cache_window"))
+    recent = (budget - sinks) // 2 if recent is None else recent
+    return {"budget": budget, "sinks": sinks, "recent": recent, "is_by_slot": by_slot(settings)}
 
 
 def by_slot(settings: dict[str, Any]) -> bool:
     return settings["cache_positions"] == "slot"
 
 
+EVICTIONS = ("cache_budget", "cache_window", "cache_sinks", "cache_positions")  # flags that all of them read
 POLICIES: dict[str, Eviction | Storing] = {
     "window": Eviction(
-        "the newest tokens, and the first ones as sinks (StreamingLLM)", window,
-        ("cache_window", "cache_budget", "cache_sinks", "cache_positions"),
-        {"cache_sinks": 4, "cache_positions": "slot"},
+        "the newest tokens, and the first ones as sinks (StreamingLLM)", window, EVICTIONS, {"cache_sinks": 4}
+    ),
+    "h2o": Eviction(
+        "those attended to most since they came, and the newest", h2o, (*EVICTIONS, "cache_scores"),
+        {"cache_scores": "sum"},
+    ),
+    "tova": Eviction("those that the newest token attends to most", tova, EVICTIONS, {"cache_window": 0}),
+    "random": Eviction(
+        "any, and the newest: the control", random_choice, (*EVICTIONS, "cache_seed"), {"cache_seed": 0}
     ),
 }  # fmt: skip
 HELD = ("full_attention", "sliding_attention")  # the layers whose keys a policy can hold
@@ -86,7 +118,7 @@ def build_cache(config, name: str, dtype=None, **given) -> PolicyCache:
     def layer(index: int, layer_type: str) -> PolicyLayer | DummyLayer:
         if config.kv_sharing_modes and config.kv_sharing_modes[index] == "reuse":
             return DummyLayer()
-        store = storing.build(settings) if storing else Store(dtype)
+        store = storing.build(config, settings, dtype) if storing else Store(dtype)
         if layer_type == "sliding_attention":
             own = config.sliding_window - 1  # the mask lets a token see itself and so many before it
             return SlidingLayer(min(own, settings["cache_budget"]) if eviction else own, store)
@@ -121,20 +153,24 @@ def settle(name: str, eviction: Eviction | None, storing: Storing | None, given:
         check_number(flag, value)
         if FLAGS[flag].choices and value not in FLAGS[flag].choices:
             raise unknown(flag, value, FLAGS[flag].choices)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"cache_sinks": 0, "cache_positions": "slot"} if eviction else {}
     for policy in policies:
         settings |= policy.defaults
     settings |= given
-    return settings if eviction is None else settle_budget(name, settings, storing is not None)
+    return settings if eviction is None else settle_budget(name, settings)
 
 
-def settle_budget(name: str, settings: dict[str, Any], is_over_storing: bool) -> dict[str, Any]:
-    """The settings with the tokens that an eviction holds in all."""
+def settle_budget(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the tokens that an eviction holds in all, which alone `window` may leave to its window."""
     sinks, recent, budget = (settings.get(flag) for flag in ("cache_sinks", "cache_window", "cache_budget"))
-    if budget is None and (recent is None or is_over_storing or not name.startswith("window")):
+    if name == "window" and (recent is None) == (budget is None):
+        raise UserError("cache=window: give --cache_window, the newest tokens that it holds, or --cache_budget, all")
+    if budget is None and name != "window":
         raise UserError(f"cache={name}: give --cache_budget, the tokens that it may hold")
-    if recent is not None and recent < sinks:
-        raise UserError(f"cache_window={recent}: is smaller than cache_sinks={sinks}; take more recent tokens")
+    if recent and recent < sinks:
+        raise UserError(
+            f"cache_window={recent}: is smaller than cache_sinks={sinks}; take more recent tokens, or fewer sinks"
+        )
     if budget is None:
         return settings | {"cache_budget": recent + sinks}
     if budget < sinks + (recent or 1):

@@ -13,7 +13,7 @@ class WindowLayer(EvictingLayer):
         sinks = min(self.sinks, length)
         return torch.cat((torch.arange(sinks, device=self.device), places[sinks:]))
 
-    def places(self, length: int, kept: int) -> torch.Tensor:
+    def places(self, length: int, kept: int, scores) -> torch.Tensor:
         newest = torch.arange(length - kept + self.sinks, length, device=self.device)
         return torch.cat((torch.arange(self.sinks, device=self.device), newest))
 
