@@ -48,7 +48,7 @@ class Eviction(NamedTuple):
 
 
 class Storing(NamedTuple):
-    """A policy that keeps tokens in fewer bits. build: (config, settings, dtype of what is left as it is) to a store."""
+    """A policy that keeps tokens in fewer bits. build: (config, settings, dtype of what is not coded) to a store."""
 
     help: str
     build: Callable[[Any, dict[str, Any], torch.dtype | None], Store]
