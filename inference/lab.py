@@ -13,6 +13,7 @@ from training.system.shell import shell
 # An experiment: its question. Its module in experiments/, of the same name, has ABOUT and EPILOG (for the help),
 # add_flags(add) and run(flags, out), where out is an Output of experiments/common.py.
 EXPERIMENTS = {
+    "kv": "how small can the KV cache be? Loss and recall through every cache policy, against its bits",
     "floor": "what can be had without any cache, and what is the past worth to a model?",
 }
 
@@ -55,8 +56,8 @@ def help_text() -> str:
     """The experiments, and what to type next."""
     lines = ["usage: acorn lab EXPERIMENT [--flag value ...]", "", "Measure what context and memory are worth.", ""]
     lines += [f"  {name:<8}{question}" for name, question in EXPERIMENTS.items()]
-    lines += ["", "An experiment's own flags:  acorn lab floor --help"]
-    return "\n".join([*lines, "Type next:                  acorn lab floor runs/quickstart --smoke"])
+    lines += ["", "An experiment's own flags:  acorn lab kv --help"]
+    return "\n".join([*lines, "Type next:                  acorn lab kv runs/quickstart --smoke"])
 
 
 if __name__ == "__main__":

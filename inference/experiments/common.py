@@ -157,6 +157,7 @@ def add_model_flags(add: Callable) -> None:
     add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
     add("--length", type=int, help="tokens of a stream of text; their last half counts (default: the model's context)")
     add("--streams", type=int, help=f"streams at most (default: {STREAMS}; with --smoke {SMOKE_STREAMS})")
+    add("--batch_size", type=int, default=16, help="streams decoded at once")
     add_text_flags(add)
     add_loading_flags(add)
 

@@ -9,11 +9,10 @@ import sys
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
 from training.model.sizes import text_config
 
-from ..measuring.kv_report import Streams, decode, drawn_means, held_bits
+from ..measuring.kv_report import Decoded, Streams, decode, drawn_means, own_cache
 from .common import Output, add_model_flags, held_out_streams, load
 
 ABOUT = """Measure the floor under every KV cache: what the model gains from the past (cold minus warm loss, in bits),
@@ -31,15 +30,15 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     """Decode the second half of each stream with and without its first half, and compare."""
     model, tokenizer = load(flags)
     streams = held_out_streams(flags, model, tokenizer)
-    cold, warm, cache = cold_and_warm(model, streams)
+    cold, with_past = cold_and_warm(model, streams, flags.batch_size)
+    warm = with_past.nats
     gain = (cold - warm) / math.log(2)
     by_position(cold, warm, out)
     past = streams.first + 1
-    cache_bits = held_bits(cache) // len(streams.ids)
     token_bits = math.ceil(math.log2(text_config(model.config).vocab_size))
     worth = drawn_means(gain.sum(1), flags.seed)
     rows = [
-        out.row(held="keys and values, 16 bits", bits=cache_bits * past / streams.length),
+        out.row(held="keys and values, 16 bits", bits=with_past.bits * past / streams.length),
         out.row(held="the tokens alone, and recompute", bits=token_bits * past),
         out.row(held="what the past is worth", bits=worth.value, low=worth.low, high=worth.high),
     ]
@@ -48,14 +47,13 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     draw(cold, warm, gain, out)
 
 
-def cold_and_warm(model, streams: Streams) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-    """Nats of the same targets without and with the tokens before the middle, and the cache after them all."""
-    with tqdm(total=2 * streams.length, unit="token", leave=False, file=sys.stderr, disable=None) as bar:
-        cache = DynamicCache(config=text_config(model.config))
-        warm, _ = decode(model, streams.ids, cache, streams.first, bar.update)
-        fresh = DynamicCache(config=text_config(model.config))
-        cold, _ = decode(model, streams.ids[:, streams.first :], fresh, 0, bar.update)
-    return cold, warm, cache
+def cold_and_warm(model, streams: Streams, batch_size: int) -> tuple[torch.Tensor, Decoded]:
+    """Nats of the tokens after the middle without those before it, and what is said of the same tokens with them."""
+    passes = 2 * -(-len(streams.ids) // batch_size)
+    with tqdm(total=passes * streams.length, unit="token", leave=False, file=sys.stderr, disable=None) as bar:
+        warm = decode(model, streams.ids, streams.first, own_cache, batch_size, bar.update)
+        cold = decode(model, streams.ids[:, streams.first :], 0, own_cache, batch_size, bar.update)
+    return cold.nats, warm
 
 
 def by_position(cold: torch.Tensor, warm: torch.Tensor, out: Output) -> None:

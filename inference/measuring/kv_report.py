@@ -53,26 +53,48 @@ def cut_streams(ids: torch.Tensor, length: int, most: int, bytes_per_token: floa
     return Streams(ids[starts[:, None] + torch.arange(length + 1)], length // 2, bytes_per_token)
 
 
+class Decoded(NamedTuple):
+    """What was said of the tokens that count, (rows, targets): nats, and whether the likeliest token was right.
+
+    bits: what the cache held of one row in the end.
+    """
+
+    nats: torch.Tensor
+    right: torch.Tensor
+    bits: int
+
+
 @torch.inference_mode()
 def decode(
-    model, ids: torch.Tensor, cache: Cache, first: int, on_token: Callable = lambda: None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats, whether the likeliest token was right) of ids[:, first + 1:], each by decoding through the cache.
+    model, ids: torch.Tensor, first: int, new_cache: Callable[[], Cache | None], batch_size: int, on_token=lambda: None
+) -> Decoded:
+    """Predict ids[:, first + 1:] by decoding each token through a cache, `batch_size` rows at once.
 
-    ids: (streams, tokens). Both results: (streams, tokens - first - 1), float32 and bool.
+    ids: (rows, tokens). new_cache: makes an empty one; None for that which the model makes itself.
     """
-    nats, right, ids = [], [], ids.to(model.device)
-    for place in range(ids.shape[1] - 1):
-        logits = model(input_ids=ids[:, place : place + 1], use_cache=True, **{CACHE_NAME: cache}).logits[:, -1].float()
-        if place >= first:
-            nats.append(cross_entropy(logits, ids[:, place + 1], reduction="none"))
-            right.append(logits.argmax(-1) == ids[:, place + 1])
-        on_token()
-    return torch.stack(nats, 1).cpu(), torch.stack(right, 1).cpu()
+    nats, right, bits = [], [], 0
+    for rows in ids.to(model.device).split(batch_size):
+        cache, logits = new_cache(), []
+        for place in range(rows.shape[1] - 1):
+            step = model(input_ids=rows[:, place : place + 1], use_cache=True, **{CACHE_NAME: cache})
+            cache = getattr(step, CACHE_NAME)
+            if place >= first:
+                logits.append(step.logits[:, -1].float())
+            on_token()
+        logits, targets = torch.stack(logits, 1), rows[:, first + 1 :]
+        nats.append(cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu())
+        right.append((logits.argmax(-1) == targets).cpu())
+        cache.batch_select_indices(torch.tensor([0], device=model.device))
+        bits = held_bits(cache)
+    return Decoded(torch.cat(nats), torch.cat(right), bits)
+
+
+def own_cache() -> None:
+    """No cache is given, and so the model makes its own."""
 
 
 def held_bits(cache: Cache) -> int:
-    """Every bit that a cache holds; of a cache of transformers' own, its keys and values at 16 bits a number."""
+    """Every bit that a cache holds; of one that does not say, its keys and values at 16 bits a number."""
     if hasattr(cache, "state_bits"):
         return cache.state_bits()
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
