@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 # The bits of a code, and the distance between the evenly spaced levels that loses least of a normal distribution, in
 # its standard deviations (Max, "Quantizing for minimum distortion", 1960).
 KV_QUANTIZATION = {"int2": (2, 0.9957), "int3": (3, 0.5860), "int4": (4, 0.3352)}
-# A scale's byte: that many steps a factor of two, and the byte of a distance of one.
+# The logarithmic grid of scales: so many steps a factor of two, and the byte of a scale of one.
 SCALES_AN_OCTAVE, SCALE_OF_ONE = 8, 128
 SMALLEST = 2.0 ** (-SCALE_OF_ONE / SCALES_AN_OCTAVE)
 
@@ -64,6 +64,17 @@ def hadamard(states: torch.Tensor, size: int) -> torch.Tensor:
     return turned.reshape(states.shape) * size**-0.5
 
 
+def scale_bytes(distance: torch.Tensor, up: bool = False) -> torch.Tensor:
+    """The bytes, whole numbers in float32, nearest to these scales on the logarithmic grid; up: or the next above."""
+    steps = distance.clamp(min=SMALLEST).log2() * SCALES_AN_OCTAVE + SCALE_OF_ONE
+    return (steps.ceil() if up else steps.round()).clamp(max=255)
+
+
+def scale_of(scales: torch.Tensor) -> torch.Tensor:
+    """The float32 scales that bytes stand for."""
+    return torch.exp2((scales.float() - SCALE_OF_ONE) / SCALES_AN_OCTAVE)
+
+
 # ---- the quantizer
 
 
@@ -87,24 +98,18 @@ class KVQuantizer:
     def decode(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The states that those bytes stand for."""
         codes = unpack(packed, self.bits).unflatten(-1, (-1, self.group_size))
-        return self._states(codes.float(), scales.float(), dtype)
+        return self._states(codes.float(), scales, dtype)
 
     def _codes(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (..., groups, group_size) and scales (..., groups), whole numbers in float32."""
         groups = hadamard(states.float(), self.group_size).unflatten(-1, (-1, self.group_size))
-        distance = groups.square().mean(-1).sqrt() * self.step
-        scales = (distance.clamp(min=SMALLEST).log2() * SCALES_AN_OCTAVE).round() + SCALE_OF_ONE
-        scales, half = scales.clamp(max=255), 2 ** (self.bits - 1)
-        return (groups / self._distance(scales)).floor().clamp(-half, half - 1) + half, scales
+        scales = scale_bytes(groups.square().mean(-1).sqrt() * self.step)
+        half = 2 ** (self.bits - 1)
+        return (groups / scale_of(scales)[..., None]).floor().clamp(-half, half - 1) + half, scales
 
     def _states(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         levels = codes + (0.5 - 2 ** (self.bits - 1))
-        return hadamard((levels * self._distance(scales)).flatten(-2), self.group_size).to(dtype)
-
-    @staticmethod
-    def _distance(scales: torch.Tensor) -> torch.Tensor:
-        """The distance between levels that a scale's byte stands for, with an axis for the channels."""
-        return torch.exp2((scales - SCALE_OF_ONE) / SCALES_AN_OCTAVE)[..., None]
+        return hadamard((levels * scale_of(scales)[..., None]).flatten(-2), self.group_size).to(dtype)
 
 
 def unquantized(states: torch.Tensor) -> torch.Tensor:
@@ -126,6 +131,10 @@ class CodedCache(Cache):
     """A cache that quantizes what it is given, once, and holds codes."""
 
     holds_codes = True  # attention looks for it, and leaves the quantizing to the cache
+
+    def state_bits(self) -> int:
+        """The size of all that is held, of all sequences and layers together."""
+        return sum(layer.state_bits() for layer in self.layers if hasattr(layer, "state_bits"))
 
 
 class CodedLayer(DynamicLayer):
