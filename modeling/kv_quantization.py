@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 KV_QUANTIZATION = {"int2": (2, 0.9957), "int3": (3, 0.5860), "int4": (4, 0.3352)}
 # The logarithmic grid of scales: so many steps a factor of two, and the byte of a scale of one.
 SCALES_AN_OCTAVE, SCALE_OF_ONE = 8, 128
-SMALLEST = 2.0 ** (-SCALE_OF_ONE / SCALES_AN_OCTAVE)
 
 
 # ---- codes in bytes
@@ -64,15 +63,24 @@ def hadamard(states: torch.Tensor, size: int) -> torch.Tensor:
     return turned.reshape(states.shape) * size**-0.5
 
 
+def grid(device: torch.device) -> torch.Tensor:
+    """The scale that each byte stands for, (256,), on a logarithmic grid."""
+    return torch.exp2((torch.arange(256, dtype=torch.float32, device=device) - SCALE_OF_ONE) / SCALES_AN_OCTAVE)
+
+
 def scale_bytes(distance: torch.Tensor, up: bool = False) -> torch.Tensor:
-    """The bytes, whole numbers in float32, nearest to these scales on the logarithmic grid; up: or the next above."""
-    steps = distance.clamp(min=SMALLEST).log2() * SCALES_AN_OCTAVE + SCALE_OF_ONE
-    return (steps.ceil() if up else steps.round()).clamp(max=255)
+    """The bytes, as int64, of the nearest scales of the grid, or of the next ones above.
+
+    By comparing, as a logarithm rounds otherwise in tensors of another length.
+    """
+    scales = grid(distance.device)
+    edges = scales if up else scales[:-1] * 2 ** (0.5 / SCALES_AN_OCTAVE)
+    return torch.bucketize(distance, edges).clamp(max=255)
 
 
 def scale_of(scales: torch.Tensor) -> torch.Tensor:
     """The float32 scales that bytes stand for."""
-    return torch.exp2((scales.float() - SCALE_OF_ONE) / SCALES_AN_OCTAVE)
+    return grid(scales.device)[scales.long()]
 
 
 # ---- the quantizer
@@ -101,7 +109,7 @@ class KVQuantizer:
         return self._states(codes.float(), scales, dtype)
 
     def _codes(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (..., groups, group_size) and scales (..., groups), whole numbers in float32."""
+        """Codes (..., groups, group_size), whole numbers in float32, and bytes of scales (..., groups), as int64."""
         groups = hadamard(states.float(), self.group_size).unflatten(-1, (-1, self.group_size))
         scales = scale_bytes(groups.square().mean(-1).sqrt() * self.step)
         half = 2 ** (self.bits - 1)
@@ -155,9 +163,7 @@ class CodedLayer(DynamicLayer):
         new = (*self.quantizer.encode(key_states), *self.quantizer.encode(value_states))
         held = tuple(torch.cat(parts, dim=-2) for parts in zip(self.held, new, strict=True)) if self.held else new
         self.seen += key_states.shape[-2]
-        self.held = (
-            held if self.sliding_window is None else tuple(part[:, :, 1 - self.sliding_window :] for part in held)
-        )
+        self.held = tuple(self._kept(part) for part in held)
         keys, values = (self.quantizer.decode(*held[i : i + 2], key_states.dtype) for i in (0, 2))
         return keys, values
 
@@ -204,6 +210,10 @@ class CodedLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         self._each(lambda part: part.to(self.device, non_blocking=True))
+
+    def _kept(self, part: torch.Tensor) -> torch.Tensor:
+        """What of it the next tokens can see; copied, as a slice alone would keep the memory of the whole."""
+        return part[:, :, 1 - self.sliding_window :].clone() if self.is_sliding else part
 
     def _each(self, change) -> None:
         self.held = tuple(change(part) for part in self.held)

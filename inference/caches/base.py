@@ -41,6 +41,7 @@ class Store(Rows):
     """
 
     ROWS = ("keys", "values")
+    loses_tokens = False  # whether single tokens may go; a layer that evicts says so, before any is held
     block = 1  # an eviction waits until so many tokens are to go, and drops them together
 
     def __init__(self, dtype: torch.dtype | None = None):
@@ -155,6 +156,7 @@ class EvictingLayer(PolicyLayer):
     def __init__(self, budget: int, sinks: int = 0, is_by_slot: bool = True, store: Store | None = None):
         super().__init__(store)
         self.budget, self.sinks, self.is_by_slot = budget, sinks, is_by_slot
+        self.store.loses_tokens = True
         self.clear()
 
     def positions(self, length: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from training.system.flags import check_number
 
 from .base import EvictingLayer, PolicyCache, PolicyLayer, Store
 from .h2o import SCORES
+from .quantized import ROTATIONS, quantized
 from .random_choice import RandomLayer
 from .tova import LastAttentionLayer
 from .window import POSITIONS, SlidingLayer, WindowLayer
@@ -33,6 +34,10 @@ FLAGS = {
     "cache_positions": Flag(
         str, "of what is held: slot, right before the next token; absolute, where it was (default: slot)", POSITIONS
     ),
+    "cache_rotation": Flag(
+        str, "of int4 and its like: keys and values are turned before they are coded (default: hadamard)", ROTATIONS
+    ),
+    "cache_group": Flag(int, "of int4 and its like: channels of a head that share a scale (default: up to 32)"),
     "cache_scores": Flag(str, "of h2o: sum of the attention that a token got, or its mean (default: sum)", (*SCORES,)),
     "cache_seed": Flag(int, "of random (default: 0)"),
 }
@@ -84,6 +89,7 @@ def by_slot(settings: dict[str, Any]) -> bool:
 
 
 EVICTIONS = ("cache_budget", "cache_window", "cache_sinks", "cache_positions")  # flags that all of them read
+CODED = (("cache_window", "cache_rotation", "cache_group"), {})
 POLICIES: dict[str, Eviction | Storing] = {
     "window": Eviction(
         "the newest tokens, and the first ones as sinks (StreamingLLM)", window, EVICTIONS, {"cache_sinks": 4}
@@ -96,6 +102,11 @@ POLICIES: dict[str, Eviction | Storing] = {
     "random": Eviction(
         "any, and the newest: the control", random_choice, (*EVICTIONS, "cache_seed"), {"cache_seed": 0}
     ),
+    "int8": Storing("all tokens in codes: 8.25 bits a number, scales included", quantized("int8"), *CODED),
+    "fp8": Storing("as int8, the codes floating point numbers (e4m3)", quantized("fp8"), *CODED),
+    "int4": Storing("all tokens in codes: some 4.4 bits a number", quantized("int4"), *CODED),
+    "int3": Storing("all tokens in codes: some 3.5 bits a number", quantized("int3"), *CODED),
+    "int2": Storing("all tokens in codes: some 2.5 bits a number", quantized("int2"), *CODED),
 }  # fmt: skip
 HELD = ("full_attention", "sliding_attention")  # the layers whose keys a policy can hold
 
@@ -110,6 +121,8 @@ def build_cache(config, name: str, dtype=None, **given) -> PolicyCache:
     eviction, storing = find(name)
     settings = settle(name, eviction, storing, given)
     refuse_model(config, name)
+    if storing is not None and config.kv_quantization is not None:
+        raise UserError(f"cache={name}: the model's own cache holds {config.kv_quantization} already; leave it out")
     if eviction is not None and settings["cache_budget"] >= context_of(config):
         said = f"cache_budget={settings['cache_budget']}: is not below the model's context of {context_of(config)}"
         log_once(f"{said}: the full cache is used")

@@ -60,7 +60,7 @@ _RANGES = {
     "num_samples num_return_sequences": _whole(1, 10_000),
     "max_new_tokens min_new_tokens top_k no_repeat_ngram_size encoder_no_repeat_ngram_size num_fewshot": _whole(0),
     "prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens num_beams batch_size": _whole(1, 10_000),
-    "cache_window cache_budget streams": _whole(1),
+    "cache_window cache_budget cache_group streams": _whole(1),
     "cache_sinks": _whole(0),
     "min_p assistant_confidence_threshold": Range("from 0 to 1", lambda x: 0 <= x <= 1),
     "epsilon_cutoff eta_cutoff": Range("at least 0 and below 1", lambda x: 0 <= x < 1),

@@ -1,0 +1,122 @@
+"""A model that is trained with quantized keys and values, and its cache of codes: the same numbers, in few bits."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from modeling.compat import CACHE_NAME
+from modeling.kv_quantization import CodedCache, CodedLayer, KVQuantizer, build_cache, hadamard, pack, unpack
+
+from .variants import random_model, tiny_config
+
+KINDS = {"int2": 9.2, "int3": 14.0, "int4": 19.0}  # and the least that each reaches on normal numbers, in decibels
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "kv_quantization": "int2"}
+
+
+def states(tokens: int = 7, head_dim: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(3, 2, tokens, head_dim, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_codes_come_out_of_their_bytes(bits: int) -> None:
+    codes = torch.randint(2**bits, (3, 5, 16), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 5, 2 * bits) and packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+def test_a_hadamard_matrix_is_its_own_inverse_and_keeps_lengths() -> None:
+    given = states()
+    turned = hadamard(given, 32)
+    torch.testing.assert_close(hadamard(turned, 32), given)
+    torch.testing.assert_close(turned.norm(dim=-1), given.norm(dim=-1))
+    assert hadamard(torch.eye(4), 4).abs().eq(0.5).all()
+
+
+@pytest.mark.parametrize(("kind", "least"), KINDS.items())
+def test_levels_are_where_normal_numbers_want_them(kind: str, least: float) -> None:
+    given = states(200)
+    read = KVQuantizer(kind, 64)(given)
+    assert 10 * torch.log10(given.square().mean() / (read - given).square().mean()) > least
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-3, 1e3])
+def test_numbers_of_any_size_stay_finite(scale: float) -> None:
+    read = KVQuantizer("int2", 32)(scale * states())
+    assert read.isfinite().all()
+    assert read.abs().max() <= max(1e-4, 6 * scale)
+
+
+def test_the_gradient_goes_straight_through() -> None:
+    given = states().requires_grad_()
+    weights = states(seed=1)
+    (KVQuantizer("int2", 64)(given) * weights).sum().backward()
+    assert torch.equal(given.grad, weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_gives_back_to_the_bit_what_attention_sees_without_one(kind: str, dtype: torch.dtype) -> None:
+    quantizer = KVQuantizer(kind, 32)
+    keys, values, layer = states(23).to(dtype), states(23, seed=1).to(dtype), CodedLayer(quantizer)
+    for piece in range(23):
+        read = layer.update(keys[:, :, piece : piece + 1], values[:, :, piece : piece + 1])
+    assert torch.equal(read[0], quantizer(keys)) and torch.equal(read[1], quantizer(values))
+    assert read[0].dtype == dtype
+
+
+@pytest.mark.parametrize(("kind", "group", "bits"), [("int2", 64, 2.125), ("int2", 32, 2.25), ("int4", 32, 4.25)])
+def test_bits_a_value_with_the_scales(kind: str, group: int, bits: float) -> None:
+    layer = CodedLayer(KVQuantizer(kind, group))
+    layer.update(states(10), states(10))
+    assert layer.state_bits() == bits * 2 * states(10).numel()
+    assert sum(len(held.numpy().tobytes()) for held in layer.state().values()) * 8 == layer.state_bits()
+
+
+@torch.no_grad()
+def test_generate_fills_it_by_itself(ids: torch.Tensor) -> None:
+    model = random_model(tiny_config(**MIXED))
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    found = model.generate(ids[:, :6], **options)
+    cache = getattr(found, CACHE_NAME)
+    assert isinstance(cache, CodedCache)
+    assert [layer.get_mask_sizes(1) for layer in cache.layers] == [(5, 9), (14, 0)]  # the last token has not been read
+    assert cache.state_bits() == 3 * 8 * (4 + 13) * 2 * 4 * (2 + 1)  # rows, bits, tokens, keys and values, heads, bytes
+    plain = {CACHE_NAME: DynamicCache(config=model.config)}
+    given = model.generate(ids[:, :6], **options, **plain)
+    assert type(getattr(given, CACHE_NAME)) is DynamicCache  # what a caller gives is taken
+    assert torch.equal(given.sequences, found.sequences)
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}])
+@torch.no_grad()
+def test_beams_and_drafts_write_what_a_plain_cache_would(more: dict, ids: torch.Tensor) -> None:
+    model = random_model(tiny_config(kv_quantization="int3"))
+    model.generation_config.eos_token_id = None
+    rows = ids[:1, :6].repeat(1, 2)
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, **more}
+    plain = {CACHE_NAME: DynamicCache(config=model.config)}
+    assert torch.equal(model.generate(rows, **options), model.generate(rows, **options, **plain))
+
+
+def test_rows_and_tokens_of_the_cache_can_be_taken() -> None:
+    layer = CodedLayer(KVQuantizer("int2", 32))
+    layer.update(states(6), states(6, seed=1))
+    layer.crop(-2)
+    layer.batch_select_indices(torch.tensor([2, 0]))
+    layer.batch_repeat_interleave(2)
+    layer.reorder_cache(torch.tensor([0, 3]))
+    new = states(1, seed=2)[:2]
+    keys, _ = layer.update(new, new)
+    assert keys.shape == (2, 2, 5, 64) and layer.get_seq_length() == 5
+    assert torch.equal(keys[:, :, :4], KVQuantizer("int2", 32)(states(6))[[2, 0], :, :4])
+    layer.reset()
+    assert (layer.get_seq_length(), layer.state(), layer.state_bits()) == (0, {}, 0)
+
+
+def test_only_layers_of_keys_and_values_hold_codes() -> None:
+    kinds = {"kv_sharing_modes": ["store", "reuse"], "kv_quantization": "int2"}
+    layers = build_cache(tiny_config(**kinds)).layers
+    assert isinstance(layers[0], CodedLayer) and not isinstance(layers[1], CodedLayer)
+    assert type(build_cache(tiny_config())) is DynamicCache
