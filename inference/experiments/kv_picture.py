@@ -1,5 +1,7 @@
 """The picture of `acorn lab kv`: what each cache loses against the bits that it holds, with the two lines to beat."""
 
+import math
+
 from .common import Output
 
 LINES = {"window": ("sinks and recent tokens alone", "tab:red"), "random": ("tokens at random", "tab:grey")}
@@ -29,12 +31,12 @@ def draw(out: Output, rows: list[dict], kinds: list[str], title: str) -> None:
                 draw_points(losses, recall, own, colour, words)
         axis_of_bits(losses, rows[0])
         losses.set_yscale("symlog", linthresh=LINEAR)
-        losses.axhline(0, color="grey", linewidth=0.6)
         losses.set(ylabel="bits a byte lost, against the full cache (95 % interval)", title=title)
-        recall.set(xlabel="bits a token and layer", ylabel="share recalled", ylim=(-0.03, 1.03))
+        recall.set(xlabel="bits a token and layer", ylabel="recall: nats a token gained")
         losses.legend(fontsize=8)
         for axes in (losses, recall):
             axes.grid(alpha=0.25)
+            axes.axhline(0, color="grey", linewidth=0.6)
 
 
 def draw_points(losses, recall, rows: list[dict], colour: str, words: str) -> None:
@@ -57,7 +59,10 @@ def axis_of_bits(axes, full: dict) -> None:
     kibibytes = full["bits"] / bits_of(full) / 8 / 1024
     above = axes.secondary_xaxis("top", functions=(lambda bits: bits * kibibytes, lambda size: size / kibibytes))
     above.set_xlabel(f"KiB that a sequence of {full['length']:,} tokens holds")
-    above.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    first = math.ceil(math.log2(kibibytes))
+    sizes = [2.0**power for power in range(first, first + 20)]
+    above.set_xticks(sizes, [f"{size:,.4g}" for size in sizes], minor=False)
+    above.set_xticks([], minor=True)
 
 
 def bits_of(row: dict) -> float:

@@ -12,7 +12,7 @@ DISTANCES = 4  # how many, each half of the one before
 
 
 class Probe(NamedTuple):
-    """Streams that end in tokens which they hold once before, at several distances, and which do not.
+    """Streams that end in a passage of another, which they hold once before at several distances, or not at all.
 
     ids: (rows, length + 1). distances: of each row, how many tokens lie between the beginnings of the two; 0 where
     there is no first copy. value: how many of the last tokens count.
@@ -23,39 +23,37 @@ class Probe(NamedTuple):
     value: int
 
 
-def plant(streams: Streams, rows: int, seed: int) -> Probe:
-    """Put tokens into `rows` streams a distance: drawn from the whole text, so that nothing but a copy foretells them.
-
-    The same tokens, in the same streams, at every distance.
-    """
-    length, text = streams.length, streams.ids.flatten()
+def plant(streams: Streams, rows: int) -> Probe:
+    """Put the beginning of another stream into `rows` streams a distance; the same into the same at every distance."""
+    length, count = streams.length, len(streams.ids)
     copied = min(MOST_COPIED, length // PARTS)
-    end = length + 1 - copied
-    drawn = text[torch.randint(len(text), (rows, copied), generator=torch.Generator().manual_seed(seed))]
+    end, places = length + 1 - copied, torch.arange(rows)
+    passage = streams.ids[(places + count // 2) % count, :copied]
     distances = [0, *dict.fromkeys(max(copied, (end - copied) // 2**halved) for halved in range(DISTANCES))]
     parts = []
     for distance in distances:
-        ids = streams.ids[torch.arange(rows) % len(streams.ids)]
-        ids[:, end:] = drawn
+        ids = streams.ids[places % count]
+        ids[:, end:] = passage
         if distance:
-            ids[:, end - distance : end - distance + copied] = drawn
+            ids[:, end - distance : end - distance + copied] = passage
         parts.append(ids)
     return Probe(torch.cat(parts), torch.tensor(distances).repeat_interleave(rows), copied - copied // CUE)
 
 
 class Recalled(NamedTuple):
-    """Of the value's tokens at one distance: mean nats, and the share that was the likeliest token."""
+    """Of the value's tokens at one distance: nats a token gained by the copy, and the share that was likeliest."""
 
     distance: int
-    nats: float
+    gain: float
     accuracy: float
 
 
 def recalled(probe: Probe, nats: torch.Tensor, right: torch.Tensor) -> list[Recalled]:
     """What `decode` said of the probe's rows, (rows, targets), by distance; the first, 0, is without a copy."""
+    values = nats[:, -probe.value :], right[:, -probe.value :].float()
+    without = values[0][probe.distances == 0].mean().item()
     found = []
     for distance in probe.distances.unique().tolist():
-        rows = probe.distances == distance
-        values = [part[rows, -probe.value :].float().mean().item() for part in (nats, right)]
-        found.append(Recalled(distance, *values))
+        loss, accuracy = (value[probe.distances == distance].mean().item() for value in values)
+        found.append(Recalled(distance, without - loss, accuracy))
     return found
