@@ -102,6 +102,7 @@ POLICIES: dict[str, Eviction | Storing] = {
     "random": Eviction(
         "any, and the newest: the control", random_choice, (*EVICTIONS, "cache_seed"), {"cache_seed": 0}
     ),
+    "full": Storing("every token as it is", lambda config, settings, dtype: Store(dtype), (), {}),
     "int8": Storing("all tokens in codes: 8.25 bits a number, scales included", quantized("int8"), *CODED),
     "fp8": Storing("as int8, the codes floating point numbers (e4m3)", quantized("fp8"), *CODED),
     "int4": Storing("all tokens in codes: some 4.4 bits a number", quantized("int4"), *CODED),

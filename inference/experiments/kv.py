@@ -27,8 +27,8 @@ EPILOG = """examples:
   acorn lab kv runs/quickstart --smoke
   acorn lab kv runs/quickstart --caches int4 window+int4 --budgets 0.25 0.5 --streams 128
 
-full is the plain cache at 16 bits a number; smaller, lost_percent (with the ends of its interval, low and high) and
-lost_bits_per_byte are against it. truncation: the percent that sinks and recent tokens alone lose at equal bits.
+full is the plain cache at 16 bits a number; smaller, in the end and on average over the tokens that count,
+lost_percent (with the ends of its interval, low and high) and lost_bits_per_byte are against it. truncation: the percent that sinks and recent tokens alone lose at equal bits.
 recall: nats a token gained where a passage of another text comes a second time, over several distances; far: over
 the farthest. Perplexity may not change where a cache forgets, and this does; near 0 for full, the model recalls nothing
 that could be forgotten."""
@@ -40,7 +40,7 @@ FULL = "full"
 GOOD_PERCENT = 0.5  # lost at most by what is recommended in the end
 BAR = {"leave": False, "file": sys.stderr, "disable": None}
 COLUMNS = {
-    "cache": "", "bits": ",", "bits_per_token_layer": ",.1f", "smaller": ".2f", "bits_per_byte": ".4f",
+    "cache": "", "bits": ",", "bits_per_token_layer": ",.1f", "smaller": ".2f", "on_average": ".2f", "bits_per_byte": ".4f",
     "lost_percent": "+.3f", "low": "+.3f", "high": "+.3f", "truncation": "+.3f", "recall": "+.3f", "far": "+.3f",
 }  # fmt: skip
 
@@ -57,8 +57,6 @@ class Case(NamedTuple):
 
     def build(self, config, length: int):
         """An empty cache for streams of so many tokens."""
-        if self.policy == FULL:
-            return build_cache(config, "window", DTYPE, cache_budget=length)
         settings = {} if self.budget is None else {"cache_budget": round(self.budget * length)}
         return build_cache(config, self.policy, DTYPE, **settings)
 
@@ -110,12 +108,12 @@ def chosen_cases(flags: argparse.Namespace) -> list[Case]:
         if not 0 < budget < 1:
             raise UserError(f"budgets={budget:g}: must be shares of the tokens, above 0 and below 1")
     drops = [name for name, policy in POLICIES.items() if isinstance(policy, Eviction)]
-    names = flags.caches or [*POLICIES, *(f"{name}+{OVER}" for name in drops if OVER in POLICIES)]
-    cases = [Case(FULL)]
-    for name in dict.fromkeys(names):
+    names = flags.caches or [*POLICIES, *(f"{name}+{OVER}" for name in drops)]
+    cases = []
+    for name in (FULL, *names):
         has_budget = any(part in drops for part in name.split("+"))
-        cases += [Case(name, budget) for budget in dict.fromkeys(budgets)] if has_budget else [Case(name)]
-    return [case for number, case in enumerate(cases) if not (number and case.policy == FULL)]
+        cases += [Case(name, budget) for budget in budgets] if has_budget else [Case(name)]
+    return list(dict.fromkeys(cases))
 
 
 def buildable(cases: list[Case], model, length: int) -> list[Case]:
@@ -164,6 +162,7 @@ def row_of(name: str, decoded: Decoded, full: Decoded, streams: Streams, probe: 
         "bits": decoded.bits,
         "bits_per_token_layer": decoded.bits / streams.length / layers,
         "smaller": full.bits / decoded.bits,
+        "on_average": full.mean_bits / decoded.mean_bits,
         "loss": nats.mean().item(),
         "bits_per_byte": nats.sum().item() / num_bytes / math.log(2),
         "lost_bits_per_byte": lost._asdict(),

@@ -56,12 +56,13 @@ def cut_streams(ids: torch.Tensor, length: int, most: int, bytes_per_token: floa
 class Decoded(NamedTuple):
     """What was said of the tokens that count, (rows, targets): nats, and whether the likeliest token was right.
 
-    bits: what the cache held of one row in the end.
+    bits: what the cache held of one row in the end; mean_bits: on average, when those tokens were predicted.
     """
 
     nats: torch.Tensor
     right: torch.Tensor
     bits: int
+    mean_bits: float
 
 
 @torch.inference_mode()
@@ -72,21 +73,21 @@ def decode(
 
     ids: (rows, tokens). new_cache: makes an empty one; None for that which the model makes itself.
     """
-    nats, right, bits = [], [], 0
+    nats, right, held = [], [], []
     for rows in ids.to(model.device).split(batch_size):
-        cache, logits = new_cache(), []
+        cache, logits, held = new_cache(), [], []
         for place in range(rows.shape[1] - 1):
             step = model(input_ids=rows[:, place : place + 1], use_cache=True, **{CACHE_NAME: cache})
             cache = getattr(step, CACHE_NAME)
             if place >= first:
                 logits.append(step.logits[:, -1].float())
+                held.append(held_bits(cache) / len(rows))
             on_token()
         logits, targets = torch.stack(logits, 1), rows[:, first + 1 :]
         nats.append(cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu())
         right.append((logits.argmax(-1) == targets).cpu())
         cache.batch_select_indices(torch.tensor([0], device=model.device))
-        bits = held_bits(cache)
-    return Decoded(torch.cat(nats), torch.cat(right), bits)
+    return Decoded(torch.cat(nats), torch.cat(right), held_bits(cache), sum(held) / len(held))
 
 
 def own_cache() -> None:
