@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from training.model.sizes import text_config
 
-from ..measuring.kv_report import Decoded, Streams, decode, drawn_means, own_cache
+from ..measuring.kv_report import Decoded, Streams, decode, drawn_mean, own_cache
 from .common import Output, add_model_flags, held_out_streams, load
 
 ABOUT = """Measure the floor under every KV cache: what the model gains from the past (cold minus warm loss, in bits),
@@ -36,7 +36,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     by_position(cold, warm, out)
     past = streams.first + 1
     token_bits = math.ceil(math.log2(text_config(model.config).vocab_size))
-    worth = drawn_means(gain.sum(1), flags.seed)
+    worth = drawn_mean(gain.sum(1), flags.seed)
     rows = [
         out.row(held="keys and values, 16 bits", bits=with_past.bits * past / streams.length),
         out.row(held="the tokens alone, and recompute", bits=token_bits * past),

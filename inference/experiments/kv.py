@@ -27,11 +27,11 @@ EPILOG = """examples:
   acorn lab kv runs/quickstart --smoke
   acorn lab kv runs/quickstart --caches int4 window+int4 --budgets 0.25 0.5 --streams 128
 
-full is the plain cache at 16 bits a number; smaller, in the end and on average over the tokens that count,
-lost_percent (with the ends of its interval, low and high) and lost_bits_per_byte are against it. truncation: the percent that sinks and recent tokens alone lose at equal bits.
-recall: nats a token gained where a passage of another text comes a second time, over several distances; far: over
-the farthest. Perplexity may not change where a cache forgets, and this does; near 0 for full, the model recalls nothing
-that could be forgotten."""
+Against full, the plain cache at 16 bits a number, are: smaller, by the bits of a whole stream, on_average of where
+tokens count; lost_percent of its loss, from low to high. truncation: the percent that sinks and recent tokens alone
+lose at equal bits. recall: nats a token gained where a passage of another text comes a second time, over several
+distances; far: over the farthest. Perplexity hides what is forgotten, and this does not; but a model for which it is
+near 0 with full recalls nothing that could be."""
 BUDGETS, SMOKE_BUDGETS = (0.5, 0.25, 0.125, 0.0625), (0.5, 0.25)  # of the tokens of a stream
 OVER = "int4"  # what evictions are put over
 DTYPE = torch.float16  # of what is held in full precision
@@ -40,8 +40,9 @@ FULL = "full"
 GOOD_PERCENT = 0.5  # lost at most by what is recommended in the end
 BAR = {"leave": False, "file": sys.stderr, "disable": None}
 COLUMNS = {
-    "cache": "", "bits": ",", "bits_per_token_layer": ",.1f", "smaller": ".2f", "on_average": ".2f", "bits_per_byte": ".4f",
-    "lost_percent": "+.3f", "low": "+.3f", "high": "+.3f", "truncation": "+.3f", "recall": "+.3f", "far": "+.3f",
+    "cache": "", "bits": ",", "bits_per_token_layer": ",.1f", "smaller": ".2f", "on_average": ".2f",
+    "bits_per_byte": ".4f", "lost_percent": "+.3f", "low": "+.3f", "high": "+.3f", "truncation": "+.3f",
+    "recall": "+.3f", "far": "+.3f",
 }  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def held_bits(cache: Cache) -> int:
 
 
 class Interval(NamedTuple):
-    """An estimate, and between what it lies in 95 of 100 draws."""
+    """An estimate, and the ends between which 95 of 100 draws lie."""
 
     value: float
     low: float
@@ -111,32 +111,31 @@ class Interval(NamedTuple):
 
 
 def paired(nats: torch.Tensor, baseline: torch.Tensor, num_bytes: float, seed: int) -> tuple[Interval, Interval]:
-    """(bits per byte lost, percent of the baseline's loss lost), by drawing whole streams anew with replacement.
+    """(bits per byte lost, percent of the baseline's loss lost) on the same tokens, (streams, targets) each.
 
-    A stream is a block: what happens within one hangs together. nats, baseline: (streams, targets), of the same tokens.
-    num_bytes: of all those tokens.
+    A bootstrap whose blocks are whole streams: what happens within one hangs together. num_bytes: of all those tokens.
     """
     ours, theirs = (values.double().sum(1) for values in (nats, baseline))
-    streams = len(ours)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(streams, (DRAWS, streams), generator=generator)
-    all_ours, all_theirs = ours[drawn].sum(1), theirs[drawn].sum(1)
-    ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
-
-    def interval(value, draws) -> Interval:
-        return Interval(float(value), *draws.quantile(ends).tolist())
-
+    lost, drawn = ours - theirs, draw(len(ours), seed)
     per_byte = 1 / math.log(2) / num_bytes
-    lost, all_lost = ours.sum() - theirs.sum(), all_ours - all_theirs
-    return interval(lost * per_byte, all_lost * per_byte), interval(
-        100 * lost / theirs.sum(), 100 * all_lost / all_theirs
+    return (
+        interval(lost.sum() * per_byte, lost[drawn].sum(1) * per_byte),
+        interval(100 * lost.sum() / theirs.sum(), 100 * lost[drawn].sum(1) / theirs[drawn].sum(1)),
     )
 
 
-def drawn_means(values: torch.Tensor, seed: int) -> Interval:
-    """The mean of one value a stream, (streams,), and its interval by the same drawing."""
+def drawn_mean(values: torch.Tensor, seed: int) -> Interval:
+    """The mean of one value a stream, (streams,)."""
     values = values.double()
-    generator = torch.Generator().manual_seed(seed)
-    means = values[torch.randint(len(values), (DRAWS, len(values)), generator=generator)].mean(1)
+    return interval(values.mean(), values[draw(len(values), seed)].mean(1))
+
+
+def draw(streams: int, seed: int) -> torch.Tensor:
+    """As many streams as there are, with replacement, again and again: their numbers, (draws, streams)."""
+    return torch.randint(streams, (DRAWS, streams), generator=torch.Generator().manual_seed(seed))
+
+
+def interval(value: torch.Tensor, drawn: torch.Tensor) -> Interval:
+    """value: of all streams; drawn: of each draw, (draws,)."""
     ends = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
-    return Interval(values.mean().item(), *means.quantile(ends).tolist())
+    return Interval(value.item(), *drawn.quantile(ends).tolist())
