@@ -14,6 +14,7 @@ from training.system.flags import FlagParser
 from training.system.shell import shell
 
 from .decoding.batches import Job, grow
+from .decoding.held import add_cache, add_cache_flags, refuse_cache
 from .decoding.strategies import (
     STRATEGIES,
     add_strategy_flags,
@@ -53,6 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1337, help="seed of the sampling")
     add_loading_flags(add)
     add_strategy_flags(parser, STREAMED)
+    add_cache_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     """Talk until the end of standard input or /exit."""
     flags = parse(argv)
     values = settle(given_strategies(flags))
+    refuse_cache(flags, values)
     quiet_libraries()
     model, tokenizer = load_model_and_tokenizer(flags.model, **loading_options(flags))
     refuse_unknown_ids(values, model)
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=flags.seed,
         generation=generate_arguments(values),
     )
+    add_cache(job, flags)
     greet(conversation, flags.model)
     talk(job, conversation)
     if sys.stdin.isatty():

@@ -16,6 +16,7 @@ from training.system.shell import shell
 from .decoding.batches import Job, grow, refuse_drafts
 from .decoding.compiled import compiled
 from .decoding.drafts import load_draft, refuse_short_draft
+from .decoding.held import add_cache, add_cache_flags, refuse_cache
 from .decoding.output import json_line, log_probabilities, open_output, refuse_taken, separator
 from .decoding.prompts import Prompt, read_prompt, read_prompts
 from .decoding.strategies import (
@@ -36,11 +37,13 @@ EPILOG = """examples:
   acorn generate runs/quickstart --prompts prompts.jsonl --output samples.jsonl --logprobs
   acorn generate runs/large --prompt "import " --temperature 0 --assistant_model runs/small
   acorn generate runs/large --prompts prompts.jsonl --output samples.jsonl --compile --quantization int8
+  acorn generate runs/large --prompt "import " --max_new_tokens 5000 --cache window --cache_window 256
 
 What a model's generation_config.json says of sampling is not taken; give it as --generation_config to take it."""
 
 BEYOND = """where the context is full: window goes on from its last half; extrapolate goes on at positions that the
-model was not trained on, which is worse as a rule (not with learned positions)"""
+model was not trained on, which is worse as a rule, and not with learned positions (default: window; with a --cache
+that drops tokens, go on with what it holds)"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,13 +66,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--generation_config", help="JSON file of the strategies below, such as a model's generation_config.json")
     add("--seed", type=int, default=1337, help="seed of the first sample; the n-th after it has the seed + n")
     add("--ignore_eos", action="store_true", help="go on past the end-of-text token")
-    add("--beyond_context", default="window", help=BEYOND)
+    add("--beyond_context", help=BEYOND)
     add("--assistant_model", help="smaller run that drafts for the model to verify: same text, fewer passes")
     add_strategy_flags(parser)
     add = parser.add_argument_group("how it runs").add_argument
     add("--quantization", help="int8: weights of linear layers in 8 bits, which a CPU reads in less time")
     add("--compile", action="store_true", help="compile the step that writes a token: slow to start, quick after that")
     add_loading_flags(add)
+    add_cache_flags(parser)
     flags = parser.parse_args(argv)
     check_output(flags)
     return flags
@@ -79,7 +83,7 @@ def check_output(flags: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, or that nothing would come of."""
     if flags.prompt is not None and flags.prompts is not None:
         raise UserError("--prompt and --prompts: give one of them")
-    if flags.beyond_context not in BEYOND_CONTEXT:
+    if flags.beyond_context not in (None, *BEYOND_CONTEXT):
         raise unknown("beyond_context", flags.beyond_context, BEYOND_CONTEXT)
     if flags.quantization is not None and flags.quantization not in QUANTIZATIONS:
         raise unknown("quantization", flags.quantization, QUANTIZATIONS)
@@ -98,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     file, file_ends = file_strategies(Path(flags.generation_config)) if flags.generation_config else (None, None)
     values = settle(given_strategies(flags), file, flags.assistant_model is not None)
+    refuse_cache(flags, values)
     if flags.compile and (flags.assistant_model is not None or "prompt_lookup_num_tokens" in values):
         raise UserError(
             "--compile: not with drafts, which are verified in passes of many lengths; leave one of them out"
@@ -118,9 +123,10 @@ def main(argv: list[str] | None = None) -> None:
         stop_strings=values.get("stop_strings", ()),
         num_samples=values.get("num_return_sequences", 1),
         seed=flags.seed,
-        beyond_context=flags.beyond_context,
+        beyond_context=flags.beyond_context or "window",
         generation=generate_arguments(values),
     )
+    add_cache(job, flags, max(map(len, rows)))
     add_draft(job, flags, values, max(map(len, rows)))
     quantized(model, flags.quantization)
     if flags.compile:
@@ -130,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def encode(flags: argparse.Namespace, model, tokenizer, prompts: list[Prompt]) -> list[list[int]]:
     """The ids of each prompt; one that the model cannot read whole is refused."""
-    is_window = flags.beyond_context == "window"
+    is_window = flags.beyond_context != "extrapolate"
     if not is_window and has_learned_positions(model):
         raise UserError("beyond_context=extrapolate: the model's positions are learned, and end with its context")
     limit = context_left(model) if is_window else None

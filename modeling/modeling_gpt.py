@@ -210,6 +210,7 @@ class GPTModel(GPTPreTrainedModel):
         cache = given_cache(cache, past_key_values)
         if use_cache and cache is None:
             cache = build_cache(self.config)
+        refuse_padding(attention_mask, cache)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         shift = None if position_ids is None else self._shift(position_ids, cache)
@@ -267,6 +268,13 @@ class GPTModel(GPTPreTrainedModel):
             layer_type: MASKS[layer_type](self.config, inputs_embeds, attention_mask, cache, position_ids)
             for layer_type in dict.fromkeys(self.config.layer_types)
         }
+
+
+def refuse_padding(attention_mask: torch.Tensor | dict | None, cache: Cache | None) -> None:
+    """Refuse padded rows, at their beginning, with a cache that would lose track of where the padding is."""
+    is_first = getattr(cache, "has_gaps", False) and cache.get_seq_length() == 0
+    if is_first and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and not attention_mask.all():
+        raise ValueError("padded rows do not go with a cache that drops tokens; give rows of one length, or one by one")
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):

@@ -42,7 +42,6 @@ class Store(Rows):
 
     ROWS = ("keys", "values")
     loses_tokens = False  # whether single tokens may go; a layer that evicts says so, before any is held
-    block = 1  # an eviction waits until so many tokens are to go, and drops them together
 
     def __init__(self, dtype: torch.dtype | None = None):
         self.dtype = dtype
@@ -167,11 +166,9 @@ class EvictingLayer(PolicyLayer):
         raise NotImplementedError
 
     def evict(self, turned, query_states, scaling) -> None:
-        length, block = self.store.length, self.store.block
         scores = self.scores(turned, query_states, scaling)
-        dropped = -(-max(0, length - self.budget) // block) * block
-        if dropped:
-            self.hold(self.places(length, length - dropped, scores))
+        if self.store.length > self.budget:
+            self.hold(self.places(self.store.length, self.budget, scores))
 
     def scores(self, turned, query_states, scaling) -> torch.Tensor | None:
         """What each token is worth now that the new ones attend, see `evict`: (batch or 1, kv_heads or 1, keys)."""

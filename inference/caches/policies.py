@@ -8,6 +8,7 @@ from transformers.cache_utils import DummyLayer
 
 from modeling import GPTConfig
 from training.model.sizes import context_of, text_config
+from training.model.windows import rope_types
 from training.system.errors import UserError, log_once, unknown
 from training.system.flags import check_number
 
@@ -112,33 +113,57 @@ POLICIES: dict[str, Eviction | Storing] = {
 HELD = ("full_attention", "sliding_attention")  # the layers whose keys a policy can hold
 
 
-def build_cache(config, name: str, dtype=None, **given) -> PolicyCache:
-    """An empty cache for the model of this configuration, for one call of generate().
+def build_cache(config, name: str, dtype: torch.dtype | None = None, **given) -> PolicyCache:
+    """An empty cache for the model of this configuration, for one call of generate(); arguments as Caches has them."""
+    return Caches(config, name, dtype, **given)()
 
-    name: of POLICIES, or an eviction over a storing one, as in "window+int4". given: settings of FLAGS; None is the
-    policy's default. dtype: of what is held in full precision; None: the model's. Raises UserError.
+
+class Caches:
+    """Makes the caches of one policy for the model of a configuration, a fresh one for each text.
+
+    name: of POLICIES, or an eviction over what quantizes, as in "window+int4". dtype: of what is held in full
+    precision; None: the model's. given: settings of FLAGS; None is the policy's default. Raises UserError for what
+    cannot be.
     """
-    config = text_config(config)
-    eviction, storing = find(name)
-    settings = settle(name, eviction, storing, given)
-    refuse_model(config, name)
-    if storing is not None and config.kv_quantization is not None:
-        raise UserError(f"cache={name}: the model's own cache holds {config.kv_quantization} already; leave it out")
-    if eviction is not None and settings["cache_budget"] >= context_of(config):
-        said = f"cache_budget={settings['cache_budget']}: is not below the model's context of {context_of(config)}"
-        log_once(f"{said}: the full cache is used")
-        eviction = None
 
-    def layer(index: int, layer_type: str) -> PolicyLayer | DummyLayer:
-        if config.kv_sharing_modes and config.kv_sharing_modes[index] == "reuse":
+    def __init__(self, config, name: str, dtype: torch.dtype | None = None, **given):
+        self.config, self.name, self.dtype = text_config(config), name, dtype
+        self.eviction, self.storing, self.settings = settle(name, given)
+        refuse_model(self.config, name)
+        if self.storing is not None and self.config.kv_quantization is not None:
+            held = self.config.kv_quantization
+            raise UserError(f"cache={name}: the model's own cache holds {held} already; leave it out")
+        budget, context = self.settings.get("cache_budget"), context_of(self.config)
+        if self.eviction is not None and budget >= context:
+            log_once(f"cache_budget={budget}: is not below the model's context of {context}: the full cache is used")
+            self.eviction = None
+        self()
+
+    def __call__(self, length: int | None = None) -> PolicyCache:
+        """An empty cache, of whatever length the text will be."""
+        return PolicyCache(layers=[self._layer(*each) for each in enumerate(self.config.layer_types)])
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a cache stops growing at its budget, which is below the model's context."""
+        return self.eviction is not None
+
+    @property
+    def goes_on_for_ever(self) -> bool:
+        """Whether a model never is at positions that it was not trained on, however long the text."""
+        scalings = rope_types(self.config)
+        by_distance = {"rope": self.settings.get("cache_positions") == "slot", "none": True}
+        return self.is_bounded and by_distance.get(self.config.position_encoding, False) and "dynamic" not in scalings
+
+    def _layer(self, index: int, layer_type: str) -> PolicyLayer | DummyLayer:
+        modes, budget = self.config.kv_sharing_modes, self.settings.get("cache_budget")
+        if modes and modes[index] == "reuse":
             return DummyLayer()
-        store = storing.build(config, settings, dtype) if storing else Store(dtype)
+        store = self.storing.build(self.config, self.settings, self.dtype) if self.storing else Store(self.dtype)
         if layer_type == "sliding_attention":
-            own = config.sliding_window - 1  # the mask lets a token see itself and so many before it
-            return SlidingLayer(min(own, settings["cache_budget"]) if eviction else own, store)
-        return eviction.build(settings, index, store) if eviction else PolicyLayer(store)
-
-    return PolicyCache(layers=[layer(*each) for each in enumerate(config.layer_types)])
+            own = self.config.sliding_window - 1  # the mask lets a token see itself and so many before it
+            return SlidingLayer(min(own, budget) if self.is_bounded else own, store)
+        return self.eviction.build(self.settings, index, store) if self.is_bounded else PolicyLayer(store)
 
 
 def find(name: str) -> tuple[Eviction | None, Storing | None]:
@@ -154,8 +179,9 @@ def find(name: str) -> tuple[Eviction | None, Storing | None]:
     return next(iter(evictions), None), next(iter(storings), None)
 
 
-def settle(name: str, eviction: Eviction | None, storing: Storing | None, given: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a policy, the defaults among them; what it does not read, or cannot do, is refused."""
+def settle(name: str, given: dict[str, Any]) -> tuple[Eviction | None, Storing | None, dict[str, Any]]:
+    """(eviction, storing, all settings) of a policy by name; what it does not read, or cannot do, is refused."""
+    eviction, storing = find(name)
     policies = [policy for policy in (storing, eviction) if policy]
     given = {flag: value for flag, value in given.items() if value is not None}
     takes = [flag for policy in policies for flag in policy.takes]
@@ -171,7 +197,7 @@ def settle(name: str, eviction: Eviction | None, storing: Storing | None, given:
     for policy in policies:
         settings |= policy.defaults
     settings |= given
-    return settings if eviction is None else settle_budget(name, settings)
+    return eviction, storing, settings if eviction is None else settle_budget(name, settings)
 
 
 def settle_budget(name: str, settings: dict[str, Any]) -> dict[str, Any]:

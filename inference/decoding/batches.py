@@ -86,6 +86,7 @@ def _key(job: Job, place: int, length: int) -> int:
     reads_padding = any(name in job.generation for name in READ_THE_PROMPT)
     # PEFT counts the padding's positions before virtual tokens; some rotary scalings follow the longest row.
     reads_padding |= has_virtual_tokens(job.model) or job.beyond_context == "extrapolate"
+    reads_padding |= getattr(job.generation.get("make_cache"), "is_bounded", False)  # it loses track of padding
     return length if reads_padding else 0
 
 

@@ -7,6 +7,7 @@ from transformers import StaticCache
 
 from training.model.loading import without_adapter
 from training.model.sizes import text_config
+from training.model.windows import rope_types
 from training.system.errors import UserError, log, one_line
 
 # torch.compile's arguments by device: on a GPU launching kernels is what costs, on a CPU calling them from Python.
@@ -62,11 +63,10 @@ def refuse_uncompilable(model, base) -> None:
         raise UserError(f"compile: not with virtual tokens (peft_type={kind}), which come with a cache of their own")
     if not base._can_compile_fullgraph:
         raise UserError(f"compile: transformers has no fixed cache or no compiled step for {type(base).__name__}")
-    parameters = getattr(text_config(base.config), "rope_parameters", None) or {}
-    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
-        if rope.get("rope_type") in ("dynamic", "longrope"):
+    for kind in rope_types(base.config):
+        if kind in ("dynamic", "longrope"):
             why = "its frequencies depend on how long the text is, which a compiled step does not know"
-            raise UserError(f"compile: not with rope_parameters.rope_type={rope['rope_type']}: {why}")
+            raise UserError(f"compile: not with rope_parameters.rope_type={kind}: {why}")
 
 
 def refuse_without_compiler(device: torch.device) -> None:

@@ -19,6 +19,13 @@ def has_learned_positions(model) -> bool:
     return any(context <= table.num_embeddings < context + 8 for table in tables)
 
 
+def rope_types(config) -> list[str]:
+    """The kinds of scaling of a model's rotary positions: none, one, or one for each kind of layer."""
+    parameters = getattr(text_config(config), "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [rope["rope_type"] for rope in each if "rope_type" in rope]
+
+
 @contextmanager
 def reading_windows(model, context: int) -> Iterator[None]:
     """Let generate() go past the model's context: the model is given a window of at most `context` tokens.
