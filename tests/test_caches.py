@@ -174,6 +174,23 @@ def test_random_choices_follow_from_the_seed(ids: torch.Tensor) -> None:
     assert other != caches[0].layers[1].born.tolist()
 
 
+@pytest.mark.parametrize("name", [*LOSSY, "h2o+int4"])
+def test_beams_reorder_all_that_is_held(name: str, ids: torch.Tensor) -> None:
+    model, order = endless("rope", hidden_size=64), torch.tensor([2, 0, 0])
+    cache = build_cache(model.config, name, cache_budget=8, cache_positions="absolute")
+    fed(model, ids, cache, [12, 1, 1, 1, 1])
+    before = cache.state()
+    cache.reorder_cache(order)
+    after = cache.state()
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2, 4]))
+    for held, again in ((before, after), (before, cache.state())):
+        for key, tensor in held.items():
+            expected = tensor if key.endswith("seen") else tensor[order]
+            assert torch.equal(again[key], expected), key
+    assert len({key.split(".")[1] for key in before}) > 2
+
+
 def test_a_cache_is_empty_after_a_reset_and_takes_no_tokens_back(ids: torch.Tensor) -> None:
     model = endless("rope")
     for name, settings in LOSSY.items():

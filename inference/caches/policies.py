@@ -207,7 +207,7 @@ def settle_budget(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         raise UserError("cache=window: give --cache_window, the newest tokens that it holds, or --cache_budget, all")
     if budget is None and name != "window":
         raise UserError(f"cache={name}: give --cache_budget, the tokens that it may hold")
-    if recent and recent < sinks:
+    if name == "window" and recent is not None and recent < sinks:
         raise UserError(
             f"cache_window={recent}: is smaller than cache_sinks={sinks}; take more recent tokens, or fewer sinks"
         )
