@@ -14,8 +14,9 @@ CHOICES = {
     "norm_order": ("pre", "post"),
     "hidden_act": ("gelu_new", "gelu", "relu", "relu2", "silu"),
     "residual_init": ("scaled", "zero", "normal"),
+    "linear_attention": ("elu", "gated_delta"),
 }
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 ROPE_NEEDS = {  # rope_type: what rope_parameters must hold beside rope_theta
     "default": (),
     "linear": ("factor",),
@@ -23,6 +24,7 @@ ROPE_NEEDS = {  # rope_type: what rope_parameters must hold beside rope_theta
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+MOST_TAPS = 64  # of a convolution: a longer one is what attention is for
 OLD_MODEL_TYPE = "gpt"
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt.GPTConfig",
@@ -46,7 +48,10 @@ class GPTConfig(PreTrainedConfig):
         before the sub-layer (GPT-2) or after the residual sum (GPT-1).
     qk_norm: RMS norm of queries and keys per head; embedding_norm: a norm before the first block.
     hidden_act, gated_mlp: activation of the MLP, and whether a second projection multiplies it (GLU).
-    layer_types: one of `full_attention`, `sliding_attention` a layer; `sliding_window` in tokens.
+    layer_types: one of `full_attention`, `sliding_attention`, `linear_attention` a layer; `sliding_window` in tokens.
+    linear_attention: which kind linear layers are, `elu` (arXiv 2006.16236) or `gated_delta` (arXiv 2412.06464);
+        linear_conv_kernel_dim: over how many tokens a convolution mixes their queries, keys and values, from 2;
+        default: none.
     kv_sharing_modes: None, "store" or "reuse" a layer; "reuse" takes the keys and values of the nearest "store"
         below it (cross-layer attention, arXiv 2405.12981).
     kv_quantization: `int2`, `int3` or `int4`: keys and values are quantized in training, and held so by the cache; a
@@ -95,6 +100,8 @@ class GPTConfig(PreTrainedConfig):
     gated_mlp: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    linear_attention: str = "elu"
+    linear_conv_kernel_dim: int | None = None
     kv_sharing_modes: list[str | None] | None = None
     kv_quantization: str | None = None
     kv_quantization_group: int | None = None
@@ -157,6 +164,8 @@ class GPTConfig(PreTrainedConfig):
         An inner stage would take what it receives for embeddings, and add positions to it again.
         """
         split = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+        if "linear_attention" in self.layer_types:  # whose gates and convolution go with their heads
+            split = {}
         widened = {"up_proj": "colwise", "down_proj": "rowwise", **({"gate_proj": "colwise"} if self.gated_mlp else {})}
         attention = {f"layers.*.self_attn.{name}": how for name, how in split.items()}
         return attention | {f"layers.*.mlp.{name}": how for name, how in widened.items()}
@@ -263,6 +272,9 @@ class GPTConfig(PreTrainedConfig):
         for field in ("initializer_range", "embedding_initializer_range", "norm_eps"):
             if not 0 <= (getattr(self, field) or 0) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)}: must not be negative, and a finite number")
+        if self.linear_conv_kernel_dim is not None and not 2 <= self.linear_conv_kernel_dim <= MOST_TAPS:
+            kernel = f"linear_conv_kernel_dim={self.linear_conv_kernel_dim}"
+            raise ValueError(f"{kernel}: must be from 2 to {MOST_TAPS}, or null for no convolution")
         if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
         if self.zero_init_head and self.tie_word_embeddings:
@@ -295,6 +307,10 @@ class GPTConfig(PreTrainedConfig):
         for layer_idx, mode in enumerate(self.kv_sharing_modes):
             if mode not in (None, "store", "reuse"):
                 raise ValueError(f"kv_sharing_modes[{layer_idx}]={mode!r}: each is null, store or reuse")
+            if mode is not None and self.layer_types[layer_idx] == "linear_attention":
+                raise ValueError(
+                    f"kv_sharing_modes[{layer_idx}]={mode!r}: a linear_attention layer has no keys to share; make it null"
+                )
             if mode == "reuse":
                 source = self.kv_source(layer_idx)
                 if source is None:

@@ -20,6 +20,13 @@ from .attention import SoftmaxAttention
 from .compat import CACHE_NAME, KVSharingDict, given_cache, layers_name, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .kv_quantization import build_cache
+from .linear_attention import (
+    ShortConvolution,
+    build_linear_attention,
+    create_document_mask,
+    forget_bias,
+    with_state_layers,
+)
 from .loss import causal_lm_loss
 from .positions import NoPositions, build_positions
 
@@ -89,8 +96,16 @@ class PostNormBlock(PreNormBlock):
 # What a config's names pick, once, at construction.
 NORMS = {"layer_norm": layer_norm, "rms_norm": rms_norm}
 BLOCKS = {"pre": PreNormBlock, "post": PostNormBlock}
-ATTENTION = {"full_attention": SoftmaxAttention, "sliding_attention": SoftmaxAttention}
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+ATTENTION = {
+    "full_attention": SoftmaxAttention,
+    "sliding_attention": SoftmaxAttention,
+    "linear_attention": build_linear_attention,
+}
+MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "linear_attention": create_document_mask,
+}
 # The same function of the same name, fused by torch; transformers' own is seven element-wise kernels.
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
@@ -130,7 +145,7 @@ class GPTPreTrainedModel(PreTrainedModel):
                 init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, NoPositions):
+        elif isinstance(module, NoPositions | ShortConvolution):
             module.init_weights()
 
     def _init_linear(self, linear: nn.Linear) -> None:
@@ -145,6 +160,8 @@ class GPTPreTrainedModel(PreTrainedModel):
         init.normal_(linear.weight, mean=0.0, std=std) if std else init.zeros_(linear.weight)
         if linear.bias is not None:
             init.zeros_(linear.bias)
+        if getattr(linear, "is_forget_gate", False):
+            init.copy_(linear.bias, forget_bias(linear.out_features))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """As in transformers, but not reentrant unless asked to: with shared keys and values gradients would be wrong.
@@ -211,6 +228,7 @@ class GPTModel(GPTPreTrainedModel):
         if use_cache and cache is None:
             cache = build_cache(self.config)
         refuse_padding(attention_mask, cache)
+        cache = with_state_layers(cache, self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         shift = None if position_ids is None else self._shift(position_ids, cache)
@@ -348,6 +366,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if is_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
             model_kwargs[CACHE_NAME] = build_cache(self.config)
+        with_state_layers(model_kwargs.get(CACHE_NAME), self.config)  # generate() asks it for its length
 
     def _softcapped(self, logits: torch.Tensor) -> torch.Tensor:
         cap = self.config.logit_softcap

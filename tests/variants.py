@@ -11,7 +11,7 @@ TINY = {
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 def _rope(rope_type: str, **parameters) -> dict:
@@ -92,6 +92,23 @@ VARIANTS: dict[str, dict] = {
         "kv_quantization": "int4",
         "kv_quantization_group": 4,
     },
+    "linear": {"layer_types": [LINEAR, LINEAR]},
+    "linear_rope_mixed": {
+        "num_hidden_layers": 3,
+        "layer_types": [SLIDING, LINEAR, FULL],
+        "sliding_window": 5,
+        "position_encoding": "rope",
+        "linear_conv_kernel_dim": 3,
+        "qk_norm": True,
+    },
+    "gated_delta": {
+        "layer_types": [LINEAR, LINEAR],
+        "linear_attention": "gated_delta",
+        "linear_conv_kernel_dim": 4,
+        "num_key_value_heads": 2,
+        "position_encoding": "none",
+    },
+    "gated_delta_mixed": {"layer_types": [LINEAR, FULL], "linear_attention": "gated_delta", "bias": False},
     "no_bias": {"bias": False},
     "head_bias": {"lm_head_bias": True},
     "untied": {"tie_word_embeddings": False},
@@ -118,6 +135,9 @@ VARIANTS: dict[str, dict] = {
 
 # Past the context dynamic rope changes its frequencies with the length, and keys that a cache holds keep the old ones.
 INEXACT_WITH_CACHE = {"rope_dynamic_past_context"}
+
+# Linear layers have a state in place of keys.
+WITHOUT_KEYS = {name for name, overrides in VARIANTS.items() if LINEAR in overrides.get("layer_types", ())}
 
 
 def tiny_config(**overrides) -> GPTConfig:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from modeling.attention import SoftmaxAttention
+from modeling.linear_attention import LinearAttention
 from modeling.modeling_gpt import GPTModel, PreNormBlock
 
 
@@ -31,7 +32,7 @@ class FastDropout(nn.Dropout):
 def use_fast_dropout(model: nn.Module) -> None:
     """Put it in the place of every dropout that is a GPT's own; adapters and other models keep torch's."""
     for module in model.modules():
-        if isinstance(module, GPTModel | PreNormBlock):
+        if isinstance(module, GPTModel | PreNormBlock | LinearAttention):
             module.dropout.__class__ = FastDropout
         elif isinstance(module, SoftmaxAttention):
             module.drop = fast_dropout

@@ -7,12 +7,14 @@ def flops_per_token(config: GPTConfig, context_length: int | None = None) -> flo
     """FLOPs of one forward and backward pass a token: 6 a matrix parameter, and 12 a head element and key seen.
 
     Counts as PaLM does (arXiv 2204.02311, appendix B), the whole attention square included, with sliding windows and
-    shared keys taken into account; embeddings look up and do not multiply.
+    shared keys taken into account; a linear layer's state counts as head_dim keys. Embeddings look up and do not
+    multiply.
     """
     context = context_length or config.max_position_embeddings
     attended = {
         "full_attention": context,
         "sliding_attention": min(config.sliding_window or context, context),
+        "linear_attention": config.head_dim,
     }
     heads_size = config.num_attention_heads * config.head_dim
     scores = sum(12 * heads_size * attended[layer_type] for layer_type in config.layer_types)
@@ -26,7 +28,9 @@ def matrix_parameters(config: GPTConfig) -> int:
     attention = config.num_hidden_layers * 2 * config.hidden_size * heads_size
     keys_and_values = (config.num_hidden_layers - reusing) * 2 * config.hidden_size * kv_size
     mlp = config.num_hidden_layers * (3 if config.gated_mlp else 2) * config.hidden_size * config.intermediate_size
-    return attention + keys_and_values + mlp + config.vocab_size * config.hidden_size
+    gated = config.layer_types.count("linear_attention") if config.linear_attention == "gated_delta" else 0
+    gates = gated * config.hidden_size * (heads_size + 2 * config.num_key_value_heads)
+    return attention + keys_and_values + gates + mlp + config.vocab_size * config.hidden_size
 
 
 # What configurations call the context length, the commonest first.
