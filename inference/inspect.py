@@ -84,7 +84,7 @@ def in_words(look: Look, heads: list[Head]) -> str:
     best = ", ".join(f"{expected.text} {in_percent(expected.probability)}" for expected in look.expected[-1])
     lines = [f"after {look.tokens[-1]!r}: {best}"]
     if not look.attention:
-        lines.append("This model does not give its attention weights.")
+        lines.append("This model does not give its attention weights, or has layers without any.")
     named = sorted((head for head in heads if head.pattern), key=lambda head: -head.share)
     for head in named[:MOST_HEADS]:
         lines.append(f"layer {head.layer}, head {head.head}: {head.pattern} ({head.share:.0%} of its attention)")

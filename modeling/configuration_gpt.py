@@ -309,7 +309,7 @@ class GPTConfig(PreTrainedConfig):
                 raise ValueError(f"kv_sharing_modes[{layer_idx}]={mode!r}: each is null, store or reuse")
             if mode is not None and self.layer_types[layer_idx] == "linear_attention":
                 raise ValueError(
-                    f"kv_sharing_modes[{layer_idx}]={mode!r}: a linear_attention layer has no keys to share; make it null"
+                    f"kv_sharing_modes[{layer_idx}]={mode!r}: linear_attention has no keys to share; use null"
                 )
             if mode == "reuse":
                 source = self.kv_source(layer_idx)

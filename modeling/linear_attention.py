@@ -6,8 +6,6 @@ but without the softmax, and from chunk to chunk through the state. With one chu
 form, and all three give the same numbers.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -19,42 +17,30 @@ from .positions import POSITIONS
 
 CHUNK = 64  # tokens: work within a chunk grows with it, the number of steps through the state falls
 TINY = 1e-20  # what a normaliser is at least: of a row of padding it is zero
-SHORTEST_MEMORY, LONGEST_MEMORY = 4, 1024  # tokens in which an untrained head forgets to 1/e: the first's and the last's
+SHORTEST_MEMORY, LONGEST_MEMORY = 4, 1024  # tokens in which the first and the last head, untrained, forget to 1/e
 
 
 # ---- the three forms
 
 
-class Passed(NamedTuple):
-    """How much is passed on, from 0 to 1, of what is written: within chunks and from one to the next.
+def passed_on(log_decay: torch.Tensor, documents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """How much is passed on, from 0 to 1, of what is written: within chunks, and from one to the next.
 
-    within: of token j's at token i, (batch, heads, 1, chunks, size, size); entering: of the state before the chunk at
-    token i, and leaving: of token j's in the state after it, (…, chunks, size, 1); carried: of the state before in the
-    state after, (…, chunks, 1, 1).
+    log_decay: (batch, heads, 1, chunks, size, 1), at most 0; documents: numbers, (batch, 1, 1, chunks, size). Returns:
+    of token j's at token i, (…, chunks, size, size); of the state before the chunk at token i, and of token j's in the
+    state after it, (…, chunks, size, 1); of the state before in the state after, (…, chunks, 1, 1).
     """
-
-    within: torch.Tensor
-    entering: torch.Tensor
-    leaving: torch.Tensor
-    carried: torch.Tensor
-
-
-def passed_on(log_decay: torch.Tensor, documents: torch.Tensor | None) -> Passed:
-    """log_decay: (batch, heads, 1, chunks, size, 1), at most 0; documents: (batch, 1, 1, chunks, size), their numbers."""
     total = log_decay.cumsum(dim=-2)
     later = torch.ones(total.shape[-2], total.shape[-2], dtype=torch.bool, device=total.device).triu(1)
     within = (total - total.mT).masked_fill(later, -torch.inf).exp()  # differences first: e^total alone would underflow
     entering, leaving, carried = total.exp(), (total[..., -1:, :] - total).exp(), total[..., -1:, :].exp()
-    if documents is None:
-        return Passed(within, entering, leaving, carried)
-    last = documents[..., -1:]
-    before = torch.cat((torch.ones_like(last[..., :1, :]), last[..., :-1, :]), dim=-2)
-    return Passed(
-        within * (documents[..., :, None] == documents[..., None, :]),
-        entering * (documents == before)[..., None],
-        leaving * (documents == last)[..., None],
-        carried * (before == last)[..., None],
-    )
+    if documents is not None:
+        last = documents[..., -1:]
+        before = torch.cat((torch.ones_like(last[..., :1, :]), last[..., :-1, :]), dim=-2)
+        within = within * (documents[..., :, None] == documents[..., None, :])
+        entering, leaving = entering * (documents == before)[..., None], leaving * (documents == last)[..., None]
+        carried = carried * (before == last)[..., None]
+    return within, entering, leaving, carried
 
 
 def chunked(query, key, value, state, log_decay=None, strength=None, documents=None, size: int = CHUNK):
@@ -69,7 +55,7 @@ def chunked(query, key, value, state, log_decay=None, strength=None, documents=N
     tokens = query.shape[-2]
     size = min(size, tokens)
 
-    def cut(states: torch.Tensor, last=0.0) -> torch.Tensor:
+    def cut(states: torch.Tensor) -> torch.Tensor:
         """(…, tokens, dim) to (…, chunks, size, dim); a chunk is filled with tokens that write nothing."""
         return nn.functional.pad(states, (0, 0, 0, -tokens % size)).unflatten(-2, (-1, size))
 
@@ -78,22 +64,21 @@ def chunked(query, key, value, state, log_decay=None, strength=None, documents=N
     if documents is not None:
         filled = torch.cat((documents, documents[:, -1:].expand(-1, -tokens % size)), dim=-1)
         documents = filled[:, None, None].unflatten(-1, (-1, size))
-    passed = passed_on(log_decay, documents)
-    kept_keys = (key * passed.leaving).mT
-    carried = passed.carried
+    within, entering, leaving, carried = passed_on(log_decay, documents)
+    kept_keys = (key * leaving).mT
     if strength is None:
         states, state = through_chunks(state, carried, kept_keys @ value)
     else:
         strength = cut(strength[:, :, None, :, None])
         # What each token finds of the earlier ones of its chunk is solved for all of them at once (arXiv 2412.06464).
-        found = strength * passed.within * (key @ key.mT)
-        sides = torch.cat((strength * value, strength * passed.entering * key), dim=-1)
+        found = strength * within * (key @ key.mT)
+        sides = torch.cat((strength * value, strength * entering * key), dim=-1)
         solved = torch.linalg.solve_triangular(found.tril(-1), sides, upper=False, unitriangular=True)
         value, taken = solved.split((value.shape[-1], key.shape[-1]), dim=-1)
         kept = torch.eye(key.shape[-1], device=key.device) * carried - kept_keys @ taken
         states, state = through_chunks(state, kept, kept_keys @ value)
         value = value - taken @ states
-    read = (query * passed.entering) @ states + ((query @ key.mT) * passed.within) @ value
+    read = (query * entering) @ states + ((query @ key.mT) * within) @ value
     return read.flatten(-3, -2)[..., :tokens, :], state
 
 
@@ -132,12 +117,11 @@ def recurrent(query, key, value, state, log_decay=None, strength=None):
 class StateLayer(CacheLayerMixin):
     """Tensors of a fixed size by their names, and how many tokens they have seen.
 
-    Where a mask is made for the model's softmax layers this one may be asked for its sizes, as layers that do not slide
-    are; it answers for the first of those that keeps all keys (`guide`).
+    Where a mask is made for softmax layers this one may be asked for its sizes, as the first that does not slide: it
+    answers for the first that keeps all keys (`guide`).
     """
 
-    is_sliding = False
-    supports_early_init = False
+    is_sliding = supports_early_init = False
 
     def __init__(self, guide: CacheLayerMixin | None = None, is_static: bool = False):
         super().__init__()
@@ -145,28 +129,23 @@ class StateLayer(CacheLayerMixin):
         self.tensors: dict[str, torch.Tensor] = {}
         self.seen = torch.tensor(0) if is_static else 0
 
-    def put(self, **tensors: torch.Tensor) -> None:
-        """Replace tensors, (batch, …) each; a compiled step finds those of a static cache where they were."""
+    def put(self, tokens: int, **tensors: torch.Tensor) -> None:
+        """Replace tensors, (batch, …) each, after so many more tokens; those of a static cache stay where they are."""
         for name, tensor in tensors.items():
             if self.is_compileable and name in self.tensors:
                 self.tensors[name].copy_(tensor)
             else:
                 self.tensors[name] = tensor.clone() if self.is_compileable else tensor
-
-    def count(self, tokens: int, device: torch.device) -> None:
-        """Take note that so many more tokens went in."""
-        if self.is_compileable:
-            self.seen = self.seen.to(device)
+                self.seen = self.seen.to(tensor.device) if self.is_compileable else self.seen
         self.seen += tokens
-        self.is_initialized = True
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that a sequence holds here, and goes on from."""
+        """Everything that the sequences hold here, and go on from."""
         return dict(self.tensors)
 
     def state_bits(self) -> int:
-        """Bits of `state()`, of the whole batch."""
-        return sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.tensors.values())
+        """The size of `state()`, in bits."""
+        return sum(8 * tensor.nbytes for tensor in self.tensors.values())
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -178,34 +157,33 @@ class StateLayer(CacheLayerMixin):
         return -1  # none: transformers' sign for that
 
     def reset(self) -> None:
-        for tensor in self.tensors.values():
-            tensor.zero_()
+        self._each(torch.Tensor.zero_)
         self.seen = self.seen * 0
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        self._each(lambda tensor: tensor[indices.to(tensor.device)])
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.tensors = {name: tensor[indices.to(tensor.device)] for name, tensor in self.tensors.items()}
+    reorder_cache = batch_select_indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.tensors = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in self.tensors.items()}
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
-        """Nothing: it is small, and every token needs all of it."""
+        """Nothing is moved: it is small, and every token needs all of it."""
 
-    def prefetch(self) -> None:
-        """Nothing, as it was not moved away."""
+    prefetch = offload
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError("linear_attention: its state holds no single tokens, so none can be taken back")
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.update(key_states, value_states)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(self, *args, **kwargs):
         raise ValueError("linear_attention: its state takes no keys and values; layer types and cache do not agree")
+
+    lazy_initialization = update
+
+    def _each(self, change) -> None:
+        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
 
 
 def with_state_layers(cache: Cache | None, config) -> Cache | None:
@@ -242,7 +220,7 @@ def create_document_mask(config, inputs_embeds, attention_mask, cache=None, posi
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask of shape {shape}: linear_attention takes (batch, tokens) of ones and zeros")
+            raise ValueError(f"attention_mask of shape {shape}: linear_attention takes (batch, tokens), ones and zeros")
         return create_recurrent_attention_mask(config, inputs_embeds, attention_mask, cache)
     if position_ids is None or cache is not None or inputs_embeds.shape[1] == 1:
         return None
@@ -261,7 +239,9 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
 
     def init_weights(self) -> None:
-        init.copy_(self.weight, nn.functional.one_hot(torch.tensor(self.weight.shape[-1] - 1)).expand_as(self.weight))
+        newest = torch.zeros_like(self.weight)
+        newest[..., -1] = 1
+        init.copy_(self.weight, newest)
 
     def forward(self, states: torch.Tensor, before: torch.Tensor | None, documents: torch.Tensor | None):
         """(batch, tokens, channels) to the same, and the last (batch, kernel - 1, channels) that went in.
@@ -291,9 +271,9 @@ class LinearAttention(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.rotate = POSITIONS[config.position_encoding].rotate
-        heads_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        heads_size, kv_size = config.num_attention_heads * config.head_dim, self.kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads_size, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
@@ -320,8 +300,7 @@ class LinearAttention(nn.Module):
         heads = (states_.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states_ in states)
         read, memory = self.mix(*heads, hidden_states, held, documents, is_written, position_embeddings)
         if layer is not None:
-            layer.put(**new, **memory)
-            layer.count(hidden_states.shape[1], hidden_states.device)
+            layer.put(hidden_states.shape[1], **new, **memory)
         return self.o_proj(self.dropout(read.transpose(1, 2).flatten(2).to(hidden_states.dtype))), None
 
     def _projected(self, hidden_states, held: dict, documents, is_written) -> tuple[tuple, dict]:
@@ -377,7 +356,7 @@ class GatedDeltaAttention(LinearAttention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.g_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=config.bias)
+        self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.bias)
         self.b_proj = nn.Linear(config.hidden_size, self.kv_heads, bias=config.bias)
         self.f_proj = nn.Linear(config.hidden_size, self.kv_heads)  # its bias says how long an untrained head remembers
         self.f_proj.is_forget_gate = True

@@ -51,6 +51,13 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
         {"kv_sharing_modes": ["store", "reuse"], "layer_types": [FULL, SLIDING], "sliding_window": 4},
         r"kv_sharing_modes\[1\]='reuse' is sliding_attention .*layer 0, is full_attention",
     ),
+    "unknown linear attention": ({"linear_attention": "performer"}, "linear_attention='performer': .*elu, gated_delta"),
+    "a convolution over one token": ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim=1: must be from 2 to 64"),
+    "a convolution over all": ({"linear_conv_kernel_dim": 1024}, "linear_conv_kernel_dim=1024: must be from 2"),
+    "shared keys of a linear layer": (
+        {"kv_sharing_modes": ["store", "reuse"], "layer_types": ["linear_attention"] * 2},
+        r"kv_sharing_modes\[0\]='store': linear_attention has no keys to share",
+    ),
     "unknown kind of quantization": ({"kv_quantization": "int5"}, "kv_quantization='int5': .*int2, int3, int4"),
     "quantization of bits alone": ({"kv_quantization": 2}, "kv_quantization"),
     "a group without quantization": ({"kv_quantization_group": 8}, "kv_quantization_group=8 .*kv_quantization is not"),

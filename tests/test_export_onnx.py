@@ -14,7 +14,7 @@ from training.data.tokenizers import build_tokenizer
 from training.system.errors import UserError
 
 from .tiny_runs import refused
-from .variants import VARIANTS, random_model, tiny_config
+from .variants import VARIANTS, WITHOUT_KEYS, random_model, tiny_config
 
 REFUSED = {  # variant: the field that stands in the way
     "rope_dynamic": "rope_parameters",
@@ -22,6 +22,7 @@ REFUSED = {  # variant: the field that stands in the way
     "kv_quantization": "kv_quantization",
     "kv_quantization_mixed_layers": "kv_quantization",
     "sliding_window_two": "sliding_window",
+    **dict.fromkeys(WITHOUT_KEYS, "layer_types"),
 }
 
 

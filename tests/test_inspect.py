@@ -18,7 +18,7 @@ from training.data.tokenizers import build_tokenizer
 from .browser import CHROMIUM
 from .tiny_bases import our_model, save, stock_model
 from .tiny_runs import refused
-from .variants import VARIANTS, random_model, tiny_config
+from .variants import VARIANTS, WITHOUT_KEYS, random_model, tiny_config
 
 PROMPT = "the fox, the dog; the fox, the"
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
@@ -47,7 +47,7 @@ def test_every_variant_is_looked_into(name: str, tokenizer, ids) -> None:
     model = random_model(tiny_config(**VARIANTS[name]))
     expected = model(ids[:1]).logits[0].softmax(-1)
     look = look_into(model, tokenizer, ids[:1], 4)
-    assert len(look.attention) == model.config.num_hidden_layers
+    assert len(look.attention) == (0 if name in WITHOUT_KEYS else model.config.num_hidden_layers)
     for layer, weights in enumerate(look.attention):
         assert weights.shape == (model.config.num_attention_heads, 16, 16)
         assert weights.sum(-1) == pytest.approx(torch.ones(weights.shape[:2]), abs=1e-5)
@@ -59,7 +59,8 @@ def test_every_variant_is_looked_into(name: str, tokenizer, ids) -> None:
         assert found == pytest.approx(expected[place].topk(4).values.tolist(), rel=1e-4, abs=1e-6)
     following = expected[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
     assert look.probabilities == pytest.approx(following, rel=1e-4, abs=1e-6)
-    assert len(name_heads(look, [0])) == model.config.num_attention_heads
+    if look.attention:
+        assert len(name_heads(look, [0])) == model.config.num_attention_heads
     tables = position_tables(model)
     kind = model.config.position_encoding
     assert len(tables) == {"none": 0, "rope": len(model.config.rope_layer_types()) or 1}.get(kind, 1)

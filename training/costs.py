@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from modeling import GPTConfig, GPTForCausalLM
+from modeling.linear_attention import CHUNK
 from modeling.loss import CHUNK_ELEMENTS
 
 from .config.checks import check_attention
@@ -119,7 +120,21 @@ def activation_bytes(config: GPTConfig, is_half: bool, is_checkpointed: bool = F
     block = 8 * config.hidden_size + itemsize * (inputs * config.hidden_size + 2 * heads_size + 2 * kv_size + mlp)
     block += 4 * (heads_size + kv_size) if config.qk_norm else 0
     kept = 4 * config.hidden_size if is_checkpointed else block
-    return kept * config.num_hidden_layers + (block if is_checkpointed else 0)
+    linear = config.layer_types.count("linear_attention") * linear_bytes(config) / config.num_hidden_layers
+    return (kept + (0 if is_checkpointed else linear)) * config.num_hidden_layers + (
+        block + linear if is_checkpointed else 0
+    )
+
+
+def linear_bytes(config: GPTConfig) -> float:
+    """Bytes a token that a linear layer keeps beside, in float32.
+
+    That is queries, keys and values after each of some five steps, four weights for each token of its chunk, and its
+    part of two states a chunk.
+    """
+    heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    states = 2 * kv_size * config.head_dim / CHUNK
+    return 4 * (5 * (heads_size + 2 * kv_size) + 4 * CHUNK * config.num_attention_heads + states)
 
 
 def evaluation_bytes(config: GPTConfig, args, device: torch.device) -> float:

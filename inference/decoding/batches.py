@@ -154,6 +154,8 @@ def refuse_drafts(job: Job, longest: int) -> None:
     if has_virtual_tokens(job.model):
         raise UserError("drafts: do not go together with an adapter of virtual tokens (prompt, prefix); leave one out")
     layers = getattr(text_config(job.model.config), "layer_types", None) or ()
+    if "linear_attention" in layers:
+        raise UserError("drafts: linear_attention holds a state, which no token can be taken back from; leave them out")
     if "sliding_attention" in layers and version.parse(transformers.__version__) < version.parse("5.18"):
         raise UserError(f"drafts: with sliding windows they need transformers 5.18, not {transformers.__version__}")
     context = context_left(job.model) - job.generation.get("prompt_lookup_num_tokens", 0)

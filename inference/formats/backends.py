@@ -126,6 +126,9 @@ def outside_attention(module, query, key, value, attention_mask, scaling=None, a
 def attention(model: GPTForCausalLM) -> Iterator[Line]:
     """Drive the base model as a backend does, two texts in one row, and compare its hidden states with its own."""
     base, config = model.model, model.config
+    if "linear_attention" in config.layer_types:
+        yield (MISSING, "layer_types: linear_attention has a state, and a backend's attention holds keys and values")
+        return
     yield (GOOD if type(base).is_backend_compatible() else MISSING, "GPTModel._supports_attention_backend")
     length = min(TEXT_TOKENS, config.max_position_embeddings)
     ids = (torch.arange(2 * length) * 7 % config.vocab_size).view(2, length)

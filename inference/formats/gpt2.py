@@ -103,6 +103,7 @@ OBSTACLES: dict[str, Obstacle] = {
     "embedding_norm": (lambda c: c.embedding_norm, "it does not norm the embeddings"),
     "gated_mlp": (lambda c: c.gated_mlp, "its MLP has no gate"),
     "head_dim": (lambda c: c.head_dim * c.num_attention_heads != c.hidden_size, "its heads share out hidden_size"),
+    "layer_types": (lambda c: "linear_attention" in c.layer_types, "every layer is softmax attention"),
     "sliding_window": (
         lambda c: "sliding_attention" in c.layer_types and c.sliding_window < c.max_position_embeddings,
         "every layer sees the whole context",

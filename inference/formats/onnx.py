@@ -41,6 +41,10 @@ OBSTACLES: dict[str, Obstacle] = {
         lambda c: any(p.get("rope_type") == "dynamic" for p in rotary(c)),
         "its frequencies depend on the length, and a graph has no conditions on numbers",
     ),
+    "layer_types": (
+        lambda c: "linear_attention" in c.layer_types,
+        "linear layers hold a state, and the exporter knows caches of keys and values",
+    ),
     "kv_quantization": (
         lambda c: c.kv_quantization is not None,
         "its cache holds codes, and the exporter knows those of keys and values",

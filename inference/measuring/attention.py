@@ -33,7 +33,7 @@ class Look(NamedTuple):
     """What was seen of a prompt.
 
     tokens: each one's text, to be shown. attention: one (heads, tokens, virtual + tokens) a layer, none where the model
-    does not give its weights. windows: how many tokens each layer sees at most, None for all. virtual: tokens of a
+    does not give its weights, or has layers without any. windows: how many tokens each layer sees at most, None for all. virtual: tokens of a
     prompt or prefix adapter, which come before the others. expected: after each token, the likeliest first.
     probabilities: of each token but the first, as it was expected before it.
     """
@@ -59,7 +59,8 @@ def look_into(model, tokenizer, ids: torch.Tensor, top_k: int) -> Look:
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     count = ids.shape[1]
     maps = [weights for weights in getattr(output, "attentions", None) or () if weights is not None]
-    attention = [weights[0, :, -count:].float().cpu() for weights in maps]
+    types = getattr(text_config(inner.config), "layer_types", None) or ()
+    attention = [] if "linear_attention" in types else [weights[0, :, -count:].float().cpu() for weights in maps]
     probabilities = output.logits[0, -count:].float().softmax(-1).cpu()
     best = probabilities.topk(min(top_k, probabilities.shape[-1]))
     following = ids[0, 1:].cpu()
