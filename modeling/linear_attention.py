@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
 from transformers.masking_utils import create_recurrent_attention_mask
+from transformers.utils.generic import maybe_autocast
 
 from .compat import CACHE_NAME
 from .positions import POSITIONS
@@ -334,7 +335,7 @@ class LinearAttention(nn.Module):
         if state is None:
             state = key.new_zeros(len(key), self.kv_heads, key.shape[-1], value.shape[-1])
         query = query.unflatten(1, (self.kv_heads, -1))
-        with torch.autocast(query.device.type, enabled=False):
+        with maybe_autocast(query.device.type, enabled=False):
             if query.shape[-2] == 1:
                 read, state = recurrent(query, key, value, state, **gates)
             else:

@@ -6,69 +6,74 @@ token takes at the end of a long text.
 
 import argparse
 import math
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
 from modeling.compat import CACHE_NAME
 from training.model.loading import load_model_and_tokenizer
 from training.system.errors import UserError, unknown
 
-from ..measuring.kv_report import decode, held_bits, paired
-from .common import Output, cut_streams, grow, held_out_ids, next_command
+from ..measuring.kv_report import Streams, cut_streams, decode, own_cache, paired
+from .common import Output, grow, held_out_ids, next_command
 
-ABOUT = """Train linear attention (elu(x) + 1, and the gated delta rule) and softmax attention by one recipe, and compare
-loss, what a sequence holds, and the time that a token takes by its place in the text."""
+ABOUT = """Train linear attention (elu(x) + 1, and the gated delta rule) and softmax attention by one recipe, and
+compare loss, what a sequence holds, and the time that a token takes by its place in the text."""
 EPILOG = """examples:
   acorn lab linear --smoke
   acorn lab linear --models softmax gated
   acorn lab linear --text_files my.txt --max_steps 600"""
 RECIPE = "linear-stdlib"
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
-WINDOW = 64  # of the softmax models with a short context: what they hold is near what a state takes
+WINDOW = 64  # tokens that `short` sees: what it holds of them is some twice a gated state
+STREAMS, BATCH = 16, 8  # of held-out text, and how many are decoded at once
+PARTS = 8  # of a long text, whose times are compared
 SMOKE = {
-    "model": {"n_layer": 2, "n_embd": 64, "block_size": 128, "linear_conv_kernel_dim": 4},
+    "model": {"n_layer": 2, "n_embd": 64, "block_size": 128},
     "data": {"tokenizer": "byte"},
     "training": {"max_steps": 30, "eval_steps": 30, "tokens_per_step": 1024, "per_device_train_batch_size": 8},
 }
-PARTS = 8  # of a long text, whose times are compared
+BAR = {"leave": False, "file": sys.stderr, "disable": None}
+COLUMNS = {
+    "model": "", "parameters": ",", "loss": ".4f", "lost_percent": "+.2f", "low": "+.2f", "high": "+.2f",
+    "state_bits": ",", "smaller": ".1f", "ms_first": ".2f", "ms_last": ".2f",
+}  # fmt: skip
 
 
-def softmax(layers: int) -> dict:
+# ---- the models: (layers, width) to what differs from the recipe, which is gated
+
+
+def softmax(layers: int, width: int) -> dict:
     return {"layer_types": [FULL] * layers, "position_encoding": "rope"}
 
 
-def short(layers: int) -> dict:
+def short(layers: int, width: int) -> dict:
     return {"layer_types": [SLIDING] * layers, "sliding_window": WINDOW, "position_encoding": "rope"}
 
 
-def plain(layers: int) -> dict:
-    return {
-        "layer_types": [LINEAR] * layers,
-        "linear_attention": "elu",
-        "linear_conv_kernel_dim": None,
-        "position_encoding": "rope",
-    }
+def plain(layers: int, width: int) -> dict:
+    kind = {"linear_attention": "elu", "linear_conv_kernel_dim": None, "position_encoding": "rope"}
+    return {"layer_types": [LINEAR] * layers, **kind}
 
 
-def gated(layers: int) -> dict:
+def gated(layers: int, width: int) -> dict:
     return {"layer_types": [LINEAR] * layers}
 
 
-def hybrid(layers: int) -> dict:
-    """One softmax layer in four, the last."""
-    return {"layer_types": [FULL if (i + 1) % 4 == 0 or i + 1 == layers == 2 else LINEAR for i in range(layers)]}
+def hybrid(layers: int, width: int) -> dict:
+    return {"layer_types": [LINEAR] * (layers - 1) + [FULL]}
 
 
-def heads_of(size: int):
-    """Gated, with as many heads of that size as the width holds."""
-    return lambda layers: {"layer_types": [LINEAR] * layers, "head_dim": size}
+def heads_of(size: int) -> Callable[[int, int], dict]:
+    """Gated, with heads of that size in the same width: its state is as many times larger."""
+    return lambda layers, width: gated(layers, width) | {"n_head": width // size}
 
 
-# Name: layers to what differs from the recipe. The first is what the others are compared with.
-MODELS = {
+MODELS = {  # all are compared with the first that is chosen
     "softmax": softmax,
     "short": short,
     "plain": plain,
@@ -78,41 +83,131 @@ MODELS = {
     "gated-16": heads_of(16),
     "gated-64": heads_of(64),
 }
-HELP = f"""which to train: softmax; short (softmax that sees {WINDOW} tokens); plain; gated; hybrid (one layer in four
-is softmax); gated-8, -16, -64: gated with heads of that size (default: all)"""
+SMOKE_MODELS = ("softmax", "plain", "gated")
+HELP = (
+    f"softmax, short (softmax that sees {WINDOW} tokens), plain, gated, hybrid (gated, the last layer softmax), and "
+    "gated-8, -16, -64 (heads of that size); the others are compared with the first (default: all)"
+)
 
 
 def add_flags(add) -> None:
-    add("--models", nargs="+", metavar="NAME", default=list(MODELS), help=" ".join(HELP.split()))
-    add("--text_files", nargs="+", help="train on these instead of Python's standard library")
-    add("--max_steps", type=int, help="of each model's training (default: the recipe's)")
-    add("--tokens", type=int, help="of the text whose tokens are timed (default: 4 times the context)")
+    add("--models", nargs="+", help=HELP)
+    add("--text_files", nargs="+", help="text to train on in place of Python's standard library")
+    add("--max_steps", type=int, help="of each model's training (default: the recipe's 300)")
+    add("--timed_tokens", type=int, help="of the text whose tokens are timed (default: 4 times the context)")
 
 
 def run(flags: argparse.Namespace, out: Output) -> None:
-    """Grow the models, decode the same held-out text through the state of each, and time each."""
-    names = chosen(flags.models)
-    losses, rows = {}, []
+    """Grow the models, decode the same held-out text through the state of each, and time each by position."""
+    names = chosen(flags)
+    check_timed(flags)
+    nats, times = {}, {}
     for name in names:
         directory = grow(out, name, RECIPE, **sections(name, flags))
         model, tokenizer = load_model_and_tokenizer(str(directory))
-        own = argparse.Namespace(model=str(directory), text_files=None, **{"smoke": flags.smoke})
-        ids, bytes_per_token = held_out_ids(own, model, tokenizer)
-        length = model.config.max_position_embeddings
-        streams = cut_streams(ids, length, 16, bytes_per_token)
-        cache = DynamicCache(config=model.config)
-        with tqdm(total=length, unit="token", desc=name, leave=False, disable=None) as bar:
-            losses[name], _ = decode(model, streams.ids, cache, 0, bar.update)
-        rows.append(
-            out.row(
-                model=name,
-                parameters=model.num_parameters(),
-                **compared(losses[name], losses[names[0]], streams, flags.seed),
-                state_bits=held_bits(cache) // len(streams.ids),
-                head_dim=model.config.head_dim,
-            )
+        streams = held_out(directory, model, tokenizer)
+        with tqdm(total=-(-len(streams.ids) // BATCH) * streams.length, unit="token", desc=name, **BAR) as bar:
+            decoded = decode(model, streams.ids, 0, own_cache, BATCH, bar.update)
+        nats[name] = decoded.nats
+        times[name] = timed(model, streams.ids[0], flags.timed_tokens or 4 * streams.length, name)
+        row = figures(nats[name], nats[names[0]], streams, flags.seed)
+        first = out.rows[0]["state_bits"] if out.rows else decoded.bits
+        shape = {"model": name, "parameters": model.num_parameters(), "head_dim": model.config.head_dim}
+        size = {"state_bits": decoded.bits, "smaller": first / decoded.bits}
+        out.row(**shape, **row, **size, ms_first=times[name][0], ms_last=times[name][-1], ms=times[name])
+    out.table(out.rows, COLUMNS)
+    draw(out, nats, times)
+    next_command("generate", directory, prompt="def ")
+
+
+def chosen(flags: argparse.Namespace) -> list[str]:
+    """The models that the flags name, each once."""
+    names = flags.models or (SMOKE_MODELS if flags.smoke else MODELS)
+    for name in names:
+        if name not in MODELS:
+            raise unknown("model", name, MODELS)
+    return list(dict.fromkeys(names))
+
+
+def check_timed(flags: argparse.Namespace) -> None:
+    """Refuse a text too short to be timed by its parts."""
+    if flags.timed_tokens is not None and flags.timed_tokens < 2 * PARTS:
+        raise UserError(
+            f"timed_tokens={flags.timed_tokens}: must be at least {2 * PARTS}, two for each of {PARTS} parts"
         )
-        rows[-1]["times_smaller"] = rows[0]["state_bits"] / rows[-1]["state_bits"]
-        rows[-1]["ms"] = timed(model, streams.ids[:1, :1], flags.tokens or 4 * length)
-        rows[-1]["last_to_first"] = rows[-1]["ms"][-1] / rows[-1]["ms"][0]
-    finish(rows, losses, out)
+
+
+def sections(name: str, flags: argparse.Namespace) -> dict[str, dict]:
+    """What differs from the recipe, by its sections."""
+    small = SMOKE if flags.smoke else {}
+    model, data, training = ({**small.get(section, {})} for section in ("model", "data", "training"))
+    model |= MODELS[name](model.get("n_layer", 4), model.get("n_embd", 128))
+    data |= {"text_files": flags.text_files} if flags.text_files else {}
+    training |= {"seed": flags.seed, "data_seed": flags.seed}
+    training |= {"max_steps": flags.max_steps} if flags.max_steps is not None else {}
+    return {"model": model, "data": data, "training": training}
+
+
+# ---- what is measured
+
+
+def held_out(directory: Path, model, tokenizer) -> Streams:
+    """Streams as long as the context, of what the run held out."""
+    named = argparse.Namespace(model=str(directory), text_files=None, data_files=None, dataset=None, data_dir=None)
+    ids, bytes_per_token = held_out_ids(named, model, tokenizer)
+    return cut_streams(ids, model.config.max_position_embeddings, STREAMS, bytes_per_token)
+
+
+def figures(nats: torch.Tensor, baseline: torch.Tensor, streams: Streams, seed: int) -> dict[str, float]:
+    """Loss of the second half of each stream, and percent of the baseline's that is lost there, with its interval."""
+    ours, theirs = nats[:, streams.first :], baseline[:, streams.first :]
+    num_bytes = ours.numel() * streams.bytes_per_token
+    _, lost = paired(ours, theirs, num_bytes, seed)
+    per_byte = ours.mean().item() / streams.bytes_per_token / math.log(2)
+    losses = {"loss": ours.mean().item(), "bits_per_byte": per_byte}
+    return losses | {"lost_percent": lost.value, "low": lost.low, "high": lost.high}
+
+
+@torch.inference_mode()
+def timed(model, ids: torch.Tensor, tokens: int, name: str) -> list[float]:
+    """Milliseconds of this process's CPU time a token, in each part of a text of that many tokens, one after another.
+
+    ids: (tokens,), which are gone through again and again. Windows and waiting for other processes do not count.
+    """
+    cache, spent, ends = None, [], [tokens * (part + 1) // PARTS for part in range(PARTS)]
+    with tqdm(total=tokens, unit="token", desc=f"{name}, timed", **BAR) as bar:
+        for start, end in zip([0, *ends], ends, strict=False):
+            begun = time.process_time()
+            for place in range(start, end):
+                step = ids[None, place % len(ids)].view(1, 1).to(model.device)
+                cache = getattr(model(step, use_cache=True, **{CACHE_NAME: cache}), CACHE_NAME)
+                bar.update()
+            spent.append(1000 * (time.process_time() - begun) / (end - start))
+    return spent
+
+
+# ---- pictures
+
+
+def draw(out: Output, nats: dict[str, torch.Tensor], times: dict[str, list[float]]) -> None:
+    """Loss by position, loss against what a sequence holds, and time by position."""
+    with out.picture("linear", width=15, height=5) as figure:
+        by_position, by_size, by_time = figure.subplots(1, 3)
+        for row in out.rows:
+            name = row["model"]
+            means, start = nats[name].mean(0), 0
+            ends = [min(2**power, len(means)) for power in range(3, len(means).bit_length() + 1)]
+            points = []
+            for end in dict.fromkeys(ends):
+                points.append((end, means[start:end].mean().item()))
+                start = end
+            by_position.plot(*zip(*points, strict=True), marker=".", label=name)
+            by_size.scatter(row["state_bits"] / 8000, row["loss"], label=name)
+            by_size.annotate(name, (row["state_bits"] / 8000, row["loss"]))
+            by_time.plot(range(1, PARTS + 1), times[name], marker=".", label=name)
+        by_position.set(xscale="log", xlabel="position up to (tokens)", ylabel="loss (nats a token)")
+        by_size.set(
+            xscale="log", xlabel="what a sequence holds at the end of the context (kB)", ylabel="loss, 2nd half"
+        )
+        by_time.set(xlabel=f"part of the text (of {PARTS})", ylabel="CPU ms a token", ylim=(0, None))
+        by_position.legend()

@@ -33,9 +33,9 @@ class Look(NamedTuple):
     """What was seen of a prompt.
 
     tokens: each one's text, to be shown. attention: one (heads, tokens, virtual + tokens) a layer, none where the model
-    does not give its weights, or has layers without any. windows: how many tokens each layer sees at most, None for all. virtual: tokens of a
-    prompt or prefix adapter, which come before the others. expected: after each token, the likeliest first.
-    probabilities: of each token but the first, as it was expected before it.
+    does not give its weights, or has layers without any. windows: how many tokens each layer sees at most, None for
+    all. virtual: tokens of a prompt or prefix adapter, which come before the others. expected: after each token, the
+    likeliest first. probabilities: of each token but the first, as it was expected before it.
     """
 
     ids: list[int]

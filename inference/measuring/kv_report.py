@@ -98,7 +98,14 @@ def held_bits(cache: Cache) -> int:
     """Every bit that a cache holds; of one that does not say, its keys and values at 16 bits a number."""
     if hasattr(cache, "state_bits"):
         return cache.state_bits()
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(layer_bits(layer) for layer in cache.layers)
+
+
+def layer_bits(layer) -> int:
+    """Every bit that a layer of a cache holds, counted likewise."""
+    if hasattr(layer, "state_bits"):
+        return layer.state_bits()
+    tensors = [getattr(layer, name, None) for name in ("keys", "values")]
     return FULL_BITS * sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
