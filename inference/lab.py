@@ -13,6 +13,8 @@ from training.system.shell import shell
 # An experiment: its question. Its module in experiments/, of the same name, has ABOUT and EPILOG (for the help),
 # add_flags(add) and run(flags, out), where out is an Output of experiments/common.py.
 EXPERIMENTS = {
+    "window": "what becomes of a model past the context it was trained with, and what mends it?",
+    "extend": "how many steps of training does a longer context need?",
     "linear": "what does a state of a fixed size cost, and what does it save?",
     "kv": "how small can the KV cache be? Loss and recall through every cache policy, against its bits",
     "floor": "what can be had without any cache, and what is the past worth to a model?",

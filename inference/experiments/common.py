@@ -135,6 +135,7 @@ def grow(out: Output, name: str, recipe: str, **sections: dict) -> Path:
             changed = load_recipe_file(recipe)
             sections["training"] = {"output_dir": str(directory)} | sections.get("training", {})
             changed.update({section: read_section(section, values) for section, values in sections.items()})
+            changed.start_from_another(sections.get("data", {}))
             changed.check()
             changed.command = out.command
             Run(changed).start()
