@@ -193,10 +193,12 @@ def prefix(arguments, model: nn.Module) -> PrefixTuningConfig:
     """Trained keys and values in front of every layer's (arXiv 2101.00190)."""
     config = model.config
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if others or any(getattr(config, "kv_sharing_modes", None) or ()):
+    latents = ["latents (kv_lora_rank)"] if getattr(config, "kv_lora_rank", None) else []
+    shared = ["shared ones"] if any(getattr(config, "kv_sharing_modes", None) or ()) else []
+    if others or latents or shared:
         raise UserError(
             "adapter=prefix: it needs keys and values of its own in every layer, and this model has "
-            f"{', '.join(sorted(others)) or 'shared ones'}; choose prompt or lora"
+            f"{', '.join([*sorted(others), *latents, *shared])}; choose prompt or lora"
         )
     return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=arguments.num_virtual_tokens)
 

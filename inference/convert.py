@@ -16,11 +16,16 @@ checkpoint (ckpt.pt, or the directory that holds it) of nanoGPT's or of its rota
 The weights are written in float32. The logits of SRC and of what was written are compared on random tokens, each
 computed as its format defines them; where they differ nothing is left in DST.
 
+--num_key_value_heads makes another model of it: key and value heads are pooled into so many, each the mean of a group
+(GQA, arXiv 2305.13245), and the cache is as many times smaller. It has to be trained on a little then.
+
 examples:
   acorn convert gpt2 models/gpt2 --to acorn                    OpenAI's weights, ready for `acorn finetune`
   acorn convert runs/my-gpt2 models/stock --to gpt2            for every tool that knows GPT-2
   acorn convert nanoGPT/out-shakespeare-char models/char --to acorn
-  acorn convert models/char out-char --to nanogpt              for nanoGPT's sample.py and train.py"""
+  acorn convert models/char out-char --to nanogpt              for nanoGPT's sample.py and train.py
+  acorn convert runs/quickstart models/multi-query --to acorn --num_key_value_heads 1
+  acorn pretrain quickstart --model_name_or_path models/multi-query --max_steps 100"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,6 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     written = [name for name, kind in FORMATS.items() if kind.is_written]
     parser.add_argument("--to", required=True, choices=written, help="format to convert to")
     parser.add_argument("--tokenizer", help="directory, Hub id or byte (default: the one beside SRC, else GPT-2's)")
+    pooled = "pool key and value heads into so many (default: as many as SRC has)"
+    parser.add_argument("--num_key_value_heads", type=int, help=pooled)
     parser.add_argument("--meta", help="meta.pkl of nanoGPT's character model (default: beside SRC or in data/)")
     return parser.parse_args(argv)
 
@@ -43,9 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     """Convert, and print the largest difference of logits and what to type next."""
     flags = parse(argv)
     quiet_libraries()
-    lines = convert(flags.src, flags.to, flags.dst, flags.tokenizer, flags.meta)
-    command = shell("acorn", "generate", flags.dst)
-    lines.append(f"{flags.dst} is written." + (f" Next:\n  {command} --prompt …" if flags.to != "nanogpt" else ""))
+    pooled = flags.num_key_value_heads
+    lines = convert(flags.src, flags.to, flags.dst, flags.tokenizer, flags.meta, pooled)
+    command = f"{shell('acorn', 'generate', flags.dst)} --prompt …"
+    if pooled is not None:
+        command = f"acorn pretrain RECIPE {shell('--model_name_or_path', flags.dst)} --max_steps …"
+    shows = flags.to == "acorn" or (flags.to != "nanogpt" and pooled is None)
+    lines.append(f"{flags.dst} is written." + (f" Next:\n  {command}" if shows else ""))
     print("\n".join(lines))
 
 

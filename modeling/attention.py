@@ -54,14 +54,16 @@ class SoftmaxAttention(nn.Module):
         self.kv_source = config.kv_source(layer_idx) if self.kv_sharing_mode == "reuse" else None
         self.rotate = POSITIONS[config.position_encoding].rotate
         self.quantize = build_quantizer(config)
+        self._build_projections(config)
+        self.o_proj.is_residual_projection = True  # read by _init_weights, which meets leaves only
 
+    def _build_projections(self, config) -> None:
         heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, heads_size, bias=config.bias)
         if self.kv_source is None:
             self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
             self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
         self.o_proj = nn.Linear(heads_size, config.hidden_size, bias=config.bias)
-        self.o_proj.is_residual_projection = True  # read by _init_weights, which meets leaves only
         norm = config.qk_norm
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps, config.norm_gain) if norm else nn.Identity()
         has_key_norm = norm and self.kv_source is None
@@ -83,38 +85,31 @@ class SoftmaxAttention(nn.Module):
         rotate_keys: (keys, positions) to turned keys, where the cache holds them as they were, see segment_memory.py.
         The cache comes by its name in the installed transformers, as their gradient checkpointing looks for it there.
         """
-        cache = kwargs.pop(CACHE_NAME, None)
-        batch_and_tokens = hidden_states.shape[:-1]
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
-        if self.kv_source is None:
-            query, key, value = self._own(hidden_states, query, position_embeddings, cache, rotate_keys, kwargs)
-            if self.kv_sharing_mode == "store":
-                shared_key_values[self.layer_idx] = (key, value)
-        else:
-            query, _ = self.rotate(query, None, position_embeddings)
-            key, value = shared_key_values[self.kv_source]
+        held = self._held(hidden_states, query, position_embeddings, shared_key_values, rotate_keys, kwargs)
+        attended, weights = self._attend(*held, attention_mask, **kwargs)
+        return self.o_proj(attended.flatten(2)), weights
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, weights = attend(
-            self,
-            query.to(value.dtype),
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(attended.reshape(*batch_and_tokens, -1)), weights
+    def _held(self, hidden_states, query, angles, shared_key_values, rotate_keys, kwargs) -> tuple[torch.Tensor, ...]:
+        """The turned queries, and the keys and values of the cache and of the new tokens: its own, or another layer's.
+
+        kwargs: attention's, and the cache, which is taken out of them.
+        """
+        cache = kwargs.pop(CACHE_NAME, None)
+        if self.kv_source is not None:
+            query, _ = self.rotate(query, None, angles)
+            return query, *shared_key_values[self.kv_source]
+        query, key, value = self._own(hidden_states, query, angles, cache, rotate_keys, kwargs)
+        if self.kv_sharing_mode == "store":
+            shared_key_values[self.layer_idx] = (key, value)
+        return query, key, value
 
     def _own(self, hidden_states, query, angles, cache, rotate_keys, kwargs) -> tuple[torch.Tensor, ...]:
         """The turned queries, and the layer's own keys and values, of the cache and of the new tokens.
 
         kwargs: attention's, which paged caches read and change.
         """
-        key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
-        value = self._split_heads(self.v_proj(hidden_states))
+        key, value = self._keys_and_values(hidden_states)
         quantize = unquantized if getattr(cache, "holds_codes", False) else self.quantize
         if rotate_keys is None:
             query, key = self.rotate(query, key, angles)
@@ -129,9 +124,29 @@ class SoftmaxAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx, **given)
         return query, key, value
 
+    def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a cache is to hold of new tokens, keys un-turned: two (batch, kv_heads, tokens, head_dim)."""
+        key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
+        return key, self._split_heads(self.v_proj(hidden_states))
+
     def _turned(self, rotate_keys: Callable, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys that a cache held as they were, turned by `rotate_keys` and as attention sees them."""
         return self.quantize(rotate_keys(keys, positions))
+
+    def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the heads put out, (batch, tokens, heads, head_dim), and under eager the attention weights."""
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return attend(
+            self,
+            query.to(value.dtype),
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) to (batch, heads, tokens, head_dim)."""

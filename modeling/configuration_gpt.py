@@ -53,10 +53,14 @@ class GPTConfig(PreTrainedConfig):
         linear_conv_kernel_dim: over how many tokens a convolution mixes their queries, keys and values, from 2;
         default: none.
     kv_sharing_modes: None, "store" or "reuse" a layer; "reuse" takes the keys and values of the nearest "store"
-        below it (cross-layer attention, arXiv 2405.12981).
+        of its own layer type below it (cross-layer attention, arXiv 2405.12981).
     kv_quantization: `int2`, `int3` or `int4`: keys and values are quantized in training, and held so by the cache; a
         scale serves kv_quantization_group channels of a head, a power of two (default: up to 64), see
         kv_quantization.py.
+    kv_lora_rank: size of the one latent a token that all keys and values of a layer come from (multi-head latent
+        attention, arXiv 2405.04434); its heads' sizes are `qk_nope_head_dim` and `v_head_dim` (default:
+        `hidden_size / num_attention_heads`), beside a rotary part of keys that the heads share, `qk_rope_head_dim`
+        (default: half of that); q_lora_rank: that of the queries' bottleneck (default: none).
     bias: in all linear layers and LayerNorms but the head, which has `lm_head_bias`.
     initializer_range: standard deviation of linear weights; `embedding_initializer_range` of embeddings (default: the
         same); residual_init: `scaled` divides the output projections' by sqrt(2 * layers) (GPT-2), `zero` zeroes them;
@@ -105,6 +109,11 @@ class GPTConfig(PreTrainedConfig):
     kv_sharing_modes: list[str | None] | None = None
     kv_quantization: str | None = None
     kv_quantization_group: int | None = None
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
     bias: bool = True
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
@@ -145,6 +154,8 @@ class GPTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if by_layer_type:
             self.rope_parameters = {key: self.rope_parameters[key] for key in by_layer_type}
+        if self.kv_lora_rank is not None:
+            self._derive_latent_heads()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % max(self.num_attention_heads, 1) == 0:
@@ -158,6 +169,17 @@ class GPTConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         self.base_model_tp_plan = self._tensor_parallel_plan()
 
+    def _derive_latent_heads(self):
+        """Sizes that were not given; `head_dim` and `num_key_value_heads` are those of the keys that a cache holds."""
+        usual = self.hidden_size // max(self.num_attention_heads, 1)
+        for field, size in (("qk_nope_head_dim", usual), ("v_head_dim", usual), ("qk_rope_head_dim", usual // 4 * 2)):
+            if getattr(self, field) is None:
+                setattr(self, field, size)
+        if self.head_dim is None:
+            self.head_dim = self.qk_rope_head_dim
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = 1
+
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """How devices share each linear layer of a block; there is no plan for a pipeline of stages.
 
@@ -166,6 +188,9 @@ class GPTConfig(PreTrainedConfig):
         split = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         if "linear_attention" in self.layer_types:  # whose gates and convolution go with their heads
             split = {}
+        if self.kv_lora_rank is not None:  # every device has the latents
+            into_heads = "q_proj" if self.q_lora_rank is None else "q_b_proj"
+            split = {into_heads: "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
         widened = {"up_proj": "colwise", "down_proj": "rowwise", **({"gate_proj": "colwise"} if self.gated_mlp else {})}
         attention = {f"layers.*.self_attn.{name}": how for name, how in split.items()}
         return attention | {f"layers.*.mlp.{name}": how for name, how in widened.items()}
@@ -190,6 +215,7 @@ class GPTConfig(PreTrainedConfig):
 
     def validate_heads(self):
         """Refuse heads that do not divide what they share."""
+        self._validate_latent_heads()
         self._refuse_below_one("hidden_size", "num_attention_heads", "num_key_value_heads")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
@@ -227,6 +253,35 @@ class GPTConfig(PreTrainedConfig):
                 f"kv_quantization_group={group} is no power of two that divides head_dim={head_dim}: "
                 f"choose one of {', '.join(map(str, choices))}"
             )
+
+    def _validate_latent_heads(self):
+        """Refuse sizes of latent attention where there is none, and what does not go with it."""
+        sizes = ("q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        given = [field for field in sizes if getattr(self, field) is not None]
+        if self.kv_lora_rank is None:
+            if given:
+                raise ValueError(f"{given[0]}={getattr(self, given[0])} needs kv_lora_rank: give it, or leave this out")
+            return
+        self._refuse_below_one("kv_lora_rank", *given)
+        if self.position_encoding != "rope":
+            raise ValueError(
+                f"kv_lora_rank={self.kv_lora_rank} needs position_encoding='rope', not {self.position_encoding!r}: "
+                "part of its keys is rotary"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: rope rotates pairs, so it must be even")
+        others = {
+            "head_dim": self.qk_rope_head_dim,
+            "num_key_value_heads": 1,
+            "qk_norm": False,
+            "kv_quantization": None,
+        }
+        for field, value in others.items():
+            if getattr(self, field) != value:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r}: does not go with kv_lora_rank, whose heads share a latent with "
+                    "a norm of its own and have qk_rope_head_dim and qk_nope_head_dim as sizes; leave it out"
+                )
 
     def validate_positions(self):
         """Refuse rotary parameters that nobody would read, and unknown or incomplete ones."""
@@ -311,20 +366,20 @@ class GPTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"kv_sharing_modes[{layer_idx}]={mode!r}: linear_attention has no keys to share; use null"
                 )
-            if mode == "reuse":
-                source = self.kv_source(layer_idx)
-                if source is None:
-                    raise ValueError(f"kv_sharing_modes[{layer_idx}]='reuse' has no 'store' layer below it")
-                if self.layer_types[source] != self.layer_types[layer_idx]:
-                    raise ValueError(
-                        f"kv_sharing_modes[{layer_idx}]='reuse' is {self.layer_types[layer_idx]} but its source, layer "
-                        f"{source}, is {self.layer_types[source]}: shared keys need the same layer type"
-                    )
+            if mode == "reuse" and self.kv_source(layer_idx) is None:
+                raise ValueError(
+                    f"kv_sharing_modes[{layer_idx}]='reuse' has no 'store' layer below it that is "
+                    f"{self.layer_types[layer_idx]} too: shared keys need the same layer type"
+                )
 
     def kv_source(self, layer_idx: int) -> int | None:
-        """Index of the layer whose keys and values `layer_idx` reuses, or None."""
-        stores = (i for i in range(layer_idx - 1, -1, -1) if self.kv_sharing_modes[i] == "store")
-        return next(stores, None)
+        """Index of the layer whose keys and values `layer_idx` reuses, or None: the nearest below of its own type.
+
+        So the few layers that see everything share theirs past the sliding ones between them.
+        """
+        own = self.layer_types[layer_idx]
+        below = range(layer_idx - 1, -1, -1)
+        return next((i for i in below if self.kv_sharing_modes[i] == "store" and self.layer_types[i] == own), None)
 
 
 __all__ = ["GPTConfig"]

@@ -20,6 +20,7 @@ from .attention import SoftmaxAttention
 from .compat import CACHE_NAME, KVSharingDict, given_cache, layers_name, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .kv_quantization import build_cache
+from .latent_attention import LatentAttention
 from .linear_attention import (
     ShortConvolution,
     build_linear_attention,
@@ -71,7 +72,8 @@ class PreNormBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = ATTENTION[config.layer_types[layer_idx]](config, layer_idx)
+        attention = LATENT_ATTENTION if config.kv_lora_rank else ATTENTION
+        self.self_attn = attention[config.layer_types[layer_idx]](config, layer_idx)
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config)
         self.attn_norm = NORMS[config.norm](config)
         self.mlp_norm = NORMS[config.norm](config)
@@ -101,6 +103,7 @@ ATTENTION = {
     "sliding_attention": SoftmaxAttention,
     "linear_attention": build_linear_attention,
 }
+LATENT_ATTENTION = {"full_attention": LatentAttention, "sliding_attention": LatentAttention}  # with kv_lora_rank
 MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,

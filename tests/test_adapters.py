@@ -204,10 +204,16 @@ def test_ia3_on_an_unknown_model_asks_for_names() -> None:
         attach(model, arguments("ia3"), "somewhere")
 
 
-def test_prefix_is_refused_where_layers_share_keys() -> None:
-    model = our_model(kv_sharing_modes=["store", "reuse"])
-    with pytest.raises(UserError, match="adapter=prefix"):
-        attach(model, arguments("prefix"), "somewhere")
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kv_sharing_modes": ["store", "reuse"]}, "shared ones"),
+        ({"position_encoding": "rope", "kv_lora_rank": 8}, "latents"),
+    ],
+)
+def test_prefix_is_refused_where_layers_share_keys(fields: dict, named: str) -> None:
+    with pytest.raises(UserError, match=f"adapter=prefix: .*{named}"):
+        attach(our_model(**fields), arguments("prefix"), "somewhere")
 
 
 # settings

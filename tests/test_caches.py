@@ -9,12 +9,12 @@ from inference.caches.policies import POLICIES, Caches, Eviction, build_cache
 from modeling.compat import CACHE_NAME
 from training.system.errors import UserError
 
-from .variants import INEXACT_WITH_CACHE, VARIANTS, random_model, tiny_config
+from .variants import HOLDS_LATENTS, INEXACT_WITH_CACHE, VARIANTS, random_model, tiny_config
 
 EVICTIONS = ("window", "h2o", "tova", "random")
 LOSSLESS = {name: {"cache_budget": 28} for name in EVICTIONS}  # of a context of 32, and no text is longer
 LOSSY = {name: {"cache_budget": 8, "cache_sinks": 2} for name in EVICTIONS}
-EXACT = [name for name in VARIANTS if name not in INEXACT_WITH_CACHE]
+EXACT = [name for name in VARIANTS if name not in INEXACT_WITH_CACHE | HOLDS_LATENTS]
 SHAPES = ("gpt2", "grouped_query", "mixed_layers_full_first", "shared_kv_rope", "modern")
 
 
@@ -258,3 +258,9 @@ def test_a_budget_over_the_context_is_said_and_the_full_cache_used(capsys) -> No
     caches = Caches(tiny_config(), "h2o", cache_budget=32)
     assert not caches.is_bounded and not caches().has_gaps
     assert "cache_budget=32: is not below the model's context of 32: the full cache is used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(HOLDS_LATENTS))
+def test_latents_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"cache=window: layers hold latents \(kv_lora_rank=12\)"):
+        build_cache(tiny_config(**VARIANTS[name]), "window", cache_window=8)

@@ -49,7 +49,7 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
     ),
     "reuse across layer types": (
         {"kv_sharing_modes": ["store", "reuse"], "layer_types": [FULL, SLIDING], "sliding_window": 4},
-        r"kv_sharing_modes\[1\]='reuse' is sliding_attention .*layer 0, is full_attention",
+        r"kv_sharing_modes\[1\]='reuse' has no 'store' layer below it that is sliding_attention too",
     ),
     "unknown linear attention": ({"linear_attention": "performer"}, "linear_attention='performer': .*elu, gated_delta"),
     "a convolution over one token": ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim=1: must be from 2 to 64"),

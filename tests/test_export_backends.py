@@ -14,7 +14,7 @@ from training.data.tokenizers import build_tokenizer
 
 from .foreign import stock_gpt2
 from .tiny_runs import refused
-from .variants import VARIANTS, WITHOUT_KEYS, random_model, tiny_config
+from .variants import HOLDS_LATENTS, VARIANTS, WITHOUT_KEYS, random_model, tiny_config
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_states_are_not_what_backends_hold(name: str) -> None:
     assert "linear_attention has a state" in what
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in WITHOUT_KEYS])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in WITHOUT_KEYS | HOLDS_LATENTS])
 def test_attention_from_outside(name: str) -> None:
     lines = list(attention(random_model(tiny_config(**VARIANTS[name]))))
     assert len(lines) == 3

@@ -21,6 +21,8 @@ REFUSED = {  # variant: the field that stands in the way
     "rope_dynamic_past_context": "rope_parameters",
     "kv_quantization": "kv_quantization",
     "kv_quantization_mixed_layers": "kv_quantization",
+    "latent": "kv_lora_rank",
+    "latent_shared_sliding": "kv_lora_rank",
     "sliding_window_two": "sliding_window",
     **dict.fromkeys(WITHOUT_KEYS, "layer_types"),
 }

@@ -102,7 +102,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, ids: torch.Tensor) ->
     expected_loss, expected = gradients(model, ids)
     calls = []
     for layer in model.model.layers:
-        layer.self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable()
     found_loss, found = gradients(model, ids)
     assert len(calls) == 2 * len(model.model.layers)  # each block really ran twice

@@ -109,6 +109,27 @@ VARIANTS: dict[str, dict] = {
         "position_encoding": "none",
     },
     "gated_delta_mixed": {"layer_types": [LINEAR, FULL], "linear_attention": "gated_delta", "bias": False},
+    "shared_kv_between_sliding_layers": {
+        "num_hidden_layers": 6,
+        "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING],
+        "sliding_window": 5,
+        "kv_sharing_modes": ["store", "store", "reuse", "store", "reuse", "reuse"],
+        "num_key_value_heads": 1,
+        "position_encoding": "rope",
+    },
+    "latent": {"position_encoding": "rope", "kv_lora_rank": 12},
+    "latent_shared_sliding": {
+        "num_hidden_layers": 3,
+        "layer_types": [SLIDING, SLIDING, FULL],
+        "sliding_window": 5,
+        "kv_sharing_modes": ["store", "reuse", None],
+        "position_encoding": "rope",
+        "kv_lora_rank": 12,
+        "q_lora_rank": 10,
+        "qk_rope_head_dim": 6,
+        "qk_nope_head_dim": 5,
+        "v_head_dim": 7,
+    },
     "no_bias": {"bias": False},
     "head_bias": {"lm_head_bias": True},
     "untied": {"tie_word_embeddings": False},
@@ -135,6 +156,8 @@ VARIANTS: dict[str, dict] = {
 
 # Past the context dynamic rope changes its frequencies with the length, and keys that a cache holds keep the old ones.
 INEXACT_WITH_CACHE = {"rope_dynamic_past_context"}
+# What holds, pages or takes keys and values of heads refuses these by kv_lora_rank.
+HOLDS_LATENTS = {name for name, fields in VARIANTS.items() if "kv_lora_rank" in fields}
 
 # Linear layers have a state in place of keys.
 WITHOUT_KEYS = {name for name, overrides in VARIANTS.items() if LINEAR in overrides.get("layer_types", ())}

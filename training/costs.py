@@ -15,7 +15,7 @@ from .config.checks import check_attention
 from .config.recipe import Recipe
 from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from .loop.evaluation import chunk_elements
-from .model.sizes import flops_per_token, matrix_parameters
+from .model.sizes import attention_numbers, flops_per_token, matrix_parameters
 from .system.distributed import shares_weights_out
 from .system.errors import UserError, one_line
 
@@ -114,11 +114,11 @@ def activation_bytes(config: GPTConfig, is_half: bool, is_checkpointed: bool = F
     of queries and keys read.
     """
     itemsize = 2 if is_half else 4
-    heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    attended = attention_numbers(config)
     inputs = (4 + config.gated_mlp) if is_half else 2
     mlp = (3 if config.gated_mlp else 2) * config.intermediate_size
-    block = 8 * config.hidden_size + itemsize * (inputs * config.hidden_size + 2 * heads_size + 2 * kv_size + mlp)
-    block += 4 * (heads_size + kv_size) if config.qk_norm else 0
+    block = 8 * config.hidden_size + itemsize * (inputs * config.hidden_size + attended + mlp)
+    block += 2 * attended if config.qk_norm else 0
     kept = 4 * config.hidden_size if is_checkpointed else block
     linear = config.layer_types.count("linear_attention") * linear_bytes(config) / config.num_hidden_layers
     return (kept + (0 if is_checkpointed else linear)) * config.num_hidden_layers + (
@@ -145,9 +145,9 @@ def evaluation_bytes(config: GPTConfig, args, device: torch.device) -> float:
     """
     is_half = args.bf16 or args.fp16
     itemsize, tokens = 2 if is_half else 4, args.per_device_eval_batch_size * config.max_position_embeddings
-    heads_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    attended = attention_numbers(config)
     residual = (16 + itemsize * (2 if is_half else 1)) * config.hidden_size
-    attention = itemsize * (2 * heads_size + 2 * kv_size) + (4 * (heads_size + kv_size) if config.qk_norm else 0)
+    attention = itemsize * attended + (2 * attended if config.qk_norm else 0)
     mlp = itemsize * (2 + config.gated_mlp + (config.hidden_act == "relu2")) * config.intermediate_size
     logits = min(tokens * config.vocab_size, chunk_elements(device)) * (10 if is_half else 8)
     worked_on = max(tokens * (residual + max(attention, mlp)), tokens * 4 * config.hidden_size + logits)

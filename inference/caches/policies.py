@@ -222,6 +222,8 @@ def refuse_model(config, name: str) -> None:
     """Refuse models whose layers hold something else than keys and values, or do not hand them over un-rotated."""
     if config.model_type != GPTConfig.model_type:
         raise UserError(f"cache={name}: is for Acorn's models, not for model_type={config.model_type}")
+    if config.kv_lora_rank is not None:
+        raise UserError(f"cache={name}: layers hold latents (kv_lora_rank={config.kv_lora_rank}), not keys of heads")
     for index, layer_type in enumerate(config.layer_types):
         if layer_type not in HELD:
             raise UserError(f"cache={name}: layer {index} is {layer_type}, and holds no keys that a policy could keep")

@@ -158,6 +158,9 @@ def heads(config: GPTConfig) -> Iterator[Line]:
     fits = config.head_dim % KERNEL_HEADS == 0
     note = "" if fits else f": most kernels of GPUs take multiples of {KERNEL_HEADS}"
     yield (GOOD if fits else LIMIT, f"head_dim={config.head_dim}{note}")
+    if config.kv_lora_rank is not None:
+        why = "their caches take keys and values of one width, not latents"
+        yield (MISSING, f"kv_lora_rank={config.kv_lora_rank}: {why}")
 
 
 def head(config: GPTConfig) -> Iterator[Line]:

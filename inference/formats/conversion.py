@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling import GPTForCausalLM
+from training.model.pooling import pool_heads, refuse_unpoolable
 from training.system.errors import UserError
 from training.system.files import new_directory
 
@@ -49,22 +50,35 @@ def read_tokenizer(found: Format, source: Source, theirs, name: str | None, meta
     return tokenizer
 
 
-def convert(name: str, to: str, destination: Path, tokenizer: str | None = None, meta: str | None = None) -> list[str]:
+def convert(
+    name: str,
+    to: str,
+    destination: Path,
+    tokenizer: str | None = None,
+    meta: str | None = None,
+    num_key_value_heads: int | None = None,
+) -> list[str]:
     """Write the model `name` in the format `to` into a new directory, prove it equal, and tell about it in lines.
 
-    At no time are there more than two copies of the weights in memory. Raises UserError, and leaves nothing then.
+    num_key_value_heads: pool the heads into so many first; what is written is equal to the pooled model then. At no
+    time are there more than two copies of the weights in memory. Raises UserError, and leaves nothing then.
     """
     target = FORMATS[to]
     with new_directory(destination) as building:
         source = open_source(name)
         found = recognise(source)
-        if found is target:
+        if found is target and num_key_value_heads is None:
             raise UserError(f"{name}: is {found.title} already; choose another format")
         with tqdm(total=4, leave=False, file=sys.stderr, disable=None) as bar:
             bar.set_description("reading")
             theirs = found.load(source)
             entries = read_tokenizer(found, source, theirs, tokenizer, meta)
-            config = found.config(theirs, entries)
+            config, notes = found.config(theirs, entries), []
+            if num_key_value_heads is not None:
+                refuse_unpoolable(name, config, num_key_value_heads)
+                notes = [f"{config.num_key_value_heads} key and value heads became {num_key_value_heads}: train it now"]
+                theirs, found = pool_heads(found.to_acorn(theirs, entries), num_key_value_heads), FORMATS["acorn"]
+                config = theirs.config
             if obstacles := target.obstacles(config):
                 raise UserError(f"{name}: {target.title} cannot hold {'; '.join(obstacles)}")
             length = min(config.max_position_embeddings, PROOF_TOKENS)
@@ -74,7 +88,7 @@ def convert(name: str, to: str, destination: Path, tokenizer: str | None = None,
             advance(bar, "writing")
             model = found.to_acorn(theirs, entries)
             del theirs
-            notes = target.write(model, entries, building, destination)
+            notes += target.write(model, entries, building, destination)
             summary = f"{found.title} → {target.title}: {describe(model)}"
             del model
             advance(bar, "logits of what was written")

@@ -57,7 +57,9 @@ def rope_type(config: GPTConfig) -> str | None:
     return (config.rope_parameters or {}).get("rope_type")
 
 
-NEVER_HELD = ("norm_order", "layer_types", "kv_sharing_modes", "kv_quantization", "lm_head_bias", "logit_softcap")
+NEVER_HELD = (
+    "norm_order", "layer_types", "kv_sharing_modes", "kv_quantization", "kv_lora_rank", "lm_head_bias", "logit_softcap",
+)  # fmt: skip
 NEVER = {name: OBSTACLES[name] for name in NEVER_HELD}
 NEVER["embedding_norm"] = (
     lambda c: c.embedding_norm and c.position_encoding in ("learned", "sinusoidal"),

@@ -33,6 +33,10 @@ WINDOW = "_sliding_window_tensor"  # how the exporter's input ends that holds a 
 
 # field: (when it stands in the way, why)
 OBSTACLES: dict[str, Obstacle] = {
+    "kv_lora_rank": (
+        lambda c: c.kv_lora_rank is not None,
+        "keys and values of the graph's cache are of one width, and it would hold latents",
+    ),
     "max_position_embeddings": (
         lambda c: c.position_encoding == "learned" and c.max_position_embeddings < 4,
         "the graph is traced with four tokens",
