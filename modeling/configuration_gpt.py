@@ -270,6 +270,8 @@ class GPTConfig(PreTrainedConfig):
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: rope rotates pairs, so it must be even")
+        if "linear_attention" in self.layer_types:
+            raise ValueError("layer_types has linear_attention: does not go with kv_lora_rank; leave out one of them")
         others = {
             "head_dim": self.qk_rope_head_dim,
             "num_key_value_heads": 1,

@@ -302,7 +302,13 @@ def test_what_the_recipes_grow() -> None:
     assert held["quickstart"] == held["shakespeare-char-fast"] == "apertus"
     assert held["shakespeare-char"] == held["gpt2-openwebtext"] == "gpt2"
     assert {name: why for name, why in held.items() if why not in ("apertus", "gpt2")} == {
+        "gpt2-openwebtext-latent": "kv_lora_rank",
         "gpt2-openwebtext-modern": "logit_softcap",
+        "gpt2-openwebtext-small-state": "kv_sharing_modes",
+        "linear-stdlib": "layer_types",
+        "shakespeare-char-small-state": "kv_sharing_modes",
+        "stdlib-latent": "kv_lora_rank",
+        "stdlib-small-state": "kv_sharing_modes",
         "toygpt-small": "lm_head_bias",
     }
 
