@@ -35,7 +35,7 @@ near 0 with full recalls nothing that could be."""
 BUDGETS, SMOKE_BUDGETS = (0.5, 0.25, 0.125, 0.0625), (0.5, 0.25)  # of the tokens of a stream
 OVER = "int4"  # what evictions are put over
 DTYPE = torch.float16  # of what is held in full precision
-PROBED, SMOKE_PROBED = 8, 4  # streams with a copy, a distance
+PROBED, SMOKE_PROBED = 8, 2  # streams with a copy, a distance
 FULL = "full"
 GOOD_PERCENT = 0.5  # lost at most by what is recommended in the end
 BAR = {"leave": False, "file": sys.stderr, "disable": None}
