@@ -36,7 +36,7 @@ BUDGETS, SMOKE_BUDGETS = (0.5, 0.25, 0.125, 0.0625), (0.5, 0.25)  # of the token
 OVER = "int4"  # what evictions are put over
 DTYPE = torch.float16  # of what is held in full precision
 PROBED, SMOKE_PROBED = 8, 2  # streams with a copy, a distance
-FULL = "full"
+FULL, LINE = "full", "window"  # what all caches are compared with: without loss, and at equal bits
 GOOD_PERCENT = 0.5  # lost at most by what is recommended in the end
 BAR = {"leave": False, "file": sys.stderr, "disable": None}
 COLUMNS = {
@@ -84,7 +84,8 @@ def run(flags: argparse.Namespace, out: Output) -> None:
         def measure(name: str, model, new_cache, full: Decoded | None) -> Decoded:
             bar.set_description(name)
             decoded = decode(model, rows, streams.first, new_cache, flags.batch_size, bar.update)
-            out.row(**row_of(name, decoded, full or decoded, streams, probe, layers_of(model), flags.seed))
+            row = row_of(name, decoded, full or decoded, streams, probe, layers_of(model), flags.seed)
+            out.row(**row, truncation=height_at(line_of([*out.rows, row], LINE), row["bits"]))
             return decoded
 
         full = None
@@ -93,7 +94,6 @@ def run(flags: argparse.Namespace, out: Output) -> None:
             full = full or decoded
         if smaller:
             measure(flags.smaller, smaller, own_cache, full)
-    add_truncation(out.rows)
     out.table(out.rows, COLUMNS)
     draw(out, out.rows, [kind_of(row["cache"]) for row in out.rows], f"{flags.model}, {streams.length} tokens")
     next_command("generate", flags.model, cache=best(out.rows))
@@ -114,7 +114,8 @@ def chosen_cases(flags: argparse.Namespace) -> list[Case]:
     for name in (FULL, *names):
         has_budget = any(part in drops for part in name.split("+"))
         cases += [Case(name, budget) for budget in budgets] if has_budget else [Case(name)]
-    return list(dict.fromkeys(cases))
+    order = (FULL, LINE)  # come first, as the others are compared with them
+    return sorted(dict.fromkeys(cases), key=lambda case: order.index(case.policy) if case.policy in order else 2)
 
 
 def buildable(cases: list[Case], model, length: int) -> list[Case]:
@@ -179,17 +180,9 @@ def row_of(name: str, decoded: Decoded, full: Decoded, streams: Streams, probe: 
     }
 
 
-def add_truncation(rows: list[dict]) -> None:
-    """To each row what the truncation line loses at the same bits, between its nearest two points."""
-    points = line_of(rows, "window")
-    for row in rows[1:] if points else []:
-        row["truncation"] = height_at(points, row["bits"])
-
-
 def line_of(rows: list[dict], policy: str) -> list[tuple[float, float]]:
-    """(bits, percent lost) of a policy at each budget and of the full cache, from the smallest on; empty without it."""
-    points = [(row["bits"], row["lost_percent"]) for row in rows if row["cache"].split()[0] == policy]
-    return sorted([*points, (rows[0]["bits"], 0.0)]) if points else []
+    """(bits, percent lost) of a policy at each budget and of the full cache, from the smallest on."""
+    return sorted((row["bits"], row["lost_percent"]) for row in rows if row["cache"].split()[0] in (policy, FULL))
 
 
 def height_at(points: list[tuple[float, float]], bits: float) -> float | None:
