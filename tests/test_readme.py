@@ -63,7 +63,9 @@ def test_commands_run(block, workplace, monkeypatch, capsys):
 
 
 def test_every_job_has_tested_commands():
-    jobs = "generate evaluate inspect pretrain prepare estimate launch finetune convert export push strategies caches lab"
+    jobs = (
+        "generate evaluate inspect pretrain prepare estimate launch finetune convert export push strategies caches lab"
+    )
     assert set(BLOCKS) == set(jobs.split())
 
 
