@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import PromptTuningConfig
 from PIL import Image
 
 import acorn
@@ -12,6 +13,7 @@ from inference import lab
 from inference.caches.lookup import looking_up
 from inference.experiments import common, kv
 from inference.measuring.kv_report import cut_streams, decode, own_cache
+from training.model.loading import load_model_and_tokenizer
 from training.system.errors import UserError
 
 from .tiny_runs import refused, write_text
@@ -98,13 +100,20 @@ def test_what_is_asked_wrongly_is_refused_in_a_line(argv, words, grown, tmp_path
 
 def test_a_model_without_a_text_is_refused(tmp_path, monkeypatch, grown) -> None:
     monkeypatch.chdir(tmp_path)
-    from training.model.loading import load_model_and_tokenizer
-
     model, tokenizer = load_model_and_tokenizer(str(grown))
     for part in (model, tokenizer):
         part.save_pretrained("alone")
     assert "alone belongs to no run" in refusal("kv", "alone")
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(grown, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model_and_tokenizer(str(grown))
+    model.active_peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    monkeypatch.setattr(common, "load_model_and_tokenizer", lambda *args, **options: (model, tokenizer))
+    assert "has virtual tokens" in refusal("kv", str(grown))
+    assert "has virtual tokens" in refusal("floor", str(grown))
 
 
 # ---- its directories

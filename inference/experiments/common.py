@@ -164,8 +164,11 @@ def add_model_flags(add: Callable) -> None:
 
 
 def load(flags: argparse.Namespace):
-    """(model, tokenizer) that the flags name."""
-    return load_model_and_tokenizer(flags.model, **loading_options(flags))
+    """(model, tokenizer) that the flags name; an adapter's virtual tokens would be in no cache that is given."""
+    model, tokenizer = load_model_and_tokenizer(flags.model, **loading_options(flags))
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError(f"{flags.model}: has virtual tokens, which a given cache lacks; measure its base, or a LoRA")
+    return model, tokenizer
 
 
 def held_out_streams(flags: argparse.Namespace, model, tokenizer) -> Streams:
