@@ -193,7 +193,7 @@ def test_what_needs_keys_is_refused(ids: torch.Tensor) -> None:
     cache = UnrotatedCache(layers=[UnrotatedLayer() for _ in range(2)])
     with pytest.raises(ValueError, match="layer 0 has a state and no keys for UnrotatedLayer to hold"):
         model(ids, use_cache=True, **{CACHE_NAME: cache})
-    with pytest.raises(ValueError, match="Assisted decoding requires a cache that can be cropped"):
+    with pytest.raises(ValueError, match=r"a cache that can be cropped|holds no single tokens"):
         model.generate(ids[:1], max_new_tokens=3, prompt_lookup_num_tokens=2)
     kept = getattr(model(ids, use_cache=True), CACHE_NAME)
     with pytest.raises(ValueError, match="none can be taken back"):

@@ -9,7 +9,7 @@ from training.model.loading import with_cache_names
 from training.model.sampling import context_left, continue_ids
 from training.model.windows import has_learned_positions
 
-from .variants import VARIANTS, random_model, tiny_config
+from .variants import VARIANTS, WITHOUT_KEYS, random_model, tiny_config
 
 LENGTHS = (1, 9, 31, 32)  # of prompts; the context is 32
 SHAPES = ["gpt2", "rope_by_layer", "mixed_layers", "modern"]
@@ -46,7 +46,9 @@ def test_a_padded_batch_is_its_rows(name: str, strategy: dict, prompts) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SHAPES else pytest.mark.slow) for n in VARIANTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in SHAPES else pytest.mark.slow) for n in VARIANTS if n not in WITHOUT_KEYS]
+)
 def test_drafts_change_nothing(name: str, prompts) -> None:
     model = endless(name)
     if "sliding_attention" in model.config.layer_types and transformers.__version__.startswith("5.17"):
