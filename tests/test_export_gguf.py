@@ -307,7 +307,7 @@ def test_what_the_recipes_grow() -> None:
         "gpt2-openwebtext-small-state": "kv_sharing_modes",
         "linear-stdlib": "layer_types",
         "shakespeare-char-small-state": "kv_sharing_modes",
-        "stdlib-latent": "kv_lora_rank",
+        "stdlib-latent": "kv_sharing_modes",
         "stdlib-small-state": "kv_sharing_modes",
         "toygpt-small": "lm_head_bias",
     }
