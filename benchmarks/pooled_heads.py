@@ -4,7 +4,7 @@
 
 RUN is a finished run of the recipe. Its key and value heads are pooled (`acorn convert --num_key_value_heads`), and what
 comes of it is trained for so many steps more, at learning rates that fall from half the recipe's to zero within them.
-Beside it stands RUN itself with all its heads, trained as long in the same way. Losses are of the whole held-out text.
+Beside it stands RUN itself with all its heads, trained as long and alike. Losses are of the whole held-out text.
 """
 
 import argparse
