@@ -2,8 +2,8 @@
 
     python benchmarks/pooled_heads.py RUN --recipe NAME --work DIR [--heads 1 2] [--steps 0 10 30 100] [--seed 1337]
 
-RUN is a finished run of the recipe. Its key and value heads are pooled (`acorn convert --num_key_value_heads`), and what
-comes of it is trained for so many steps more, at learning rates that fall from half the recipe's to zero within them.
+RUN is a finished run of the recipe. Its key and value heads are pooled (`acorn convert --num_key_value_heads`), and the
+pooled model is trained for so many steps more, at learning rates that fall from half the recipe's to zero within them.
 Beside it stands RUN itself with all its heads, trained as long and alike. Losses are of the whole held-out text.
 """
 
