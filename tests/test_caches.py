@@ -9,12 +9,13 @@ from inference.caches.policies import POLICIES, Caches, Eviction, build_cache
 from modeling.compat import CACHE_NAME
 from training.system.errors import UserError
 
-from .variants import HOLDS_LATENTS, INEXACT_WITH_CACHE, VARIANTS, random_model, tiny_config
+from .variants import HOLDS_LATENTS, INEXACT_WITH_CACHE, LINEAR, VARIANTS, random_model, tiny_config
 
 EVICTIONS = ("window", "h2o", "tova", "random")
 LOSSLESS = {name: {"cache_budget": 28} for name in EVICTIONS}  # of a context of 32, and no text is longer
 LOSSY = {name: {"cache_budget": 8, "cache_sinks": 2} for name in EVICTIONS}
-EXACT = [name for name in VARIANTS if name not in INEXACT_WITH_CACHE | HOLDS_LATENTS]
+WITHOUT_KEYS = [name for name, given in VARIANTS.items() if LINEAR in given.get("layer_types", ())]
+EXACT = [name for name in VARIANTS if name not in INEXACT_WITH_CACHE | HOLDS_LATENTS | {*WITHOUT_KEYS}]
 SHAPES = ("gpt2", "grouped_query", "mixed_layers_full_first", "shared_kv_rope", "modern")
 
 
@@ -246,6 +247,13 @@ def test_refusals(name: str, settings: dict, words: str) -> None:
     with pytest.raises(UserError) as refusal:
         build_cache(tiny_config(), name, **settings)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("variant", WITHOUT_KEYS)
+def test_layers_without_keys_are_refused(variant: str) -> None:
+    for name, settings in [*LOSSY.items(), ("int4", {})]:
+        with pytest.raises(UserError, match="is linear_attention, and holds no keys"):
+            build_cache(tiny_config(**VARIANTS[variant]), name, **settings)
 
 
 def test_models_of_other_makers_are_refused() -> None:

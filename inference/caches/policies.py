@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DummyLayer
+from transformers import DynamicCache
 
 from modeling import GPTConfig
 from training.model.sizes import context_of, text_config
@@ -141,7 +141,12 @@ class Caches:
 
     def __call__(self, length: int | None = None) -> PolicyCache:
         """An empty cache, of whatever length the text will be."""
-        return PolicyCache(layers=[self._layer(*each) for each in enumerate(self.config.layer_types)])
+        plain = DynamicCache(config=self.config).layers  # one for a layer that reuses another's keys stays: it is empty
+        modes = self.config.kv_sharing_modes or [None] * len(plain)
+        for index, mode in enumerate(modes):
+            if mode != "reuse":
+                plain[index] = self._layer(index)
+        return PolicyCache(layers=plain)
 
     @property
     def is_bounded(self) -> bool:
@@ -155,12 +160,10 @@ class Caches:
         by_distance = {"rope": self.settings.get("cache_positions") == "slot", "none": True}
         return self.is_bounded and by_distance.get(self.config.position_encoding, False) and "dynamic" not in scalings
 
-    def _layer(self, index: int, layer_type: str) -> PolicyLayer | DummyLayer:
-        modes, budget = self.config.kv_sharing_modes, self.settings.get("cache_budget")
-        if modes and modes[index] == "reuse":
-            return DummyLayer()
+    def _layer(self, index: int) -> PolicyLayer:
+        budget = self.settings.get("cache_budget")
         store = self.storing.build(self.config, self.settings, self.dtype) if self.storing else Store(self.dtype)
-        if layer_type == "sliding_attention":
+        if self.config.layer_types[index] == "sliding_attention":
             own = self.config.sliding_window - 1  # the mask lets a token see itself and so many before it
             return SlidingLayer(min(own, budget) if self.is_bounded else own, store)
         return self.eviction.build(self.settings, index, store) if self.is_bounded else PolicyLayer(store)
