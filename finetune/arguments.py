@@ -8,6 +8,7 @@ from pathlib import Path
 from training.config.arguments import DataArguments, GPTTrainingArguments, SampleArguments, help_field
 from training.config.command_line import given_values, recipe_parser
 from training.config.recipe import SECTIONS, Recipe, load_recipe_file, shipped_recipes
+from training.data.dataset import LANES
 from training.data.tokenizers import BUILDERS
 from training.system.addresses import public_name
 from training.system.errors import UserError, unknown
@@ -20,6 +21,7 @@ EXAMPLES = """  acorn finetune gpt2 --text_files my.txt
   acorn finetune runs/quickstart --data_files pairs.jsonl --adapter dora --r 8
   acorn resume runs/gpt2-lora --max_steps 500                        continue a run
   accelerate launch -m finetune.finetune gpt2-full-text"""
+NO_MEMORY = "finetuning reads documents by themselves, without a memory; leave it out"
 KEEPS = "finetuning keeps the model's tokenizer; leave it out"
 
 
@@ -51,6 +53,8 @@ class FinetuneDataArguments(DataArguments):
     def __post_init__(self):
         if self.tokenizer in BUILDERS:
             raise UserError(f"tokenizer={self.tokenizer!r}: {KEEPS}")
+        if self.sampling == LANES:
+            raise UserError(f"sampling={LANES!r}: {NO_MEMORY}")
 
 
 @dataclass
@@ -112,7 +116,8 @@ class FinetuneRecipe(Recipe):
         "adapter": AdapterArguments,
     }
     refused: typing.ClassVar[dict[str, dict[str, str]]] = {
-        **Recipe.refused,
+        "training": Recipe.refused["training"]
+        | dict.fromkeys(("train_memory_length", "memory_reset_probability"), NO_MEMORY),
         "data": {
             "tokenizer_vocab_size": KEEPS,
             "streaming": "finetuning reads its data first; leave it out",

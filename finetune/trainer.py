@@ -42,6 +42,13 @@ class FinetuneTrainer(GPTTrainer):
             return tuple(SeparatedRows(rows, end) for rows in super().build_rows(args, data))
         return self._example_rows(args)
 
+    def memory_in_training(self, model, args, data) -> int:
+        """None: the rows are documents by themselves."""
+        return 0
+
+    def memory_in_evaluation(self) -> int:
+        return 0
+
     def _example_rows(self, args):
         """Rows of chats or pairs, or of a text's documents one by one where they cannot share a row."""
         end, documents = self.corpus.tokenizer.eos_token_id, documents_in(self.corpus, "train", self.context_length)

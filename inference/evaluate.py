@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from training.data.dataset import EvaluationRows, Rows
 from training.loop.evaluation import PositionSums, evaluate_rows
 from training.model.devices import best_device, refuse_emulated
-from training.model.loading import load_model_and_tokenizer
+from training.model.loading import OUR_TYPES, load_model_and_tokenizer, without_adapter
 from training.system.addresses import each_text, public_text
 from training.system.errors import UserError, one_line, quiet_libraries, run_main
 from training.system.files import check_output
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_text_flags(add)
     add("--block_size", type=int, help="tokens per sequence (default: the model's context)")
     add("--stride", type=int, help="tokens from one sequence to the next (default: block_size, none read twice)")
+    add("--memory_length", type=int, help="tokens of memory before each sequence (default: the model's memory_length)")
     add("--by_position", type=Path, help="PNG file for the loss by position in the context; its table on stderr")
     add_harness_flags(add)
     add("--per_device_eval_batch_size", type=int, default=32, help="sequences per batch")
@@ -67,7 +69,7 @@ def check(flags: argparse.Namespace, parser: FlagParser) -> None:
     if text and flags.data_dir:
         raise UserError(f"--data_dir: cannot be combined with --{text[0]}; give one of them")
     if flags.tasks is not None:
-        for name in (*TEXT, "data_dir", "stride", "by_position"):
+        for name in (*TEXT, "data_dir", "stride", "by_position", "memory_length"):
             if getattr(flags, name):
                 raise UserError(f"--{name}: cannot be combined with --tasks, whose texts are their own; leave it out")
     needed = dict.fromkeys(OF_TEXT, TEXT) | {"split": ("data_dir",)} | dict.fromkeys(OF_TASKS, ("tasks",))
@@ -114,10 +116,18 @@ def measure(flags: argparse.Namespace, model, measured: Measured) -> dict:
     device = next(model.parameters()).device.type
     autocast = (lambda: torch.autocast(device, torch.bfloat16)) if flags.bf16 else nullcontext
     sums = PositionSums(len(rows[0]["input_ids"])) if flags.by_position else None
+    memory_length = memory_of(flags, model, rows)
     batches = -(-len(rows) // batch_size)
     with tqdm(total=batches, unit="batch", leave=False, file=sys.stderr, disable=None) as bar:
         results = evaluate_rows(
-            model, rows, measured.num_bytes, batch_size, autocast, on_batch=bar.update, by_position=sums
+            model,
+            rows,
+            measured.num_bytes,
+            batch_size,
+            autocast,
+            on_batch=bar.update,
+            by_position=sums,
+            memory_length=memory_length,
         )
     results |= {"tokens": measured.tokens, "bytes": measured.num_bytes}
     if sums is not None:
@@ -125,6 +135,21 @@ def measure(flags: argparse.Namespace, model, measured: Measured) -> dict:
         draw_positions(sums, flags.by_position, f"{flags.model} on {measured.name}")
         print(f"{position_table(results['by_position'])}\nThe picture is in {flags.by_position}.", file=sys.stderr)
     return results
+
+
+def memory_of(flags: argparse.Namespace, model, rows: Rows) -> int:
+    """How many tokens of memory adjacent rows are read with: the model's own, unless the flags say otherwise."""
+    config, given = without_adapter(model).config, flags.memory_length
+    are_adjacent = isinstance(rows, EvaluationRows) and rows.stride == rows.context_length
+    if given is None:
+        return getattr(config, "memory_length", 0) if are_adjacent else 0
+    if given and config.model_type not in OUR_TYPES:
+        raise UserError(f"--memory_length={given}: only Acorn's own models have a memory; leave it out")
+    if given and (obstacle := config.memory_obstacle()):
+        raise UserError(f"--memory_length={given}: {obstacle}")
+    if given and not are_adjacent:
+        raise UserError(f"--memory_length={given}: is for sequences that follow each other; leave it or --stride out")
+    return given
 
 
 def save(flags: argparse.Namespace, results: dict) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from training.model.loading import add_loading_flags, load_model_and_tokenizer, loading_options
-from training.model.sampling import BEYOND_CONTEXT, TextPrinter, context_left, prompt_tensor, stop_tokens
+from training.model.sampling import (
+    BEYOND_CONTEXT,
+    DRAFTS,
+    TextPrinter,
+    context_left,
+    prompt_tensor,
+    reads_on,
+    stop_tokens,
+)
 from training.model.windows import has_learned_positions
 from training.system.errors import UserError, log, quiet_libraries, run_main, unknown
 from training.system.flags import FlagParser
@@ -136,10 +144,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def encode(flags: argparse.Namespace, model, tokenizer, prompts: list[Prompt]) -> list[list[int]]:
     """The ids of each prompt; one that the model cannot read whole is refused."""
-    is_window = flags.beyond_context != "extrapolate"
+    others = {"make_cache": flags.compile or flags.cache or None, **{name: getattr(flags, name) for name in DRAFTS}}
+    is_window, has_memory = flags.beyond_context != "extrapolate", reads_on(model, others)
+    if not is_window and has_memory:
+        raise UserError("beyond_context=extrapolate: the model goes on with its memory; leave it out")
     if not is_window and has_learned_positions(model):
         raise UserError("beyond_context=extrapolate: the model's positions are learned, and end with its context")
-    limit = context_left(model) if is_window else None
+    limit = context_left(model) if is_window and not has_memory else None
     return [prompt_tensor(tokenizer, prompt.text, limit, prompt.name)[0].tolist() for prompt in prompts]
 
 

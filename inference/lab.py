@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "linear": "what does a state of a fixed size cost, and what does it save?",
     "kv": "how small can the KV cache be? Loss and recall through every cache policy, against its bits",
     "floor": "what can be had without any cache, and what is the past worth to a model?",
+    "xl": "what is a memory of the segments before worth, and how far past its training length?",
 }
 
 

@@ -61,6 +61,8 @@ class GPTConfig(PreTrainedConfig):
         attention, arXiv 2405.04434); its heads' sizes are `qk_nope_head_dim` and `v_head_dim` (default:
         `hidden_size / num_attention_heads`), beside a rotary part of keys that the heads share, `qk_rope_head_dim`
         (default: half of that); q_lora_rank: that of the queries' bottleneck (default: none).
+    memory_length: tokens before each segment of `max_position_embeddings` tokens that evaluation and generation keep
+        in sight (Transformer-XL, see segment_memory.py); 0: none.
     bias: in all linear layers and LayerNorms but the head, which has `lm_head_bias`.
     initializer_range: standard deviation of linear weights; `embedding_initializer_range` of embeddings (default: the
         same); residual_init: `scaled` divides the output projections' by sqrt(2 * layers) (GPT-2), `zero` zeroes them;
@@ -114,6 +116,7 @@ class GPTConfig(PreTrainedConfig):
     qk_rope_head_dim: int | None = None
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
+    memory_length: int = 0
     bias: bool = True
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
@@ -305,6 +308,22 @@ class GPTConfig(PreTrainedConfig):
             if not isinstance(parameters[layer_type], dict):
                 raise ValueError(f"rope_parameters.{layer_type}={parameters[layer_type]!r}: must be a mapping")
             self._validate_rope(parameters[layer_type], f"rope_parameters.{layer_type}")
+
+    def validate_memory(self):
+        """Refuse a memory that this architecture cannot have."""
+        if self.memory_length < 0:
+            raise ValueError(f"memory_length={self.memory_length}: must be at least 0")
+        if self.memory_length and (obstacle := self.memory_obstacle()):
+            raise ValueError(f"memory_length={self.memory_length}: {obstacle}")
+
+    def memory_obstacle(self) -> str:
+        """Why a model of this architecture cannot keep a memory of segments, and the mend; empty where it can."""
+        if self.position_encoding not in ("rope", "none"):
+            how = "numbers a text from its beginning, and a memory goes on past all numbers"
+            return f"position_encoding={self.position_encoding!r} {how}; set it to rope or none"
+        if "linear_attention" in self.layer_types:
+            return "layer_types has 'linear_attention', which keeps a state of its own; use other layers"
+        return "a memory is not held in codes; leave kv_quantization out" if self.kv_quantization else ""
 
     def rope_layer_types(self) -> list[str]:
         """The kinds of layers that rotate each in a way of their own; none where all rotate alike."""

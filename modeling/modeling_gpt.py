@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -30,6 +31,7 @@ from .linear_attention import (
 )
 from .loss import causal_lm_loss
 from .positions import NoPositions, build_positions
+from .segment_memory import SegmentMemory
 
 
 def layer_norm(config: GPTConfig) -> nn.Module:
@@ -187,6 +189,11 @@ class GPTPreTrainedModel(PreTrainedModel):
             self.config.use_cache = use_cache
 
 
+def default_cache(config: GPTConfig) -> Cache:
+    """An empty cache of the kind that the model was trained with."""
+    return SegmentMemory(config) if config.memory_length else build_cache(config)
+
+
 class GPTModel(GPTPreTrainedModel):
     """Token ids to hidden states: embeddings, positions, blocks and the final norm."""
 
@@ -229,7 +236,7 @@ class GPTModel(GPTPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         cache = given_cache(cache, past_key_values)
         if use_cache and cache is None:
-            cache = build_cache(self.config)
+            cache = default_cache(self.config)
         refuse_padding(attention_mask, cache)
         cache = with_state_layers(cache, self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
@@ -363,12 +370,18 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """As in transformers, but generate()'s default is the cache that the model fills without it, too."""
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
+        """As in transformers, but generate()'s default is the cache that the model fills without it, too.
+
+        A memory reads a prompt in segments. It could not take drafts back, for which there is another cache.
+        """
         is_default = generation_config.cache_implementation is None and model_kwargs.get(CACHE_NAME) is None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if is_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
-            model_kwargs[CACHE_NAME] = build_cache(self.config)
+            has_drafts = generation_mode == GenerationMode.ASSISTED_GENERATION
+            cache = model_kwargs[CACHE_NAME] = (build_cache if has_drafts else default_cache)(self.config)
+            if isinstance(cache, SegmentMemory):
+                generation_config.prefill_chunk_size = self.config.max_position_embeddings
         with_state_layers(model_kwargs.get(CACHE_NAME), self.config)  # generate() asks it for its length
 
     def _softcapped(self, logits: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Caches that hold keys as they were before their positions turned them.
+"""Caches that hold keys as they were before their positions turned them, and Transformer-XL's memory, which is one.
 
 What is evicted, moved or carried into another segment needs that: a key can then be turned for the place it has now.
 """
@@ -66,4 +66,85 @@ class UnrotatedLayer(DynamicLayer):
         self.seen = 0
 
 
-__all__ = ["UnrotatedCache", "UnrotatedLayer"]
+class MemoryLayer(UnrotatedLayer):
+    """The tokens of the segment that is being read, and the `memory_length` before it."""
+
+    def __init__(self, memory_length: int, segment_length: int):
+        super().__init__()
+        self.memory_length, self.segment_length = memory_length, segment_length
+        self.read = 0  # tokens of the segment that is being read
+
+    def keep(self, keys, values, turned, query_states, scaling):
+        """Where a segment is full the next one begins: of all before it the last `memory_length` tokens stay."""
+        self.read = (self.read + query_states.shape[-2]) % self.segment_length
+        start = max(0, keys.shape[-2] - self.memory_length - self.read)
+        keys, values = keys[..., start:, :].detach(), values[..., start:, :].detach()
+        # A view of what was cut would hold on to all of it.
+        self.keys, self.values = (keys.clone(), values.clone()) if start else (keys, values)
+
+    @property
+    def held(self) -> int:
+        """How many tokens it holds."""
+        return self.get_mask_sizes(0)[0]
+
+    def reset(self) -> None:
+        super().reset()
+        self.read = 0
+
+
+class SegmentMemory(UnrotatedCache):
+    """Transformer-XL's memory (arXiv 1901.02860): what each layer knew of the tokens before the segment it reads.
+
+    A text is read in segments of `max_position_embeddings` tokens. All tokens of a segment attend to those before them
+    in it, and to the last `memory_length` tokens before it, through which no gradient flows. So a layer sees
+    `memory_length` tokens further than the one below it, and a text without end takes a state of bounded size. Read
+    token by token, or in pieces that end where segments do, a text gives the same as segment by segment.
+
+    Unlike the paper's, it holds keys and values and not the hidden states that they are made of: those of a memory are
+    not made again with today's weights, and the projections learn from the segment alone. Positions are the model's own
+    (rotary, or none), not the paper's relative sinusoids with biases of their own.
+
+    memory_length: tokens, in place of the configuration's.
+    """
+
+    def __init__(self, config, memory_length: int | None = None):
+        length = config.memory_length if memory_length is None else memory_length
+        segment = config.max_position_embeddings
+        super().__init__(layers=[MemoryLayer(length, segment) for _ in range(config.num_hidden_layers)])
+        self.known: torch.Tensor | int = (
+            0  # (batch,): how many of the tokens that are held a row has read since it began
+        )
+
+    def begin_segment(self, is_new: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Make ready for one more segment of a batch whose rows go on where they stood.
+
+        is_new: (batch,), true or 1 where a row is another text, of which nothing is known. tokens: of the segment.
+        Returns its attention mask, (batch, held + tokens): what a row held before it began anew is hidden from it.
+        """
+        held = self.layers[0].held
+        for layer in self.layers:
+            layer.seen = layer.held  # numbered anew: positions stay small however long the text is
+        known = torch.as_tensor(self.known, device=is_new.device).clamp(max=held)
+        known = torch.where(is_new.bool(), 0, known)
+        self.known = known + tokens
+        return (torch.arange(held + tokens, device=is_new.device) >= held - known[:, None]).long()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it holds between two segments, by name, each with the batch first."""
+        held = {"known": self.known}
+        for number, layer in enumerate(self.layers):
+            if layer.is_initialized:  # one that reuses another's keys holds nothing
+                held |= {f"keys.{number}": layer.keys, f"values.{number}": layer.values}
+        return held
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what `tensors` gave; they are on the device, and of the type, that the model computes with."""
+        self.known = tensors["known"]
+        for number, layer in enumerate(self.layers):
+            if f"keys.{number}" in tensors:
+                layer.lazy_initialization(tensors[f"keys.{number}"], tensors[f"values.{number}"])
+                layer.keys, layer.values = tensors[f"keys.{number}"], tensors[f"values.{number}"]
+                layer.seen = layer.held
+
+
+__all__ = ["MemoryLayer", "SegmentMemory", "UnrotatedCache", "UnrotatedLayer"]

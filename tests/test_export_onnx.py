@@ -23,6 +23,7 @@ REFUSED = {  # variant: the field that stands in the way
     "kv_quantization_mixed_layers": "kv_quantization",
     "latent": "kv_lora_rank",
     "latent_shared_sliding": "kv_lora_rank",
+    "memory": "memory_length",
     "sliding_window_two": "sliding_window",
     **dict.fromkeys(WITHOUT_KEYS, "layer_types"),
 }

@@ -53,6 +53,9 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
                 "logits": torch.equal(model(expected["ids"]).logits, expected["logits"]),
                 "hidden states": torch.equal(base(expected["ids"]).last_hidden_state, expected["hidden_states"]),
             }
+            if config.memory_length:
+                grown = model.generate(expected["ids"], max_new_tokens=20, do_sample=False)
+                checks["text past the context"] = torch.equal(grown, expected["grown"])
         wrong[folder.name] = [what for what, holds in checks.items() if not holds]
     except Exception as error:
         wrong[folder.name] = [repr(error)]
@@ -96,7 +99,10 @@ def test_all_variants_load_where_acorn_is_not(ids: torch.Tensor, tmp_path: Path)
         model, folder = random_model(tiny_config(**overrides)), tmp_path / "saved" / name
         model.save_pretrained(folder)
         hidden_states = model.model(ids).last_hidden_state
-        torch.save({"ids": ids, "logits": model(ids).logits, "hidden_states": hidden_states}, folder / "expected.pt")
+        expected = {"ids": ids, "logits": model(ids).logits, "hidden_states": hidden_states}
+        if model.config.memory_length:
+            expected["grown"] = model.generate(ids, max_new_tokens=20, do_sample=False)
+        torch.save(expected, folder / "expected.pt")
     wrong = run_without_acorn(LOAD_ALL, tmp_path / "saved", cwd=tmp_path)
     assert wrong == {name: [] for name in VARIANTS}
 

@@ -17,7 +17,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from benchmarks import kill_resume
-from training.data.dataset import StepSampler
+from training.loop.lanes import StepSampler
 from training.share.metrics_file import read_metrics
 from training.system.run_files import damage
 

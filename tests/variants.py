@@ -130,6 +130,7 @@ VARIANTS: dict[str, dict] = {
         "qk_nope_head_dim": 5,
         "v_head_dim": 7,
     },
+    "memory": {"position_encoding": "rope", "memory_length": 16, "max_position_embeddings": 8},
     "no_bias": {"bias": False},
     "head_bias": {"lm_head_bias": True},
     "untied": {"tie_word_embeddings": False},

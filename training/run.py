@@ -25,11 +25,12 @@ from .data.corpus import (
     refuse_other_inputs,
     whereabouts,
 )
-from .data.dataset import EvaluationRows
+from .data.dataset import LANES, EvaluationRows
 from .data.preparation import prepare
 from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing, encoding_hash
+from .loop.memory import check_memory
 from .loop.trainer import GPTTrainer
 from .model.devices import choose_attention, describe_precision, record_precision
 from .model.loading import load_model_tokenizer
@@ -60,6 +61,8 @@ from .system.files import refuse_used, write_whole
 from .system.lock import claimed
 from .system.shell import shell
 
+# What the lanes of a run, and what they remember, follow from.
+OF_LANES = ("tokens_per_step", "max_position_embeddings", "train_memory_length", "memory_reset_probability")
 # A section that one kind of run alone has in its recipe: where its subclass of Run is, imported to open such a run.
 KINDS = {"adapter": ("finetune.run", "FinetuneRun")}
 
@@ -122,6 +125,7 @@ class Run:
     def check(self) -> None:
         """Refuse what cannot be done here, before anything is read."""
         refuse_too_large(self.recipe, self.args)
+        check_memory(self.recipe.model_config(), self.recipe.data_arguments(), self.args)
 
     def open_data(self, is_resumed: bool = False) -> None:
         """Read the data in every process; what the first one has prepared the others load, and need not hash again."""
@@ -227,6 +231,8 @@ class Run:
         fixed = [key for key in training if key in self.fixed_training]
         fixed += [key for key in model if key not in self.changeable_model]
         fixed += [key for section in ("data", "adapter") for key in flags.get(section, {})]
+        if recipe.data.get("sampling") == LANES:  # as many as a step has sequences; they go on where they are
+            fixed += [key for key in (*training, *model) if key in OF_LANES]
         if fixed:
             mend = f"start another with `acorn {self.verb}`"
             raise UserError(f"--{fixed[0]} cannot change in a run that has begun: {mend}")

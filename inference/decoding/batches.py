@@ -12,7 +12,7 @@ from packaging import version
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from training.model.loading import without_adapter
-from training.model.sampling import DRAFTS, Sample, Stops, context_left, continue_ids, cut_sample
+from training.model.sampling import DRAFTS, Sample, Stops, context_left, continue_ids, cut_sample, reads_on
 from training.model.sizes import text_config
 from training.system.errors import UserError, one_line
 
@@ -87,6 +87,7 @@ def _key(job: Job, place: int, length: int) -> int:
     # PEFT counts the padding's positions before virtual tokens; some rotary scalings follow the longest row.
     reads_padding |= has_virtual_tokens(job.model) or job.beyond_context == "extrapolate"
     reads_padding |= getattr(job.generation.get("make_cache"), "is_bounded", False)  # it loses track of padding
+    reads_padding |= reads_on(job.model, job.generation)  # its segments begin where the padding does
     return length if reads_padding else 0
 
 
@@ -159,6 +160,9 @@ def refuse_drafts(job: Job, longest: int) -> None:
     if "sliding_attention" in layers and version.parse(transformers.__version__) < version.parse("5.18"):
         raise UserError(f"drafts: with sliding windows they need transformers 5.18, not {transformers.__version__}")
     context = context_left(job.model) - job.generation.get("prompt_lookup_num_tokens", 0)
+    if reads_on(job.model, {}) and longest + job.max_new_tokens > context:
+        raise UserError("drafts: not past the context of a model with a memory, which cannot take them back; shorten "
+                        "--max_new_tokens, or give no drafts")  # fmt: skip
     names = [name for name in (*READ_THE_PROMPT, "begin_suppress_tokens", "max_time") if name in job.generation]
     if names and job.beyond_context == "window" and longest + job.max_new_tokens > context:
         least = f"take --max_new_tokens {context - longest} or less" if context > longest else "shorten the prompt"

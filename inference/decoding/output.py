@@ -9,7 +9,10 @@ from typing import IO
 
 import torch
 
-from training.model.sampling import Sample, context_left
+from modeling.compat import CACHE_NAME
+from modeling.segment_memory import SegmentMemory
+from training.model.loading import without_adapter
+from training.model.sampling import Sample, context_left, reads_on
 from training.system.errors import UserError
 
 from .batches import Job
@@ -53,10 +56,15 @@ def json_line(prompt: Prompt, number: int, sample: Sample, logprobs: list[float]
 def log_probabilities(job: Job, prompt: list[int], sample: Sample) -> list[float]:
     """The natural logarithm of each token's probability, as the model gives it: before temperature and penalties.
 
-    Read in the windows that they were generated in.
+    Read in the windows, or with the memory, that they were generated in.
     """
     ids = torch.tensor([*prompt, *sample.tokens], device=job.model.device)
     context = len(ids) if job.beyond_context == "extrapolate" else context_left(job.model)
+    if len(ids) > context and reads_on(job.model, job.generation):
+        memory = SegmentMemory(without_adapter(job.model).config)
+        pieces = [job.model(piece, **{CACHE_NAME: memory}).logits[0] for piece in ids[None, :-1].split(context, dim=1)]
+        found = torch.cat(pieces)[len(prompt) - 1 :].float().log_softmax(-1)
+        return [round(value, 6) for value in found.gather(1, ids[len(prompt) :, None])[:, 0].tolist()]
     found: list[float] = []
     start, first = 0, len(prompt)
     while first < len(ids):

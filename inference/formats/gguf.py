@@ -58,7 +58,8 @@ def rope_type(config: GPTConfig) -> str | None:
 
 
 NEVER_HELD = (
-    "norm_order", "layer_types", "kv_sharing_modes", "kv_quantization", "kv_lora_rank", "lm_head_bias", "logit_softcap",
+    "norm_order", "layer_types", "kv_sharing_modes", "kv_quantization", "kv_lora_rank", "memory_length", "lm_head_bias",
+    "logit_softcap",
 )  # fmt: skip
 NEVER = {name: OBSTACLES[name] for name in NEVER_HELD}
 NEVER["embedding_norm"] = (

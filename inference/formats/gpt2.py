@@ -111,6 +111,7 @@ OBSTACLES: dict[str, Obstacle] = {
     "kv_sharing_modes": (lambda c: "reuse" in (c.kv_sharing_modes or ()), "every layer has its own keys and values"),
     "kv_quantization": (lambda c: c.kv_quantization is not None, "it does not quantize keys and values"),
     "kv_lora_rank": (lambda c: c.kv_lora_rank is not None, "every head has keys and values of its own"),
+    "memory_length": (lambda c: c.memory_length > 0, "it has no memory of the segments before"),
     "lm_head_bias": (lambda c: c.lm_head_bias, "its head has no bias"),
     "logit_softcap": (lambda c: c.logit_softcap is not None, "it does not cap its logits"),
 }

@@ -53,6 +53,10 @@ OBSTACLES: dict[str, Obstacle] = {
         lambda c: c.kv_quantization is not None,
         "its cache holds codes, and the exporter knows those of keys and values",
     ),
+    "memory_length": (
+        lambda c: c.memory_length > 0,
+        "what it keeps of a text depends on where a segment ends, and a graph has no conditions on numbers",
+    ),
     "sliding_window": (
         lambda c: "sliding_attention" in c.layer_types and c.sliding_window == 2,
         "its cache keeps one token, which the exporter takes for a constant; windows from 3 on can be written",

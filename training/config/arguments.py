@@ -43,7 +43,7 @@ class DataArguments:
     shard_size: int = help_field("Tokens per shard file.", 100_000_000)
     num_proc: int = help_field("Number of tokenizing processes; 1 uses the tokenizer's own threads.", 1)
     on_bad_file: str = help_field("What to do about an unreadable file or row: stop or skip.", "stop")
-    sampling: str = help_field("Training sequences at random offsets, or shuffled: each once per epoch.", "random")
+    sampling: str = help_field("Training sequences: random offsets, shuffled (once per epoch), or lanes.", "random")
 
 
 @dataclass
@@ -83,6 +83,8 @@ class GPTTrainingArguments(TrainingArguments):
     tokens_per_step: int | None = help_field("Tokens per optimizer step; sets gradient_accumulation_steps.")
     per_device_train_batch_size: int = help_field("Sequences per device in one forward pass.", 12)
     per_device_eval_batch_size: int = help_field("Sequences per device in one forward pass of evaluation.", 32)
+    train_memory_length: int | None = help_field("Tokens of memory in training (default: memory_length).")
+    memory_reset_probability: float = help_field("Probability that a lane's memory is emptied at a step.", 0.0)
     optimizer: str = help_field(f"Optimizer: {' or '.join(OPTIMIZERS)}.", "adamw")
     learning_rate: float = help_field("Peak learning rate of AdamW.", 6e-4)
     muon_learning_rate: float = help_field("Peak learning rate of the hidden matrices under muon.", 0.02)

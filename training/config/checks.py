@@ -18,7 +18,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import trainer_log_levels
 from transformers.utils import import_utils
 
-from ..data.dataset import SAMPLERS
+from ..data.dataset import LANES, SAMPLERS
 from ..data.sources import SPLITTERS
 from ..model.loading import DTYPES
 from ..model.optimizers import OPTIMIZERS
@@ -44,7 +44,7 @@ CHOICES = {
     "dataloader_multiprocessing_context": multiprocessing.get_all_start_methods(),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl"),
     "debug": ("underflow_overflow",),
-    "sampling": SAMPLERS,
+    "sampling": (*SAMPLERS, LANES),
     "validation_by": SPLITTERS,
     "on_bad_file": ("stop", "skip"),
     "data_format": ("auto", "text", "pairs", "chat"),
@@ -78,7 +78,7 @@ _REFUSED = {
     "a resumed run always restores them": "restore_callback_states_from_checkpoint",
     "use `acorn resume RUN_DIR --checkpoint …`": "resume_from_checkpoint",
     "use `acorn estimate`, or the report of a finetuning run": "skip_memory_metrics",
-    "use sampling (random, shuffled)": "train_sampling_strategy",
+    "use sampling (random, shuffled, lanes)": "train_sampling_strategy",
     "training uses no cache, and the saved model has it on": "use_cache",
 }
 REFUSED = {name: place for place, names in _REFUSED.items() for name in names.split()}

@@ -34,6 +34,7 @@ MODEL_HELP = {
     "layer_types": "full_attention, sliding_attention or linear_attention for each layer.",
     "linear_attention": "Kind of linear layers: elu (elu(x) + 1) or gated_delta.",
     "sliding_window": "Number of tokens that sliding attention looks back.",
+    "memory_length": "Tokens before each segment that the model keeps in memory (Transformer-XL); 0: none.",
     "tie_word_embeddings": "Share the embedding with the output layer.",
     "attn_implementation": "Attention kernel: sdpa, eager, flash_attention_2, flex_attention (default: sdpa).",
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..system.errors import UserError
 
@@ -385,16 +385,4 @@ def _splitmix64(numbers: np.ndarray) -> np.ndarray:
 
 
 SAMPLERS = {"random": random_starts, "shuffled": shuffled_starts}
-
-
-class StepSampler(Sampler):
-    """Row indices in order, from the first row of the trainer's current step on: resuming replays nothing."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        return len(self.trainer.train_dataset)
-
-    def __iter__(self):
-        return iter(range(self.trainer.state.global_step * self.trainer.rows_per_step, len(self)))
+LANES = "lanes"  # the name of rows that follow each other from step to step, see loop/lanes.py

@@ -9,9 +9,12 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from modeling.loss import CHUNK_ELEMENTS
+from modeling.segment_memory import SegmentMemory
 
 from ..data.dataset import IGNORED, Rows, collate_rows
 from ..model.loading import without_adapter
+from .lanes import HeldOutLanes
+from .memory import warm_up, with_memory
 
 
 class PositionSums:
@@ -41,15 +44,22 @@ def evaluate_rows(
     world_size: int = 1,
     on_batch=None,
     by_position: PositionSums | None = None,
+    memory_length: int = 0,
 ) -> dict[str, float]:
     """Loss, perplexity, bits per byte and token accuracy of `model` on `rows`, in float32 from the logits on.
 
     num_bytes: UTF-8 bytes of the text the rows hold. autocast: a context-manager factory for the forward. Of several
     processes each takes every world_size-th batch and all return the same. on_batch is called after each batch.
-    by_position: takes the sums of this process's batches apart.
+    by_position: takes the sums of this process's batches apart. memory_length: tokens of memory with which adjacent
+    rows are read, in as many lanes as a batch has rows; the model is one of ours.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
+    memory, processes = None, world_size
+    if memory_length:
+        memory = SegmentMemory(without_adapter(model).config, memory_length)
+        rows = HeldOutLanes(rows, batch_size, warm_up(memory), rank, world_size)
+        batch_size, rank, world_size = rows.lanes, 0, 1  # its lanes are this process's own
     sums, batches = [], -(-len(rows) // batch_size)
     # The blocks may be compiled for training shapes; one pass over the split is not worth a second compilation.
     with torch.compiler.set_stance("force_eager"):
@@ -59,7 +69,8 @@ def evaluate_rows(
             start = number % batches * batch_size
             batch = collate_rows(rows.__getitems__(range(start, min(start + batch_size, len(rows)))))
             batch = {key: value.to(device) for key, value in batch.items()}
-            counted = _token_sums(model, batch, autocast, batch_size)
+            inputs = batch if memory is None else with_memory(memory, batch)
+            counted = _token_sums(model, inputs, autocast, batch_size)
             if number < batches:
                 sums.append(counted.sum(1))
                 if by_position is not None:
@@ -69,7 +80,7 @@ def evaluate_rows(
     model.train(was_training)
     # Float64 on the CPU: some devices (MPS) have none.
     sums = torch.stack(sums).double().cpu() if sums else torch.zeros(0, 3, dtype=torch.float64)
-    if world_size > 1:
+    if processes > 1:
         sums = torch.cat(gather_object([sums]))  # in the order of ranks
     nats, right, tokens = sums.T.tolist()
     return language_metrics(nats, right, tokens, num_bytes)
@@ -151,6 +162,9 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
 
 def _few_rows(inputs: dict[str, torch.Tensor], pieces: int) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
     """Yield (rows, how many of them count) `pieces` times; none is run as one that does not count."""
+    if pieces == 1:
+        yield inputs, len(inputs["input_ids"])
+        return
     split = {key: value.tensor_split(pieces) for key, value in inputs.items()}
     for index in range(pieces):
         count = len(split["input_ids"][index])

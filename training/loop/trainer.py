@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..config.arguments import DataArguments, GPTTrainingArguments, SampleArguments, fitting_micro_batches
 from ..data.corpus import Corpus, Inputs
-from ..data.dataset import IGNORED, EvaluationRows, Rows, StepSampler, collate_rows
+from ..data.dataset import IGNORED, EvaluationRows, Rows, collate_rows
 from ..model.devices import allow_tf32
 from ..model.optimizers import build_optimizer
 from ..model.sizes import flops_per_token
@@ -20,6 +20,8 @@ from .callbacks import ConsoleTable, StopOnSignal
 from .checkpointing import CheckpointingTrainer, ResumeCallback
 from .evaluation import evaluate_rows
 from .fast_dropout import use_fast_dropout
+from .lanes import StepSampler, training_rows
+from .memory import CarriesMemory, check_memory
 from .push_while_training import PushesToHub
 
 # Every private method of transformers' Trainer that GPTTrainer and its classes override or call, and its parameters:
@@ -40,7 +42,7 @@ PRIVATE_METHODS = {
 }
 
 
-class GPTTrainer(PushesToHub, CheckpointingTrainer):
+class GPTTrainer(PushesToHub, CarriesMemory, CheckpointingTrainer):
     """The only training loop.
 
     model: a GPTForCausalLM. corpus: prepared tokens, train and validation. data, sample: DataArguments (how training
@@ -65,7 +67,9 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
         self.tokens_per_step = args.tokens_per_step
         self.corpus = corpus
         self.sample = sample or SampleArguments()
-        training_rows, evaluation_rows = self.build_rows(args, data or DataArguments())
+        data = data or DataArguments()
+        self.train_memory_length = self.memory_in_training(model, args, data)
+        training_rows, evaluation_rows = self.build_rows(args, data)
         self.flops_per_token = self.count_flops(model)
         super().__init__(
             model=model,
@@ -84,14 +88,16 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
 
     def build_rows(self, args: GPTTrainingArguments, data: DataArguments) -> tuple[Rows, Rows]:
         """Rows for all of training, and those of one evaluation; also counts the steps of `args` given in epochs."""
-        tokens = self.corpus.tokens("train")
+        tokens, context = self.corpus.tokens("train"), self.context_length
         is_endless = args.max_steps > 0 and self.corpus.directory is None  # a stream has no length
         args.count_steps(0 if is_endless else len(tokens) / self.tokens_per_step)
         rows = self.rows_per_step * args.max_steps
-        return (
-            tokens.training_rows(self.context_length, args.order_seed, rows, data.sampling),
-            EvaluationRows(self.corpus.tokens("validation"), self.context_length),
-        )
+        training = training_rows(tokens, data, args, context, self.rows_per_step, rows)
+        return training, EvaluationRows(self.corpus.tokens("validation"), context)
+
+    def memory_in_training(self, model, args: GPTTrainingArguments, data: DataArguments) -> int:
+        """How many tokens of memory each lane is trained with."""
+        return check_memory(model.config, data, args)
 
     @property
     def inputs(self) -> Inputs:
@@ -100,7 +106,7 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
 
     def count_flops(self, model) -> float:
         """FLOPs of training on one token."""
-        return flops_per_token(model.config, self.context_length)
+        return flops_per_token(model.config, self.context_length + self.train_memory_length)
 
     def blocks(self, model) -> Iterable[nn.Module]:
         """The repeated layers, which `torch_compile` compiles one by one."""
@@ -128,6 +134,7 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
         fitting = fitting_micro_batches(self.rows_per_step, args.world_size)
         self._train_batch_size = max(size for size in fitting if size <= self._train_batch_size)
         args.gradient_accumulation_steps = self.rows_per_step // (self._train_batch_size * args.world_size)
+        self.memories = []
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
@@ -204,6 +211,7 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
             self.compute_loss_context_manager,
             self.args.process_index,
             self.args.world_size,
+            memory_length=self.memory_in_evaluation(),
         )
         if not math.isfinite(results["loss"]):
             self.stop_on_nan(results["loss"])
@@ -211,6 +219,10 @@ class GPTTrainer(PushesToHub, CheckpointingTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def memory_in_evaluation(self) -> int:
+        """How many tokens of memory the rows of an evaluation, which follow each other, are read with."""
+        return self.accelerator.unwrap_model(self.model).config.memory_length
 
     def evaluate_unless_done(self) -> None:
         """One evaluation at the very end where the interval does not fall on it, so that the best is the best."""

@@ -258,14 +258,15 @@ def continue_ids(
     attention_mask: (rows, tokens), zero where a row is padded on the left. ends: the tokens that end a row, which is
     filled with the first of them; None: the model's own. stops: texts that end a row too. beyond_context: where the
     context is full the model goes on from its last half ("window"), or at positions it has not been trained on
-    ("extrapolate"). make_cache: tokens to an empty cache that holds them; None: generate()'s own. generation:
-    transformers' generate() arguments.
+    ("extrapolate"); one with a memory just goes on. make_cache: tokens to an empty cache that holds them; None:
+    generate()'s own. generation: transformers' generate() arguments.
     """
     ends = stop_tokens(model) if ends is None else ends
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     settings = {"streamer": streamer, "pad_token_id": ends[0] if ends else None, **generation}
     context, length = context_left(model), input_ids.shape[1] + max_new_tokens
-    if beyond_context == "extrapolate" or length + (generation.get("prompt_lookup_num_tokens") or 0) <= context:
+    fits = length + (generation.get("prompt_lookup_num_tokens") or 0) <= context
+    if fits or beyond_context == "extrapolate" or reads_on(model, {"make_cache": make_cache, **generation}):
         reading = nullcontext()
     elif any(generation.get(name) is not None for name in DRAFTS):
         return continue_by_windows(model, input_ids, max_new_tokens, context, ends, stops, settings)
@@ -317,6 +318,12 @@ def context_left(model) -> int:
     """The context in tokens, less what the virtual tokens of a prompt or prefix adapter take of it."""
     adapter = getattr(model, "active_peft_config", None)
     return context_of(model.config) - (getattr(adapter, "num_virtual_tokens", 0) or 0)
+
+
+def reads_on(model, generation: dict[str, Any]) -> bool:
+    """Whether generate(), with these arguments, goes past the context by itself: with a memory of what came before."""
+    others = any(generation.get(name) is not None for name in ("make_cache", "cache_implementation", *DRAFTS))
+    return getattr(without_adapter(model).config, "memory_length", 0) > 0 and not others
 
 
 def sampling_arguments(temperature: float, top_k: int | None, top_p: float | None, **more) -> dict:

@@ -42,6 +42,7 @@ _RANGES = {
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps tokens_per_step": _whole(1),
     "save_total_limit early_stopping_patience dataloader_prefetch_factor torch_empty_cache_steps": _whole(1),
     "shard_size validation_characters tokenizer_vocab_size block_size stride num_virtual_tokens length": _whole(1),
+    "memory_length train_memory_length": _whole(0, 10**9),
     "ddp_timeout ddp_bucket_cap_mb": _whole(1, 10**9),
     "num_train_epochs peak_flops lora_alpha loraplus_lr_ratio": Range(
         "a finite number above 0", lambda x: 0 < x < math.inf
@@ -49,7 +50,7 @@ _RANGES = {
     "learning_rate muon_learning_rate weight_decay max_grad_norm adam_epsilon eval_delay": Range(
         "a finite number of at least 0", lambda x: 0 <= x < math.inf
     ),
-    "adam_beta1 adam_beta2 muon_momentum lora_dropout label_smoothing_factor": Range(
+    "adam_beta1 adam_beta2 muon_momentum lora_dropout label_smoothing_factor memory_reset_probability": Range(
         "at least 0 and below 1", lambda x: 0 <= x < 1
     ),
     "validation_fraction": Range("above 0 and below 1", lambda x: 0 < x < 1),
