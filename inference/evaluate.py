@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from modeling.segment_memory import memory_obstacle
 from training.data.dataset import EvaluationRows, Rows
 from training.loop.evaluation import PositionSums, evaluate_rows
 from training.model.devices import best_device, refuse_emulated
@@ -145,7 +146,7 @@ def memory_of(flags: argparse.Namespace, model, rows: Rows) -> int:
         return getattr(config, "memory_length", 0) if are_adjacent else 0
     if given and config.model_type not in OUR_TYPES:
         raise UserError(f"--memory_length={given}: only Acorn's own models have a memory; leave it out")
-    if given and (obstacle := config.memory_obstacle()):
+    if given and (obstacle := memory_obstacle(config)):
         raise UserError(f"--memory_length={given}: {obstacle}")
     if given and not are_adjacent:
         raise UserError(f"--memory_length={given}: is for sequences that follow each other; leave it or --stride out")

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .kv_quantization import KV_QUANTIZATION, packing_unit
+from .segment_memory import memory_obstacle
 
 CHOICES = {
     "position_encoding": ("learned", "sinusoidal", "rope", "none"),
@@ -313,17 +314,8 @@ class GPTConfig(PreTrainedConfig):
         """Refuse a memory that this architecture cannot have."""
         if self.memory_length < 0:
             raise ValueError(f"memory_length={self.memory_length}: must be at least 0")
-        if self.memory_length and (obstacle := self.memory_obstacle()):
+        if self.memory_length and (obstacle := memory_obstacle(self)):
             raise ValueError(f"memory_length={self.memory_length}: {obstacle}")
-
-    def memory_obstacle(self) -> str:
-        """Why a model of this architecture cannot keep a memory of segments, and the mend; empty where it can."""
-        if self.position_encoding not in ("rope", "none"):
-            how = "numbers a text from its beginning, and a memory goes on past all numbers"
-            return f"position_encoding={self.position_encoding!r} {how}; set it to rope or none"
-        if "linear_attention" in self.layer_types:
-            return "layer_types has 'linear_attention', which keeps a state of its own; use other layers"
-        return "a memory is not held in codes; leave kv_quantization out" if self.kv_quantization else ""
 
     def rope_layer_types(self) -> list[str]:
         """The kinds of layers that rotate each in a way of their own; none where all rotate alike."""

@@ -66,6 +66,16 @@ class UnrotatedLayer(DynamicLayer):
         self.seen = 0
 
 
+def memory_obstacle(config) -> str:
+    """Why a model of this configuration cannot keep a memory of segments, and the mend; empty where it can."""
+    if config.position_encoding not in ("rope", "none"):
+        how = "numbers a text from its beginning, and a memory goes on past all numbers"
+        return f"position_encoding={config.position_encoding!r} {how}; set it to rope or none"
+    if "linear_attention" in config.layer_types:
+        return "layer_types has 'linear_attention', which keeps a state of its own; use other layers"
+    return "a memory is not held in codes; leave kv_quantization out" if config.kv_quantization else ""
+
+
 class MemoryLayer(UnrotatedLayer):
     """The tokens of the segment that is being read, and the `memory_length` before it."""
 
@@ -147,4 +157,4 @@ class SegmentMemory(UnrotatedCache):
                 layer.seen = layer.held
 
 
-__all__ = ["MemoryLayer", "SegmentMemory", "UnrotatedCache", "UnrotatedLayer"]
+__all__ = ["MemoryLayer", "SegmentMemory", "UnrotatedCache", "UnrotatedLayer", "memory_obstacle"]

@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer
 
 from modeling.compat import CACHE_NAME
-from modeling.segment_memory import SegmentMemory
+from modeling.segment_memory import SegmentMemory, memory_obstacle
 
 from ..data.dataset import LANES
 from ..system.checkpoints import reading
@@ -48,7 +48,7 @@ def check_memory(config, data, args) -> int:
         )
     if not length:
         return 0
-    if obstacle := config.memory_obstacle():
+    if obstacle := memory_obstacle(config):
         raise UserError(f"{what}: {obstacle}")
     if not in_lanes:
         how = "a stream's rows" if data.streaming else f"rows of sampling={data.sampling!r}"
