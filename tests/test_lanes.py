@@ -1,5 +1,6 @@
 """Rows in lanes, and runs that carry a memory along them: accumulated, on two processes, killed, evaluated, refused."""
 
+import functools
 import json
 import math
 import shutil
@@ -261,7 +262,8 @@ def test_it_reads_as_decoding_does() -> None:
     ids = torch.randint(61, (400,), generator=torch.Generator().manual_seed(3))
     streams = cut_streams(ids, 44, 8, 1.0)
     for memory_length in (0, 5, 30):
-        decoded, _ = decode(model, streams.ids, SegmentMemory(model.config, memory_length), streams.first)
+        new_memory = functools.partial(SegmentMemory, model.config, memory_length)
+        decoded = decode(model, streams.ids, streams.first, new_memory, 8).nats
         torch.testing.assert_close(xl.read(model, streams, memory_length), decoded, rtol=1e-4, atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from training.run import open_run
 from training.system.checkpoints import run_of
 from training.system.errors import UserError
 
-from ..measuring.kv_report import Streams, cut_streams, drawn_means, paired
+from ..measuring.kv_report import Streams, cut_streams, drawn_mean, paired
 from ..measuring.texts import add_text_flags
 from .common import Output, grow, held_out_ids, next_command
 
@@ -111,7 +111,7 @@ def measure(name: str, model, streams: Streams, length: int, seed: int, out: Out
     ) as bar:
         for factor in FACTORS:
             nats = read(model, streams, round(factor * length), bar.update)
-            bits = drawn_means(nats.double().sum(1) / math.log(2) / num_bytes, seed)
+            bits = drawn_mean(nats.double().sum(1) / math.log(2) / num_bytes, seed)
             row = {"trained": name, "memory": round(factor * length), "factor": factor, "bits_per_byte": bits.value}
             row |= {"low": bits.low, "high": bits.high}
             if before is not None:
