@@ -89,6 +89,13 @@ def test_bits_are_those_of_one_row_at_16_bits_a_number(model, streams) -> None:
     assert own.mean_bits == pytest.approx(16 * numbers * (1 + streams.first + LENGTH) / 2 / LENGTH)
 
 
+def test_a_state_of_a_fixed_size_is_counted_as_it_is(streams) -> None:
+    model = random_model(tiny_config(layer_types=["linear_attention"] * 2, position_encoding="none"))
+    held = decode(model, streams.ids, streams.first, own_cache, 4)
+    assert held.bits > 0
+    assert held.mean_bits == pytest.approx(held.bits)
+
+
 def test_intervals_cover_as_often_as_they_say() -> None:
     """Of known streams: the truth lies within 95 of 100 intervals, give or take what 200 draws do."""
     generator, covered = torch.Generator().manual_seed(0), 0

@@ -95,18 +95,15 @@ def own_cache() -> None:
 
 
 def held_bits(cache: Cache) -> int:
-    """Every bit that a cache holds; of one that does not say, its keys and values at 16 bits a number."""
-    if hasattr(cache, "state_bits"):
-        return cache.state_bits()
-    return sum(layer_bits(layer) for layer in cache.layers)
+    """Every bit that a cache holds; of a layer that does not say, its keys and values at 16 bits a number."""
+    return cache.state_bits() if hasattr(cache, "state_bits") else sum(map(bits_of_layer, cache.layers))
 
 
-def layer_bits(layer) -> int:
-    """Every bit that a layer of a cache holds, counted likewise."""
+def bits_of_layer(layer) -> int:
     if hasattr(layer, "state_bits"):
         return layer.state_bits()
-    tensors = [getattr(layer, name, None) for name in ("keys", "values")]
-    return FULL_BITS * sum(tensor.numel() for tensor in tensors if tensor is not None)
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    return FULL_BITS * sum(states.numel() for states in held if states is not None)
 
 
 class Interval(NamedTuple):
