@@ -45,6 +45,13 @@ def test_states_are_not_what_backends_hold(name: str) -> None:
     assert "linear_attention has a state" in what
 
 
+@pytest.mark.parametrize("name", sorted(HOLDS_LATENTS))
+def test_latents_are_not_what_backends_hold(name: str) -> None:
+    [(status, what)] = attention(random_model(tiny_config(**VARIANTS[name])))
+    assert status == MISSING
+    assert what.startswith("kv_lora_rank=12: the layers hold latents")
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in WITHOUT_KEYS | HOLDS_LATENTS])
 def test_attention_from_outside(name: str) -> None:
     lines = list(attention(random_model(tiny_config(**VARIANTS[name]))))

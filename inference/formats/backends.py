@@ -129,6 +129,10 @@ def attention(model: GPTForCausalLM) -> Iterator[Line]:
     if "linear_attention" in config.layer_types:
         yield (MISSING, "layer_types: linear_attention has a state, and a backend's attention holds keys and values")
         return
+    if config.kv_lora_rank is not None:
+        why = "the layers hold latents, and a backend's attention keys and values of one width"
+        yield (MISSING, f"kv_lora_rank={config.kv_lora_rank}: {why}")
+        return
     yield (GOOD if type(base).is_backend_compatible() else MISSING, "GPTModel._supports_attention_backend")
     length = min(TEXT_TOKENS, config.max_position_embeddings)
     ids = (torch.arange(2 * length) * 7 % config.vocab_size).view(2, length)
@@ -158,9 +162,6 @@ def heads(config: GPTConfig) -> Iterator[Line]:
     fits = config.head_dim % KERNEL_HEADS == 0
     note = "" if fits else f": most kernels of GPUs take multiples of {KERNEL_HEADS}"
     yield (GOOD if fits else LIMIT, f"head_dim={config.head_dim}{note}")
-    if config.kv_lora_rank is not None:
-        why = "their caches take keys and values of one width, not latents"
-        yield (MISSING, f"kv_lora_rank={config.kv_lora_rank}: {why}")
 
 
 def head(config: GPTConfig) -> Iterator[Line]:
