@@ -1,6 +1,5 @@
 """Softmax attention: full or sliding, grouped heads, keys and values shared between layers."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat import CACHE_NAME, KVSharingDict
-from .kv_quantization import build_quantizer, unquantized
+from .kv_quantization import build_quantizer
 from .positions import POSITIONS
 
 
@@ -53,7 +52,8 @@ class SoftmaxAttention(nn.Module):
         self.kv_sharing_mode = config.kv_sharing_modes[layer_idx] if config.kv_sharing_modes else None
         self.kv_source = config.kv_source(layer_idx) if self.kv_sharing_mode == "reuse" else None
         self.rotate = POSITIONS[config.position_encoding].rotate
-        self.quantize = build_quantizer(config)
+        has_own = self.kv_source is None
+        self.key_quantizer, self.value_quantizer = (build_quantizer(config, has_own) for _ in range(2))
         self._build_projections(config)
         self.o_proj.is_residual_projection = True  # read by _init_weights, which meets leaves only
 
@@ -110,16 +110,18 @@ class SoftmaxAttention(nn.Module):
         kwargs: attention's, which paged caches read and change.
         """
         key, value = self._keys_and_values(hidden_states)
-        quantize = unquantized if getattr(cache, "holds_codes", False) else self.quantize
+        given = {}
+        if getattr(cache, "holds_codes", False):
+            given = {"quantizers": (self.key_quantizer, self.value_quantizer)}
+        else:
+            key, value = self.key_quantizer(key), self.value_quantizer(value)
         if rotate_keys is None:
             query, key = self.rotate(query, key, angles)
-            key, given = quantize(key.to(value.dtype)), {"kwargs": kwargs}  # a norm under autocast gives float32
+            given |= {"kwargs": kwargs}  # read by paged caches
         else:
             query, _ = self.rotate(query, None, angles)
-            rotate = functools.partial(self._turned, rotate_keys)
-            given = {"query_states": query, "rotate": rotate, "scaling": self.scaling}
-            key = key.to(value.dtype)
-        value = quantize(value)
+            given |= {"query_states": query, "rotate": rotate_keys, "scaling": self.scaling}
+        key = key.to(value.dtype)  # a norm under autocast gives float32
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, **given)
         return query, key, value
@@ -128,10 +130,6 @@ class SoftmaxAttention(nn.Module):
         """What a cache is to hold of new tokens, keys un-turned: two (batch, kv_heads, tokens, head_dim)."""
         key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
         return key, self._split_heads(self.v_proj(hidden_states))
-
-    def _turned(self, rotate_keys: Callable, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keys that a cache held as they were, turned by `rotate_keys` and as attention sees them."""
-        return self.quantize(rotate_keys(keys, positions))
 
     def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the heads put out, (batch, tokens, heads, head_dim), and under eager the attention weights."""

@@ -189,6 +189,8 @@ class GPTConfig(PreTrainedConfig):
 
         An inner stage would take what it receives for embeddings, and add positions to it again.
         """
+        if self.kv_quantization is not None:
+            return {}  # its biases are of all heads
         split = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
         if "linear_attention" in self.layer_types:  # whose gates and convolution go with their heads
             split = {}

@@ -1,15 +1,21 @@
 """Keys and values that a model learns to live with in 2 to 4 bits.
 
-In training they are quantized as a cache will hold them, and the gradient goes straight through (arXiv 1308.3432). The
-channels of a token's head are cut into groups; a group is turned by a Hadamard matrix (QuaRot, arXiv 2404.00456), so
-that no channel stands out, and held as one code a channel and a scale of one byte. Nothing is quantized twice, and what
-the cache gives back is, to the bit, what attention sees without one.
+In training they are quantized as a cache will hold them, and the gradient goes straight through (arXiv 1308.3432). What
+all tokens have in common, a bias a channel, is kept apart and in full. Of the rest the channels of a token's head are
+cut into groups; a group is turned by a Hadamard matrix (QuaRot, arXiv 2404.00456), so that no channel stands out, and
+held as one code a channel and a scale of one byte. Keys are quantized before their positions turn them, as a bias
+would be turned too. Nothing is quantized twice, and what the cache gives back is, to the bit, what attention sees
+without one.
 """
 
 import math
 
 import torch
+from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .segment_memory import UnrotatedCache, UnrotatedLayer
 
 # The bits of a code, and the distance between the evenly spaced levels that loses least of a normal distribution, in
 # its standard deviations (Max, "Quantizing for minimum distortion", 1960).
@@ -86,23 +92,51 @@ def scale_of(scales: torch.Tensor) -> torch.Tensor:
 # ---- the quantizer
 
 
-class KVQuantizer:
-    """Quantizes states, (..., tokens, head_dim), in groups of a token's channels."""
+class StraightThrough(torch.autograd.Function):
+    """Gives `quantized`, and its gradient to the states; that of the bias leads it to their mean.
 
-    def __init__(self, kind: str, group_size: int):
+    No loss tells the bias where to be, as what it takes from the states it gives back. off: the bias less the mean of
+    the states. It is as large as the states' gradients, so that it neither vanishes beside them nor outweighs them.
+    """
+
+    @staticmethod
+    def forward(ctx, states, bias, quantized, off):
+        ctx.save_for_backward(off)
+        return quantized
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (off,) = ctx.saved_tensors
+        return gradient, off * gradient.abs().mean(), None, None
+
+
+class KVQuantizer(nn.Module):
+    """Quantizes states, (batch, kv_heads, tokens, head_dim), in groups of a token's channels."""
+
+    def __init__(self, kind: str, group_size: int, kv_heads: int, head_dim: int):
+        super().__init__()
         self.bits, self.step = KV_QUANTIZATION[kind]
-        self.group_size = group_size
+        self.group_size, self.kv_heads = group_size, kv_heads
+        self.bias = nn.Parameter(torch.zeros(kv_heads * head_dim))
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+    def init_weights(self) -> None:
+        init.zeros_(self.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
         """What a cache will give back of these states, with their gradient."""
-        quantized = self._states(*self._codes(states.detach()), states.dtype)
-        return quantized + (states - states.detach())
+        with torch.no_grad():
+            codes, scales = self._codes(states)
+            quantized = self._states(codes, scales, states.dtype)
+            off = self.bias - states.float().mean(dim=(0, 2)).flatten()
+        return StraightThrough.apply(states, self.bias, quantized, off)
 
+    @torch.no_grad()
     def encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a cache holds: (..., head_dim * bits / 8) bytes of codes, and (..., head_dim / group_size) of scales."""
         codes, scales = self._codes(states)
         return pack(codes.to(torch.uint8).flatten(-2), self.bits), scales.to(torch.uint8)
 
+    @torch.no_grad()
     def decode(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The states that those bytes stand for."""
         codes = unpack(packed, self.bits).unflatten(-1, (-1, self.group_size))
@@ -110,32 +144,34 @@ class KVQuantizer:
 
     def _codes(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (..., groups, group_size), whole numbers in float32, and bytes of scales (..., groups), as int64."""
-        groups = hadamard(states.float(), self.group_size).unflatten(-1, (-1, self.group_size))
+        turned = hadamard(states.float() - self._common(), self.group_size)
+        groups = turned.unflatten(-1, (-1, self.group_size))
         scales = scale_bytes(groups.square().mean(-1).sqrt() * self.step)
         half = 2 ** (self.bits - 1)
         return (groups / scale_of(scales)[..., None]).floor().clamp(-half, half - 1) + half, scales
 
     def _states(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         levels = codes + (0.5 - 2 ** (self.bits - 1))
-        return hadamard((levels * scale_of(scales)[..., None]).flatten(-2), self.group_size).to(dtype)
+        turned = (levels * scale_of(scales)[..., None]).flatten(-2)
+        return (hadamard(turned, self.group_size) + self._common()).to(dtype)
+
+    def _common(self) -> torch.Tensor:
+        """The bias, (kv_heads, 1, head_dim)."""
+        return self.bias.float().view(self.kv_heads, 1, -1)
 
 
-def unquantized(states: torch.Tensor) -> torch.Tensor:
-    """The states as they are: what a model without quantization does with them."""
-    return states
-
-
-def build_quantizer(config):
-    """What a configuration does to keys and values before attention sees them."""
-    if config.kv_quantization is None:
-        return unquantized
-    return KVQuantizer(config.kv_quantization, config.kv_quantization_group)
+def build_quantizer(config, has_own: bool = True) -> nn.Module:
+    """What a layer's keys, or its values, go through before attention sees them; has_own: or whether it has none."""
+    if config.kv_quantization is None or not has_own:
+        return nn.Identity()
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    return KVQuantizer(config.kv_quantization, config.kv_quantization_group, heads, head_dim)
 
 
 # ---- the cache
 
 
-class CodedCache(Cache):
+class CodedCache(UnrotatedCache):
     """A cache that quantizes what it is given, once, and holds codes."""
 
     holds_codes = True  # attention looks for it, and leaves the quantizing to the cache
@@ -145,27 +181,29 @@ class CodedCache(Cache):
         return sum(layer.state_bits() for layer in self.layers if hasattr(layer, "state_bits"))
 
 
-class CodedLayer(DynamicLayer):
+class CodedLayer(UnrotatedLayer):
     """The codes and scales of the keys and values of all tokens, or of a sliding window's."""
 
-    def __init__(self, quantizer: KVQuantizer, sliding_window: int | None = None):
+    def __init__(self, sliding_window: int | None = None):
         super().__init__()
-        self.quantizer, self.sliding_window = quantizer, sliding_window
+        self.sliding_window = sliding_window
         self.is_sliding, self.is_croppable = sliding_window is not None, sliding_window is None
-        self.seen, self.held = 0, ()
+        self.held: tuple[torch.Tensor, ...] = ()
 
-    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of what was held and of the new tokens, quantized: (batch, kv_heads, keys, head_dim) each.
+    def update(self, key_states, value_states, quantizers=None, rotate=None, **kwargs):
+        """Keys, turned, and values of what was held and of the new tokens, as they are read back.
 
-        key_states, value_states: (batch, kv_heads, tokens, head_dim), turned by their positions, not quantized.
+        key_states, value_states: (batch, kv_heads, tokens, head_dim), as they are, and so are the two returned.
+        quantizers: of keys and of values, the layer's. rotate: (keys, their positions) to keys that are turned.
         """
         self.device, self.is_initialized = key_states.device, True
-        new = (*self.quantizer.encode(key_states), *self.quantizer.encode(value_states))
+        for_keys, for_values = quantizers
+        new = (*for_keys.encode(key_states), *for_values.encode(value_states))
         held = tuple(torch.cat(parts, dim=-2) for parts in zip(self.held, new, strict=True)) if self.held else new
         self.seen += key_states.shape[-2]
         self.held = tuple(self._kept(part) for part in held)
-        keys, values = (self.quantizer.decode(*held[i : i + 2], key_states.dtype) for i in (0, 2))
-        return keys, values
+        keys = for_keys.decode(*held[:2], key_states.dtype)
+        return rotate(keys, self.positions(keys.shape[-2])), for_values.decode(*held[2:], value_states.dtype)
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a sequence holds."""
@@ -175,9 +213,6 @@ class CodedLayer(DynamicLayer):
     def state_bits(self) -> int:
         """The size of `state`."""
         return sum(8 * part.nbytes for part in self.held)
-
-    def get_seq_length(self) -> int:
-        return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         held = self.held[0].shape[-2] if self.held else 0
@@ -222,17 +257,14 @@ class CodedLayer(DynamicLayer):
 def build_cache(config) -> Cache:
     """An empty cache of the kind that the configuration's layers fill, as generate() and the model take it."""
     plain = DynamicCache(config=config)
-    if config.kv_quantization is None:
-        return plain
-    quantizer = build_quantizer(config)
-    return CodedCache(layers=[_coded(layer, quantizer) for layer in plain.layers])
+    return plain if config.kv_quantization is None else CodedCache(layers=[_coded(layer) for layer in plain.layers])
 
 
-def _coded(layer, quantizer: KVQuantizer):
+def _coded(layer):
     """The layer that holds codes in place of keys and values; what holds none of those stays."""
     if isinstance(layer, DynamicSlidingWindowLayer):
-        return CodedLayer(quantizer, layer.sliding_window)
-    return CodedLayer(quantizer) if type(layer) is DynamicLayer else layer
+        return CodedLayer(layer.sliding_window)
+    return CodedLayer() if type(layer) is DynamicLayer else layer
 
 
 __all__ = ["CodedCache", "CodedLayer", "KVQuantizer", "build_cache", "build_quantizer", "hadamard", "pack", "unpack"]

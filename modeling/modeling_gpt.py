@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import SoftmaxAttention
 from .compat import CACHE_NAME, KVSharingDict, given_cache, layers_name, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
-from .kv_quantization import build_cache
+from .kv_quantization import KVQuantizer, build_cache
 from .latent_attention import LatentAttention
 from .linear_attention import (
     ShortConvolution,
@@ -150,7 +150,7 @@ class GPTPreTrainedModel(PreTrainedModel):
                 init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, NoPositions | ShortConvolution):
+        elif isinstance(module, NoPositions | ShortConvolution | KVQuantizer):
             module.init_weights()
 
     def _init_linear(self, linear: nn.Linear) -> None:

@@ -17,6 +17,17 @@ def states(tokens: int = 7, head_dim: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.randn(3, 2, tokens, head_dim, generator=torch.Generator().manual_seed(seed))
 
 
+def quantizer(kind: str, group: int, scale: float = 0.0) -> KVQuantizer:
+    """A quantizer of two heads of 64 with biases of that size."""
+    made = KVQuantizer(kind, group, kv_heads=2, head_dim=64)
+    torch.nn.init.normal_(made.bias, std=scale, generator=torch.Generator().manual_seed(9))
+    return made
+
+
+def as_they_are(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return keys
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_codes_come_out_of_their_bytes(bits: int) -> None:
     codes = torch.randint(2**bits, (3, 5, 16), dtype=torch.uint8)
@@ -36,39 +47,58 @@ def test_a_hadamard_matrix_is_its_own_inverse_and_keeps_lengths() -> None:
 @pytest.mark.parametrize(("kind", "least"), KINDS.items())
 def test_levels_are_where_normal_numbers_want_them(kind: str, least: float) -> None:
     given = states(200)
-    read = KVQuantizer(kind, 64)(given)
+    read = quantizer(kind, 64)(given)
     assert 10 * torch.log10(given.square().mean() / (read - given).square().mean()) > least
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-3, 1e3])
 def test_numbers_of_any_size_stay_finite(scale: float) -> None:
-    read = KVQuantizer("int2", 32)(scale * states())
+    read = quantizer("int2", 32)(scale * states())
     assert read.isfinite().all()
     assert read.abs().max() <= max(1e-4, 6 * scale)
 
 
-def test_the_gradient_goes_straight_through() -> None:
-    given = states().requires_grad_()
-    weights = states(seed=1)
-    (KVQuantizer("int2", 64)(given) * weights).sum().backward()
+def test_the_gradient_goes_straight_through_and_leads_the_bias_to_the_mean() -> None:
+    given, weights = (states() + 3).requires_grad_(), states(seed=1)
+    made = quantizer("int2", 64)
+    (made(given) * weights).sum().backward()
     assert torch.equal(given.grad, weights)
+    assert made.bias.grad.lt(0).all()  # a step against it goes up
+    optimizer = torch.optim.Adam(made.parameters(), lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        made(given).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(made.bias.detach(), given.detach().mean((0, 2)).flatten(), rtol=0, atol=0.1)
+
+
+def test_what_tokens_have_in_common_costs_no_bits() -> None:
+    common, given = 5 * states(1)[:1], states(50)
+    made = quantizer("int2", 64)
+    with torch.no_grad():
+        far = (made(given + common) - given - common).square().mean()
+        made.bias.copy_(common.flatten())
+        near = (made(given + common) - given - common).square().mean()
+    assert near < 0.15 < far / 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
 def test_the_cache_gives_back_to_the_bit_what_attention_sees_without_one(kind: str, dtype: torch.dtype) -> None:
-    quantizer = KVQuantizer(kind, 32)
-    keys, values, layer = states(23).to(dtype), states(23, seed=1).to(dtype), CodedLayer(quantizer)
-    for piece in range(23):
-        read = layer.update(keys[:, :, piece : piece + 1], values[:, :, piece : piece + 1])
-    assert torch.equal(read[0], quantizer(keys)) and torch.equal(read[1], quantizer(values))
-    assert read[0].dtype == dtype
+    both, layer = (quantizer(kind, 32, scale=0.5), quantizer(kind, 32, scale=0.2)), CodedLayer()
+    keys, values = states(23).to(dtype), states(23, seed=1).to(dtype)
+    for place in range(23):
+        new = (keys[:, :, place : place + 1], values[:, :, place : place + 1])
+        read = layer.update(*new, quantizers=both, rotate=as_they_are)
+    assert torch.equal(read[0], both[0](keys)) and torch.equal(read[1], both[1](values))
+    assert read[0].dtype == read[1].dtype == dtype
 
 
 @pytest.mark.parametrize(("kind", "group", "bits"), [("int2", 64, 2.125), ("int2", 32, 2.25), ("int4", 32, 4.25)])
 def test_bits_a_value_with_the_scales(kind: str, group: int, bits: float) -> None:
-    layer = CodedLayer(KVQuantizer(kind, group))
-    layer.update(states(10), states(10))
+    layer = CodedLayer()
+    layer.update(states(10), states(10), quantizers=[quantizer(kind, group)] * 2, rotate=as_they_are)
     assert layer.state_bits() == bits * 2 * states(10).numel()
     assert sum(len(held.numpy().tobytes()) for held in layer.state().values()) * 8 == layer.state_bits()
 
@@ -101,16 +131,16 @@ def test_beams_and_drafts_write_what_a_plain_cache_would(more: dict, ids: torch.
 
 
 def test_rows_and_tokens_of_the_cache_can_be_taken() -> None:
-    layer = CodedLayer(KVQuantizer("int2", 32))
-    layer.update(states(6), states(6, seed=1))
+    layer, given = CodedLayer(), {"quantizers": [quantizer("int2", 32)] * 2, "rotate": as_they_are}
+    layer.update(states(6), states(6, seed=1), **given)
     layer.crop(-2)
     layer.batch_select_indices(torch.tensor([2, 0]))
     layer.batch_repeat_interleave(2)
     layer.reorder_cache(torch.tensor([0, 3]))
     new = states(1, seed=2)[:2]
-    keys, _ = layer.update(new, new)
+    keys, _ = layer.update(new, new, **given)
     assert keys.shape == (2, 2, 5, 64) and layer.get_seq_length() == 5
-    assert torch.equal(keys[:, :, :4], KVQuantizer("int2", 32)(states(6))[[2, 0], :, :4])
+    assert torch.equal(keys[:, :, :4], quantizer("int2", 32)(states(6))[[2, 0], :, :4])
     layer.reset()
     assert (layer.get_seq_length(), layer.state(), layer.state_bits()) == (0, {}, 0)
 

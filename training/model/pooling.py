@@ -8,7 +8,7 @@ from modeling import GPTConfig, GPTForCausalLM
 
 from ..system.errors import UserError
 
-POOLED = ("k_proj", "v_proj")
+POOLED = ("k_proj", "v_proj", "key_quantizer", "value_quantizer")
 
 
 def refuse_unpoolable(name: str, config: GPTConfig, num_key_value_heads: int) -> None:

@@ -89,6 +89,9 @@ def stretched(name: str, trained: GPTConfig, parameters: dict) -> dict:
     return usual | parameters
 
 
+BEGIN_AT_ZERO = "_quantizer.bias"  # weights that a model which was trained without kv_quantization need not have
+
+
 def model_to_start_from(name: str, config: GPTConfig) -> GPTForCausalLM:
     """The weights of `name` in a model of this configuration, in float32; weights that do not fit it are refused."""
     verify(Path(name))
@@ -106,6 +109,7 @@ def model_to_start_from(name: str, config: GPTConfig) -> GPTForCausalLM:
     }
     for kind, what in kinds.items():
         keys = sorted(key if isinstance(key, str) else key[0] for key in report.get(kind) or ())
+        keys = [key for key in keys if not (kind == "missing_keys" and key.endswith(BEGIN_AT_ZERO))]
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise UserError(
