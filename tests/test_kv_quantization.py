@@ -145,8 +145,10 @@ def test_rows_and_tokens_of_the_cache_can_be_taken() -> None:
     assert (layer.get_seq_length(), layer.state(), layer.state_bits()) == (0, {}, 0)
 
 
-def test_only_layers_of_keys_and_values_hold_codes() -> None:
-    kinds = {"kv_sharing_modes": ["store", "reuse"], "kv_quantization": "int2"}
-    layers = build_cache(tiny_config(**kinds)).layers
-    assert isinstance(layers[0], CodedLayer) and not isinstance(layers[1], CodedLayer)
+@torch.no_grad()
+def test_only_layers_of_keys_and_values_hold_codes(ids: torch.Tensor) -> None:
+    model = random_model(tiny_config(kv_sharing_modes=["store", "reuse"], kv_quantization="int2"))
+    cache = build_cache(model.config)
+    model(ids, use_cache=True, **{CACHE_NAME: cache})
+    assert cache.state_bits() == cache.layers[0].state_bits() > 0
     assert type(build_cache(tiny_config())) is DynamicCache
