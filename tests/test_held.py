@@ -47,7 +47,8 @@ def test_a_text_goes_on_past_the_context_and_what_is_held_does_not_grow() -> Non
 
 
 @pytest.mark.parametrize(
-    "cache", [WINDOW, {"cache": "h2o", "cache_budget": 12}, {"cache": "window", "cache_budget": 99}]
+    "cache",
+    [WINDOW, {"cache": "h2o", "cache_budget": 12, "cache_positions": "slot"}, {"cache": "window", "cache_budget": 99}],
 )
 def test_a_prompt_is_continued_in_a_batch_as_alone(cache: dict, ids: torch.Tensor) -> None:
     job = job_with("rope", 16, 30, **cache)
@@ -61,7 +62,8 @@ def test_a_prompt_is_continued_in_a_batch_as_alone(cache: dict, ids: torch.Tenso
     [("gpt2", {}), ("sinusoidal", {}), ("rope_dynamic", {}), ("rope", {"cache_positions": "absolute"})],
 )
 def test_positions_that_were_not_trained_are_refused_where_the_text_would_reach_them(variant: str, given: dict) -> None:
-    words = r"cache=window: after 27 more tokens .* take --max_new_tokens 27 or less, or --beyond_context window"
+    slot = "--cache_positions slot, or " if variant == "rope" else ""
+    words = f"cache=window: after 27 more tokens .* take --max_new_tokens 27 or less, or {slot}--beyond_context window"
     with pytest.raises(UserError, match=words):
         job_with(variant, 5, 28, **WINDOW, **given)
     assert job_with(variant, 5, 27, **WINDOW, **given).beyond_context == "window"

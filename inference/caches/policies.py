@@ -33,7 +33,9 @@ FLAGS = {
     "cache_window": Flag(int, "newest tokens, which stay"),
     "cache_sinks": Flag(int, "first tokens, which stay too (default: 4 of window, else 0)"),
     "cache_positions": Flag(
-        str, "of what is held: slot, right before the next token; absolute, where it was (default: slot)", POSITIONS
+        str,
+        "of what is held: slot, right before the next token (window's default), or absolute, where it was",
+        POSITIONS,
     ),
     "cache_rotation": Flag(
         str, "of int4 and its like: keys and values are turned before they are coded (default: hadamard)", ROTATIONS
@@ -93,7 +95,8 @@ EVICTIONS = ("cache_budget", "cache_window", "cache_sinks", "cache_positions")  
 CODED = (("cache_window", "cache_rotation", "cache_group"), {})
 POLICIES: dict[str, Eviction | Storing] = {
     "window": Eviction(
-        "the newest tokens, and the first ones as sinks (StreamingLLM)", window, EVICTIONS, {"cache_sinks": 4}
+        "the newest tokens, and the first ones as sinks (StreamingLLM)", window, EVICTIONS,
+        {"cache_sinks": 4, "cache_positions": "slot"},
     ),
     "h2o": Eviction(
         "those attended to most since they came, and the newest", h2o, (*EVICTIONS, "cache_scores"),
@@ -154,11 +157,16 @@ class Caches:
         return self.eviction is not None
 
     @property
-    def goes_on_for_ever(self) -> bool:
-        """Whether a model never is at positions that it was not trained on, however long the text."""
-        scalings = rope_types(self.config)
-        by_distance = {"rope": self.settings.get("cache_positions") == "slot", "none": True}
-        return self.is_bounded and by_distance.get(self.config.position_encoding, False) and "dynamic" not in scalings
+    def may_go_on(self) -> bool:
+        """Whether the model, by slot, never is at positions that it was not trained on, however long the text."""
+        is_rotary = self.config.position_encoding == "rope" and "dynamic" not in rope_types(self.config)
+        return self.is_bounded and (is_rotary or self.config.position_encoding == "none")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether that is so with these settings."""
+        is_by_slot = self.settings.get("cache_positions") == "slot" or self.config.position_encoding == "none"
+        return self.may_go_on and is_by_slot
 
     def _layer(self, index: int) -> PolicyLayer:
         budget = self.settings.get("cache_budget")
@@ -196,7 +204,7 @@ def settle(name: str, given: dict[str, Any]) -> tuple[Eviction | None, Storing |
         check_number(flag, value)
         if FLAGS[flag].choices and value not in FLAGS[flag].choices:
             raise unknown(flag, value, FLAGS[flag].choices)
-    settings: dict[str, Any] = {"cache_sinks": 0, "cache_positions": "slot"} if eviction else {}
+    settings: dict[str, Any] = {"cache_sinks": 0, "cache_positions": "absolute"} if eviction else {}
     for policy in policies:
         settings |= policy.defaults
     settings |= given

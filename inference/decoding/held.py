@@ -60,16 +60,16 @@ def add_cache(job: Job, flags: argparse.Namespace, longest: int | None = None) -
     asked = getattr(flags, "beyond_context", None)
     if not caches.is_bounded or asked == "window":
         return
-    if caches.goes_on_for_ever:
+    if caches.goes_on:
         job.beyond_context = "extrapolate"
     elif longest is not None and not asked and longest + job.max_new_tokens > context_left(job.model):
-        raise UserError(past_context(flags.cache, context_left(job.model) - longest))
+        raise UserError(past_context(caches, context_left(job.model) - longest))
 
 
-def past_context(name: str, left: int) -> str:
+def past_context(caches: Caches, left: int) -> str:
     """Why a policy does not go on where the context is full; left: tokens until then."""
-    least = f"take --max_new_tokens {left} or less, or" if left > 0 else "take"
-    return (
-        f"cache={name}: after {left} more tokens come positions that the model was not trained on; {least} "
-        "--beyond_context window, which reads the text anew"
-    )
+    mends = [f"--max_new_tokens {left} or less"] if left > 0 else []
+    mends += ["--cache_positions slot"] if caches.may_go_on else []
+    mends += ["--beyond_context window, which reads the text anew"]
+    why = f"after {left} more tokens come positions that the model was not trained on"
+    return f"cache={caches.name}: {why}; take {', or '.join(mends)}"
