@@ -53,6 +53,7 @@ def parse(name: str, experiment: ModuleType, argv: list[str]) -> argparse.Namesp
     flags = parser.parse_args(argv)
     if str(flags.output_dir) in ("", "."):
         raise UserError(f"output_dir={str(flags.output_dir)!r}: name a new directory")
+    flags.output_dir = flags.output_dir.expanduser()
     return flags
 
 

@@ -22,7 +22,7 @@ from training.system.lock import claimed
 from training.system.shell import shell
 
 from ..measuring.kv_report import Streams, cut_streams
-from ..measuring.texts import add_text_flags, rows_to_measure
+from ..measuring.texts import OF_TEXT, TEXT, add_text_flags, rows_to_measure
 
 RESULTS = "results.jsonl"
 UNFINISHED = RESULTS + ".part"  # its name until the experiment has come to its end
@@ -184,6 +184,7 @@ def held_out_streams(flags: argparse.Namespace, model, tokenizer) -> Streams:
 
 def held_out_ids(flags: argparse.Namespace, model, tokenizer) -> tuple[torch.Tensor, float]:
     """(token ids (tokens,), UTF-8 bytes a token) of the text the flags name, or of what the run held out."""
+    refuse_idle(flags)
     unread = argparse.Namespace(**{"block_size": None, "stride": None} | vars(flags))
     measured = rows_to_measure(unread, model, tokenizer)
     tokens = getattr(measured.rows, "tokens", None)
@@ -191,6 +192,19 @@ def held_out_ids(flags: argparse.Namespace, model, tokenizer) -> tuple[torch.Ten
         raise UserError(f"{flags.model}: what its run held out is no running text; give --text_files")
     ids = np.asarray(tokens.sequence(0, len(tokens)), dtype=np.int64)
     return torch.from_numpy(ids), measured.num_bytes / measured.tokens
+
+
+def refuse_idle(flags: argparse.Namespace) -> None:
+    """Refuse flags of a text that would be read and ignored."""
+    usual: dict = {}
+    add_text_flags(lambda name, **settings: usual.update({name.removeprefix("--"): settings.get("default")}))
+    texts = [name for name in TEXT if getattr(flags, name)]
+    if texts and flags.data_dir:
+        raise UserError(f"--data_dir: cannot be combined with --{texts[0]}; give one of them")
+    for name in ("split", *OF_TEXT):
+        needs = "--data_dir" if name == "split" else " or ".join(f"--{text}" for text in TEXT)
+        if getattr(flags, name) != usual[name] and not (flags.data_dir if name == "split" else texts):
+            raise UserError(f"--{name}: has no effect without {needs}")
 
 
 def next_command(*words: object, **flags: object) -> None:

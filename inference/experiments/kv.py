@@ -15,7 +15,7 @@ from training.model.sampling import context_left
 from training.model.sizes import text_config
 from training.system.errors import UserError, log
 
-from ..caches.policies import POLICIES, Eviction, build_cache
+from ..caches.policies import POLICIES, Eviction, build_cache, find
 from ..measuring.kv_report import Decoded, Streams, decode, own_cache, paired
 from ..measuring.recall import Probe, plant, recalled
 from .common import Output, add_model_flags, held_out_streams, load, next_command
@@ -76,7 +76,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     streams = held_out_streams(flags, model, tokenizer)
     smaller = load_smaller(flags, tokenizer, streams.length) if flags.smaller else None
     probe = plant(streams, SMOKE_PROBED if flags.smoke else PROBED)
-    cases = buildable(cases, model, streams.length)
+    cases = buildable(cases, model, streams.length, are_named=flags.caches is not None)
     rows = torch.cat((streams.ids, probe.ids))
     passes = -(-len(rows) // flags.batch_size)
     with tqdm(total=(len(cases) + bool(smaller)) * passes * streams.length, unit="token", **BAR) as bar:
@@ -112,24 +112,24 @@ def chosen_cases(flags: argparse.Namespace) -> list[Case]:
     names = flags.caches or [*POLICIES, *(f"{name}+{OVER}" for name in drops)]
     cases = []
     for name in (FULL, *names):
+        find(name)  # what no policy is called is refused before the model is loaded
         has_budget = any(part in drops for part in name.split("+"))
         cases += [Case(name, budget) for budget in budgets] if has_budget else [Case(name)]
     order = (FULL, LINE)  # come first, as the others are compared with them
     return sorted(dict.fromkeys(cases), key=lambda case: order.index(case.policy) if case.policy in order else 2)
 
 
-def buildable(cases: list[Case], model, length: int) -> list[Case]:
-    """Those that the model and the length allow; of the others it is said why not. A UserError where none is left."""
-    kept, refused = [], None
+def buildable(cases: list[Case], model, length: int, are_named: bool) -> list[Case]:
+    """Those that the model and the length allow; of others that nobody named it is said why not, else a UserError."""
+    kept = []
     for case in cases:
         try:
             case.build(model.config, length)
             kept.append(case)
         except UserError as error:
-            refused = error
+            if are_named or case.policy == FULL:
+                raise
             log(f"left out: {case.name}: {error}")
-    if refused is not None and len(kept) < 2:
-        raise refused
     return kept
 
 
