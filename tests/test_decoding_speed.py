@@ -1,5 +1,6 @@
 """The compiled step gives the same ids as the model without it; weights in eight bits, nearly the same logits."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from inference import generate
-from inference.decoding.compiled import CompiledStep, StaticCaches, compiled, refuse_without_compiler
-from inference.decoding.weights import Int8Linear, quantized
+from inference.decoding.compiled import CompiledStep, StaticCaches, compiled, not_of_the_model, refuse_without_compiler
+from inference.decoding.weights import HUGE_PAGE, Int8Linear, in_huge_pages, quantized
 from training.model.sampling import continue_ids
 from training.system.errors import UserError
 
@@ -35,18 +36,43 @@ def prompt() -> torch.Tensor:
 
 def test_the_step_alone_is_compiled(tiny_model, prompt, monkeypatch) -> None:
     """One graph for a whole text that goes past the context: prompt and windows are read by the forward as it was."""
-    model, graphs, steps = tiny_model(), [], []
+    model, graphs, steps, masks = tiny_model(), [], [], set()
     expected = continue_ids(model, prompt, 45, **GREEDY)
     options = compiled(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     call = CompiledStep.__call__
     monkeypatch.setattr(
         CompiledStep,
         "__call__",
-        lambda self, **kwargs: steps.append(kwargs["input_ids"].shape[1]) or call(self, **kwargs),
+        lambda self, **kwargs: (
+            steps.append(kwargs["input_ids"].shape[1])
+            or masks.add((steps[-1], kwargs.get("attention_mask") is None))
+            or call(self, **kwargs)
+        ),
     )
     assert torch.equal(continue_ids(model, prompt, 45, **GREEDY, **options), expected)
     assert len(graphs) in (1, 2)  # two where the mask of a window does not come ready, before transformers 5.24
     assert set(steps) == {4, 1, 16}
+    assert {is_absent for tokens, is_absent in masks if tokens == 1} == {True}, "a step makes its mask itself"
+
+
+def test_a_prompt_of_one_token_is_no_step(tiny_model) -> None:
+    model, graphs, ids = tiny_model(), [], torch.tensor([[3]])
+    expected = continue_ids(model, ids, 5, **GREEDY)
+    options = compiled(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for _ in range(2):  # each into a cache of its own
+        assert torch.equal(continue_ids(model, ids, 5, **GREEDY, **options), expected)
+    assert len(graphs) == 1
+
+
+def test_models_in_one_process_keep_their_steps(tiny_model, prompt) -> None:
+    """Though a step's guards do not look at the model."""
+    models = [tiny_model(), tiny_model(num_hidden_layers=3), tiny_model(hidden_act="relu")]
+    expected = [continue_ids(model, prompt, 6, **GREEDY) for model in models]
+    guarding = {"backend": "eager", "options": {"guard_filter_fn": not_of_the_model}}
+    options = [compiled(model, **guarding | {"options": dict(guarding["options"])}) for model in models]
+    for _ in range(2):
+        for model, ids, own in zip(models, expected, options, strict=True):
+            assert torch.equal(continue_ids(model, prompt, 6, **GREEDY, **own), ids)
 
 
 @pytest.mark.slow
@@ -159,6 +185,26 @@ def test_what_cannot_be_quantized_is_refused(tiny_model) -> None:
         quantized(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])), "int8")
     with pytest.raises(UserError, match="no linear layer of 32, 64"):
         quantized(tiny_model(hidden_size=20, intermediate_size=20), "int8")
+
+
+# ---- where weights lie
+
+
+def test_weights_in_huge_pages_are_the_same(tiny_model, ids, monkeypatch) -> None:
+    model = quantized(tiny_model(tie_word_embeddings=True), "int8")
+    with torch.no_grad():
+        expected, weights = model(ids).logits, {name: each.clone() for name, each in model.state_dict().items()}
+        before = [each.data_ptr() for each in model.parameters()]
+        in_huge_pages(model)
+        assert [each.data_ptr() for each in model.parameters()] == before, f"less than {HUGE_PAGE} bytes stay"
+        monkeypatch.setattr("inference.decoding.weights.HUGE_PAGE", 1)
+        in_huge_pages(model)
+        assert torch.equal(model(ids).logits, expected)
+    assert all(torch.equal(each, weights[name]) for name, each in model.state_dict().items())
+    places = sorted((each.data_ptr(), each.nbytes) for each in (*model.parameters(), *model.buffers()) if each.numel())
+    assert not set(before) & {place for place, _ in places}
+    assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(places))
+    model.model.final_norm.weight.data.add_(1)  # it can be written to
 
 
 # ---- the flags
