@@ -127,8 +127,8 @@ def test_manifest_and_shards():
 
 
 def test_large_vocabularies_take_four_bytes():
-    tokenizer = build_tokenizer("byte")
-    tokenizer.add_tokens([f"<{number}>" for number in range(66_000)])
+    letters = "".join(map(chr, range(0x20000, 0x20000 + 66_000)))  # added tokens would each be looked for
+    tokenizer = build_tokenizer("char", lambda: iter(["0123456789" + letters]))
     corpus = prepare(arguments(text_files=["text.txt"]), tokenizer)
     assert corpus.manifest["dtype"] == "uint32" and decoded(corpus, "train") == "0123456789" * 18
     assert (corpus.directory / "train-00000.bin").stat().st_size == 180 * 4

@@ -24,7 +24,7 @@ from training.system.errors import UserError
 from .tiny_bases import TINY, save, stock_model
 from .tiny_finetunes import CHAT, PAIRS, TEXT, facts, go_on, make_place, tune
 from .tiny_runs import checkpoints, contents, latest, refused
-from .two_processes import launch
+from .two_processes import as_launched
 
 RUN_FILES = {"README.md", "finetune.json", "loss.png", "metrics.jsonl", "recipe.yaml", "sample.txt", "tokenizer.json"}
 TRAINED = [name for name in ADAPTERS if name != "qlora"]
@@ -172,9 +172,9 @@ def test_micro_batches_make_no_difference(folder) -> None:
 def test_two_processes_have_the_losses_of_one(folder) -> None:
     flags = [*CHAT, "--max_steps", "4", "--eval_steps", "1"]
     one = tune(folder, "gpt2", *flags, name="one")
-    halves = ["--per_device_train_batch_size", "2", "--output_dir", "two"]
-    done = launch("-m", "finetune.finetune", *latest("gpt2", *TINY, *flags, *halves), cwd=folder)
-    assert "2 × cpu" in done.stdout
+    halves = ["--per_device_train_batch_size", "2", "--use_cpu", "true", "--output_dir", "two"]
+    as_launched(2, None, folder, finetune.main, latest("gpt2", *TINY, *flags, *halves))
+    assert len(list((folder / "two").glob("checkpoint-4/rng_state_*.pth"))) == 2, "one for each process"
     for key in ("train_loss", "eval_loss"):
         first, second = ([row[key] for row in read_metrics(run) if row[key]] for run in (one, folder / "two"))
         assert len(first) >= 4

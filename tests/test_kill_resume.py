@@ -56,9 +56,9 @@ def kills(monkeypatch, capsys, *argv: str) -> dict:
 
 
 def test_killed_and_resumed_is_as_left_alone(monkeypatch, capsys) -> None:
-    line = kills(monkeypatch, capsys, "--kills", "2", "--seed", "1", "--steps", "24")
-    assert line["kills"] == line["equal"] == 2
-    assert line["sigkills"] >= 2
+    line = kills(monkeypatch, capsys, "--kills", "1", "--seed", "1", "--steps", "24")
+    assert line["kills"] == line["equal"] == 1
+    assert line["sigkills"] >= 1
     assert line["by_kind"]["pretrain, 1 process(es)"]["half_written_checkpoints"] == 0
 
 

@@ -127,6 +127,7 @@ def test_a_launch_that_is_what_was_asked_for_passes(monkeypatch, variables) -> N
     assert check_launch() is None
 
 
+@pytest.mark.slow  # the variables that it sets: test_a_launch_that_would_be_another_is_refused
 def test_asking_accelerate_for_two_cpu_processes_and_getting_one_is_an_error(tmp_path) -> None:
     write_text(tmp_path)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--quiet"]

@@ -14,7 +14,7 @@ from training.share.metrics_file import read_metrics
 
 from .tiny_runs import checkpoints, go_on, grow, rows, same_weights, tiny_argv
 
-LONG = ["--dropout", "0.1", "--max_steps", "120", "--eval_steps", "8"]
+LONG = ["--dropout", "0.1", "--max_steps", "120", "--eval_steps", "30"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_signal_loses_nothing(folder, unbroken, number: signal.Signals, code: 
     assert "Traceback" not in errors
     assert f"acorn resume {run.name}" in errors
     stopped_at = checkpoints(run)[-1]
-    assert 8 <= stopped_at < 120
+    assert 30 <= stopped_at < 120
     go_on(run)
     assert rows(run) == rows(unbroken)
     assert same_weights(run / "checkpoint-120", unbroken / "checkpoint-120")
