@@ -52,10 +52,14 @@ def add_flags(add: Callable) -> None:
 
 def run(flags: argparse.Namespace, out: Output) -> None:
     """Measure the four ways on the same streams, then let each write on."""
+    if flags.factor < 2:
+        raise UserError(f"factor={flags.factor}: must be at least 2 contexts, or nothing lies past one")
+    prompt = read_prompt(flags.prompt)
     flags.model = flags.model or str(grow(out, "base", "quickstart", **GROWN))
     model, tokenizer = load(flags)
     context = context_left(model)
     window = check(flags, model, context)
+    begun = prompt_tensor(tokenizer, prompt, context // 2).to(model.device)
     caches = {
         WINDOW: partial(build_cache, model.config, "window", cache_budget=window, cache_sinks=0),
         SINKS: partial(build_cache, model.config, "window", cache_budget=window, cache_sinks=flags.cache_sinks),
@@ -66,7 +70,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     predicted = measure(model, ids, context, caches, flags.batch_size)
     report(predicted, context, flags, out)
     draw(predicted, context, out)
-    write_on(flags, model, tokenizer, context, caches, out)
+    write_on(flags, model, tokenizer, begun, context, caches, out)
     next_command("generate", flags.model, cache="window", cache_budget=window, cache_sinks=flags.cache_sinks)
 
 
@@ -74,8 +78,6 @@ def check(flags: argparse.Namespace, model, context: int) -> int:
     """How many tokens the windows hold; refuses what shows nothing."""
     if has_learned_positions(model):
         raise UserError(f"{flags.model}: learned positions end with the context of {context}; take a rotary model")
-    if flags.factor < 2:
-        raise UserError(f"factor={flags.factor}: must be at least 2 contexts, or nothing lies past one")
     window = context - 1 if flags.cache_window is None else flags.cache_window
     if not flags.cache_sinks < window < context:
         raise UserError(
@@ -136,9 +138,8 @@ def draw(predicted: dict[str, torch.Tensor], context: int, out: Output) -> None:
         losses.legend()
 
 
-def write_on(flags, model, tokenizer, context: int, caches: dict[str, Callable[[], Cache]], out: Output) -> None:
-    """What each way writes past the context after one prompt: whole into samples.txt, the ends printed."""
-    ids = prompt_tensor(tokenizer, read_prompt(flags.prompt), context // 2).to(model.device)
+def write_on(flags, model, tokenizer, ids: torch.Tensor, context: int, caches: dict, out: Output) -> None:
+    """What each way writes past the context after the prompt, ids (1, tokens): into samples.txt, the ends printed."""
     sampling = sampling_arguments(flags.temperature, None, None)
     texts = {}
     for name in tqdm(WAYS, unit="sample", leave=False, file=sys.stderr, disable=None):
@@ -153,8 +154,8 @@ def write_on(flags, model, tokenizer, context: int, caches: dict[str, Callable[[
             make_cache=make and (lambda tokens, make=make: make()),
             **sampling,
         )
-        texts[name] = decode_continuation(tokenizer, grown[0].tolist(), ids.shape[1])
+        texts[name] = decode_continuation(tokenizer, grown[0].tolist(), 0)
         out.row(way=name, sample=texts[name])
         print(f"\n── {name}, the end of {flags.factor * context:,} tokens ──\n{texts[name][-SHOWN:]}")
-    whole = "\n\n".join(f"──── {name} ────\n{flags.prompt}{text}" for name, text in texts.items())
+    whole = "\n\n".join(f"──── {name} ────\n{text}" for name, text in texts.items())
     write_whole(out.directory / "samples.txt", whole + "\n")
