@@ -45,6 +45,8 @@ def cut_streams(ids: torch.Tensor, length: int, most: int, bytes_per_token: floa
 
     ids: (tokens,). Raises UserError for a text that is too short.
     """
+    if most < FEWEST_STREAMS:
+        raise UserError(f"streams={most}: must be at least {FEWEST_STREAMS}, or an interval would say nothing")
     count = min(most, (len(ids) - 1) // length)
     if count < FEWEST_STREAMS:
         needed = f"{FEWEST_STREAMS} streams of {length} need {FEWEST_STREAMS * length + 1:,}"
