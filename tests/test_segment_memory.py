@@ -122,6 +122,20 @@ def test_a_row_that_begins_anew_forgets_and_leaves_the_others_alone(text: torch.
 
 
 @torch.no_grad()
+def test_beyond_its_trained_length_positions_stand_still(text: torch.Tensor) -> None:
+    model = build(8)
+    layer = SegmentMemory(model.config, 20).layers[0]
+    layer.lazy_initialization(torch.zeros(1, 1, 0, 1), torch.zeros(1, 1, 0, 1))
+    layer.keys, layer.seen = torch.zeros(1, 1, 20, 1), 44  # 40 were read; now four of the next segment
+    assert layer.positions(24).tolist() == [32] * 13 + list(range(33, 44))
+    for pieces in (SEGMENT, 1):
+        longer = read(model, text, pieces, SegmentMemory(model.config, 20))
+        torch.testing.assert_close(longer, read(model, text, SEGMENT, SegmentMemory(model.config, 20)), **CLOSE)
+    within = read(model, text[:, :16], SEGMENT)
+    torch.testing.assert_close(longer[:, :16], within, **CLOSE)
+
+
+@torch.no_grad()
 def test_positions_stay_small_and_a_restored_memory_goes_on(text: torch.Tensor) -> None:
     model = build()
     memory, other = SegmentMemory(model.config), SegmentMemory(model.config)

@@ -87,7 +87,8 @@ class CarriesMemory(Trainer):
         return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "begins"}, *args, **kwargs)
 
     def _empty_memory(self) -> SegmentMemory:
-        return SegmentMemory(self.accelerator.unwrap_model(self.model).config, self.train_memory_length)
+        length = self.train_memory_length
+        return SegmentMemory(self.accelerator.unwrap_model(self.model).config, length, reach=length)
 
     # ---- checkpoints
 
