@@ -32,6 +32,7 @@ from .variants import random_model, tiny_config
 MEMORY = words(
     "--position_encoding rope --memory_length 24 --sampling lanes --memory_reset_probability 0.2 --dropout 0"
 )
+MEMORY += ["--use_cpu", "true"]
 
 
 def numbers(length: int) -> TokenArray:
