@@ -250,6 +250,8 @@ class GPTConfig(PreTrainedConfig):
             return
         if kind not in KV_QUANTIZATION:
             raise ValueError(f"kv_quantization={kind!r}: choose one of {', '.join(KV_QUANTIZATION)}, or null for none")
+        if set(self.layer_types) == {"linear_attention"}:
+            raise ValueError(f"kv_quantization={kind!r}: no layer of layer_types has keys and values; leave it out")
         unit = packing_unit(KV_QUANTIZATION[kind][0])
         if head_dim % unit:
             raise ValueError(f"head_dim={head_dim}: {kind} fills bytes with {unit} codes at a time; choose a multiple")
@@ -342,9 +344,8 @@ class GPTConfig(PreTrainedConfig):
         for field in ("initializer_range", "embedding_initializer_range", "norm_eps"):
             if not 0 <= (getattr(self, field) or 0) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)}: must not be negative, and a finite number")
-        if self.linear_conv_kernel_dim is not None and not 2 <= self.linear_conv_kernel_dim <= MOST_TAPS:
-            kernel = f"linear_conv_kernel_dim={self.linear_conv_kernel_dim}"
-            raise ValueError(f"{kernel}: must be from 2 to {MOST_TAPS}, or null for no convolution")
+        if not 2 <= (kernel := 2 if self.linear_conv_kernel_dim is None else self.linear_conv_kernel_dim) <= MOST_TAPS:
+            raise ValueError(f"linear_conv_kernel_dim={kernel}: must be from 2 to {MOST_TAPS}, or null for none")
         if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
         if self.zero_init_head and self.tie_word_embeddings:
@@ -362,6 +363,10 @@ class GPTConfig(PreTrainedConfig):
                 f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}: "
                 "give one a layer"
             )
+        for field, unset in (("linear_attention", "elu"), ("linear_conv_kernel_dim", None)):
+            if getattr(self, field) != unset and "linear_attention" not in self.layer_types:
+                value = f"{field}={getattr(self, field)!r}"
+                raise ValueError(f"{value}: no layer of layer_types is linear_attention; make some so, or leave it out")
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             # Of a window of 1 a cache keeps the last 0 tokens, which transformers slices as all of them.
             raise ValueError(f"sliding_window={self.sliding_window}: sliding_attention needs a window of at least 2")

@@ -16,6 +16,7 @@ from training.model.loading import load_config
 from .variants import VARIANTS, tiny_config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR = {"layer_types": ["linear_attention"] * 2}
 ROPE = {"position_encoding": "rope"}
 
 
@@ -52,10 +53,28 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
         r"kv_sharing_modes\[1\]='reuse' has no 'store' layer below it that is sliding_attention too",
     ),
     "unknown linear attention": ({"linear_attention": "performer"}, "linear_attention='performer': .*elu, gated_delta"),
-    "a convolution over one token": ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim=1: must be from 2 to 64"),
-    "a convolution over all": ({"linear_conv_kernel_dim": 1024}, "linear_conv_kernel_dim=1024: must be from 2"),
+    "a convolution over one token": (
+        {**LINEAR, "linear_conv_kernel_dim": 1},
+        "linear_conv_kernel_dim=1: must be from 2 to 64",
+    ),
+    "a convolution over all": (
+        {**LINEAR, "linear_conv_kernel_dim": 1024},
+        "linear_conv_kernel_dim=1024: must be from 2",
+    ),
+    "a kind of linear layers without any": (
+        {"linear_attention": "gated_delta"},
+        "gated_delta': no layer of layer_types",
+    ),
+    "a convolution without linear layers": (
+        {"linear_conv_kernel_dim": 4},
+        "linear_conv_kernel_dim=4: no layer of layer",
+    ),
+    "quantization of no keys": (
+        {"kv_quantization": "int2", **LINEAR},
+        "kv_quantization='int2': no layer of layer_types has keys and values",
+    ),
     "shared keys of a linear layer": (
-        {"kv_sharing_modes": ["store", "reuse"], "layer_types": ["linear_attention"] * 2},
+        {"kv_sharing_modes": ["store", "reuse"], **LINEAR},
         r"kv_sharing_modes\[0\]='store': linear_attention has no keys to share",
     ),
     "unknown kind of quantization": ({"kv_quantization": "int5"}, "kv_quantization='int5': .*int2, int3, int4"),

@@ -47,17 +47,19 @@ COLUMNS = {
 # ---- the models: (layers, width) to what differs from the recipe, which is gated
 
 
+NOT_GATED = {"linear_attention": "elu", "linear_conv_kernel_dim": None, "position_encoding": "rope"}
+
+
 def softmax(layers: int, width: int) -> dict:
-    return {"layer_types": [FULL] * layers, "position_encoding": "rope"}
+    return {"layer_types": [FULL] * layers, **NOT_GATED}
 
 
 def short(layers: int, width: int) -> dict:
-    return {"layer_types": [SLIDING] * layers, "sliding_window": WINDOW, "position_encoding": "rope"}
+    return {"layer_types": [SLIDING] * layers, "sliding_window": WINDOW, **NOT_GATED}
 
 
 def plain(layers: int, width: int) -> dict:
-    kind = {"linear_attention": "elu", "linear_conv_kernel_dim": None, "position_encoding": "rope"}
-    return {"layer_types": [LINEAR] * layers, **kind}
+    return {"layer_types": [LINEAR] * layers, **NOT_GATED}
 
 
 def gated(layers: int, width: int) -> dict:
