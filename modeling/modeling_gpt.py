@@ -379,7 +379,9 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if is_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
             has_drafts = generation_mode == GenerationMode.ASSISTED_GENERATION
-            cache = model_kwargs[CACHE_NAME] = (build_cache if has_drafts else default_cache)(self.config)
+            cache = (build_cache if has_drafts else default_cache)(self.config)
+            if type(cache) is not DynamicCache:  # a plain one may be made ready for drafts already: it stays
+                model_kwargs[CACHE_NAME] = cache
             if isinstance(cache, SegmentMemory):
                 generation_config.prefill_chunk_size = self.config.max_position_embeddings
         with_state_layers(model_kwargs.get(CACHE_NAME), self.config)  # generate() asks it for its length
