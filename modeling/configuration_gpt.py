@@ -25,7 +25,6 @@ ROPE_NEEDS = {  # rope_type: what rope_parameters must hold beside rope_theta
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-MOST_TAPS = 64  # of a convolution: a longer one is what attention is for
 OLD_MODEL_TYPE = "gpt"
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt.GPTConfig",
@@ -50,9 +49,8 @@ class GPTConfig(PreTrainedConfig):
     qk_norm: RMS norm of queries and keys per head; embedding_norm: a norm before the first block.
     hidden_act, gated_mlp: activation of the MLP, and whether a second projection multiplies it (GLU).
     layer_types: one of `full_attention`, `sliding_attention`, `linear_attention` a layer; `sliding_window` in tokens.
-    linear_attention: which kind linear layers are, `elu` (arXiv 2006.16236) or `gated_delta` (arXiv 2412.06464);
-        linear_conv_kernel_dim: over how many tokens a convolution mixes their queries, keys and values, from 2;
-        default: none.
+    linear_attention: kind of linear layers, `elu` (arXiv 2006.16236) or `gated_delta` (arXiv 2412.06464);
+        linear_conv_kernel_dim: tokens that a convolution of their queries, keys and values mixes (default: none).
     kv_sharing_modes: None, "store" or "reuse" a layer; "reuse" takes the keys and values of the nearest "store"
         of its own layer type below it (cross-layer attention, arXiv 2405.12981).
     kv_quantization: `int2`, `int3` or `int4`: keys and values are quantized in training, and held so by the cache; a
@@ -344,8 +342,8 @@ class GPTConfig(PreTrainedConfig):
         for field in ("initializer_range", "embedding_initializer_range", "norm_eps"):
             if not 0 <= (getattr(self, field) or 0) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)}: must not be negative, and a finite number")
-        if not 2 <= (kernel := 2 if self.linear_conv_kernel_dim is None else self.linear_conv_kernel_dim) <= MOST_TAPS:
-            raise ValueError(f"linear_conv_kernel_dim={kernel}: must be from 2 to {MOST_TAPS}, or null for none")
+        if not 2 <= (kernel := 2 if self.linear_conv_kernel_dim is None else self.linear_conv_kernel_dim) <= 64:
+            raise ValueError(f"linear_conv_kernel_dim={kernel}: must be from 2 to 64, or null for none")
         if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap={self.logit_softcap}: must be above 0, or null for none")
         if self.zero_init_head and self.tie_word_embeddings:
@@ -365,8 +363,7 @@ class GPTConfig(PreTrainedConfig):
             )
         for field, unset in (("linear_attention", "elu"), ("linear_conv_kernel_dim", None)):
             if getattr(self, field) != unset and "linear_attention" not in self.layer_types:
-                value = f"{field}={getattr(self, field)!r}"
-                raise ValueError(f"{value}: no layer of layer_types is linear_attention; make some so, or leave it out")
+                raise ValueError(f"{field}={getattr(self, field)!r}: no layer of layer_types is linear_attention")
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             # Of a window of 1 a cache keeps the last 0 tokens, which transformers slices as all of them.
             raise ValueError(f"sliding_window={self.sliding_window}: sliding_attention needs a window of at least 2")
@@ -383,9 +380,7 @@ class GPTConfig(PreTrainedConfig):
             if mode not in (None, "store", "reuse"):
                 raise ValueError(f"kv_sharing_modes[{layer_idx}]={mode!r}: each is null, store or reuse")
             if mode is not None and self.layer_types[layer_idx] == "linear_attention":
-                raise ValueError(
-                    f"kv_sharing_modes[{layer_idx}]={mode!r}: linear_attention has no keys to share; use null"
-                )
+                raise ValueError(f"kv_sharing_modes[{layer_idx}]={mode!r}: linear_attention has no keys to share")
             if mode == "reuse" and self.kv_source(layer_idx) is None:
                 raise ValueError(
                     f"kv_sharing_modes[{layer_idx}]='reuse' has no 'store' layer below it that is "
