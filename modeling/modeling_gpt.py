@@ -10,7 +10,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -292,8 +296,10 @@ class GPTModel(GPTPreTrainedModel):
         """One mask a layer type; masks that come ready (from generate) pass through."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        sight = getattr(cache, "sight", None)
+        more = {} if sight is None else {"and_mask_function": sliding_window_overlay(sight)}
         return {  # by position, as the fourth argument has two names
-            layer_type: MASKS[layer_type](self.config, inputs_embeds, attention_mask, cache, position_ids)
+            layer_type: MASKS[layer_type](self.config, inputs_embeds, attention_mask, cache, position_ids, **more)
             for layer_type in dict.fromkeys(self.config.layer_types)
         }
 

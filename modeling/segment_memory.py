@@ -77,24 +77,12 @@ def memory_obstacle(config) -> str:
 
 
 class MemoryLayer(UnrotatedLayer):
-    """The tokens of the segment that is being read, and the `memory_length` before it.
+    """The tokens of the segment that is being read, and the `memory_length` before it."""
 
-    reach: how far before the segment positions tell tokens apart; all that are further count as that far. None: all.
-    """
-
-    def __init__(self, memory_length: int, segment_length: int, reach: int | None = None):
+    def __init__(self, memory_length: int, segment_length: int):
         super().__init__()
-        self.memory_length, self.segment_length, self.reach = memory_length, segment_length, reach
+        self.memory_length, self.segment_length = memory_length, segment_length
         self.read = 0  # tokens of the segment that is being read
-
-    def positions(self, length):
-        """As they are counted, but none before the reach of the segment that these keys end with."""
-        places = super().positions(length)
-        if self.reach is None:
-            return places
-        held = self.keys.shape[-2] if self.keys.numel() else 0
-        begin = self.seen - (length - held) - self.read  # of the segment
-        return places.clamp(min=begin - self.reach)
 
     def keep(self, keys, values, turned, query_states, scaling):
         """Where a segment is full the next one begins: of all before it the last `memory_length` tokens stay."""
@@ -126,20 +114,20 @@ class SegmentMemory(UnrotatedCache):
     not made again with today's weights, and the projections learn from the segment alone. Positions are the model's own
     (rotary, or none), not the paper's relative sinusoids with biases of their own.
 
-    memory_length: tokens, in place of the configuration's. reach: how far back positions are told apart (default: the
-    configuration's memory); tokens of a longer memory count as just that far, as rotary angles that were never trained
-    cost more than an older token is worth.
+    memory_length: tokens, in place of the configuration's. reach: how many before its segment a token may have seen in
+    training (default: the configuration's memory). With a longer memory each token sees as far back as the last one of
+    a segment did, and no further: distances that were never trained cost more than an older token is worth.
     """
 
     def __init__(self, config, memory_length: int | None = None, reach: int | None = None):
         length = config.memory_length if memory_length is None else memory_length
         segment = config.max_position_embeddings
         reach = config.memory_length if reach is None else reach
-        reach = reach if 0 < reach < length else None
-        super().__init__(layers=[MemoryLayer(length, segment, reach) for _ in range(config.num_hidden_layers)])
-        self.known: torch.Tensor | int = (
-            0  # (batch,): how many of the tokens that are held a row has read since it began
-        )
+        super().__init__(layers=[MemoryLayer(length, segment) for _ in range(config.num_hidden_layers)])
+        # Of how many tokens up to itself, itself among them, each sees no more; None: all that is held.
+        self.sight = reach + segment if 0 < reach < length else None
+        # (batch,): how many of the tokens that are held a row has read since it began
+        self.known: torch.Tensor | int = 0
 
     def begin_segment(self, is_new: torch.Tensor, tokens: int) -> torch.Tensor:
         """Make ready for one more segment of a batch whose rows go on where they stood.

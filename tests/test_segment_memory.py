@@ -122,17 +122,18 @@ def test_a_row_that_begins_anew_forgets_and_leaves_the_others_alone(text: torch.
 
 
 @torch.no_grad()
-def test_beyond_its_trained_length_positions_stand_still(text: torch.Tensor) -> None:
+def test_with_a_longer_memory_than_trained_with_attention_slides(text: torch.Tensor) -> None:
+    """Each token sees as far as the last one of a segment did in training, however long the memory is."""
     model = build(8)
-    layer = SegmentMemory(model.config, 20).layers[0]
-    layer.lazy_initialization(torch.zeros(1, 1, 0, 1), torch.zeros(1, 1, 0, 1))
-    layer.keys, layer.seen = torch.zeros(1, 1, 20, 1), 44  # 40 were read; now four of the next segment
-    assert layer.positions(24).tolist() == [32] * 13 + list(range(33, 44))
+    sliding = build(0, max_position_embeddings=64, sliding_window=8 + SEGMENT)
+    sliding.load_state_dict(model.state_dict())
+    slid = sliding(text, use_cache=False).logits
     for pieces in (SEGMENT, 1):
-        longer = read(model, text, pieces, SegmentMemory(model.config, 20))
-        torch.testing.assert_close(longer, read(model, text, SEGMENT, SegmentMemory(model.config, 20)), **CLOSE)
-    within = read(model, text[:, :16], SEGMENT)
-    torch.testing.assert_close(longer[:, :16], within, **CLOSE)
+        longer = read(model, text, pieces, SegmentMemory(model.config, LENGTH))
+        torch.testing.assert_close(longer, slid, **CLOSE)
+    in_lanes = read_in_lanes(model, text, none_begin(text), SegmentMemory(model.config, LENGTH))
+    torch.testing.assert_close(in_lanes, slid, **CLOSE)
+    assert SegmentMemory(model.config, 8).sight is None
 
 
 @torch.no_grad()
