@@ -6,32 +6,32 @@ other caches too: Acorn's int4 and int2, with a Hadamard rotation, and transform
 packages of .venv-clients. Prints one JSON line: for each cache the bits that a key or value takes at the end of a
 stream, and the percent of the plain model's loss that it costs, for each seed with its interval, and in the mean.
 
-    .venv-clients/bin/python benchmarks/trained_in_quantization.py --output_dir runs/trained-in --seeds 1 2 3
+    PYTHONPATH=. .venv-clients/bin/python benchmarks/trained_in_quantization.py --output_dir runs/trained-in
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, QuantizedCache
+from transformers import QuantizedCache
 from transformers.cache_utils import Cache
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from inference.caches import policies
 from inference.experiments.common import Output, add_model_flags, grow, held_out_streams
-from inference.measuring.kv_report import decode, held_bits, paired
-from modeling.kv_quantization import build_cache
+from inference.measuring.kv_report import FULL_BITS, decode, own_cache, paired
 from training.model.loading import load_model_and_tokenizer
 from training.system.errors import log, quiet_libraries
 
 RECIPE = "stdlib-int2-cache"
-THEIRS = {  # backend: whether it is installed, and the axis that transformers' documentation recommends
-    "hqq": (is_hqq_available, 1),
-    "quanto": (is_optimum_quanto_available, 0),
+THEIRS = {  # backend: whether it is installed, and the axes that transformers' documentation recommends
+    "hqq": (is_hqq_available, {"axis_key": 1, "axis_value": 1, "q_group_size": 64}),
+    "quanto": (is_optimum_quanto_available, {"axis_key": 0, "axis_value": 0, "q_group_size": 64}),
 }
 
 
@@ -81,40 +81,46 @@ def scores(plain: Path, coded: Path, most: int, seed: int) -> Iterator[tuple]:
     streams = held_out_streams(flags, model, tokenizer)
     num_bytes = streams.targets.numel() * streams.bytes_per_token
     own, _ = load_model_and_tokenizer(str(coded))
-    baseline = None
-    for name, scored, cache in [
-        ("plain", model, DynamicCache(config=model.config)),
-        ("trained in, int2", own, build_cache(own.config)),
-        *((name, model, cache) for name, cache in untrained(model.config)),
+    config, baseline = model.config, None
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * streams.length
+    for name, scored, new_cache in [
+        ("plain", model, own_cache),
+        ("trained in, int2", own, own_cache),
+        *((name, model, new_cache) for name, new_cache in untrained(config)),
     ]:
         with tqdm(total=streams.length, desc=name, unit="token", leave=False, file=sys.stderr, disable=None) as bar:
-            nats, _ = decode(scored, streams.ids, cache, streams.first, bar.update)
-        baseline = nats if baseline is None else baseline
-        yield name, bits_a_value(cache, model.config, streams.ids), paired(nats, baseline, num_bytes, seed)
+            decoded = decode(scored, streams.ids, streams.first, new_cache, len(streams.ids), bar.update)
+        baseline = decoded.nats if baseline is None else baseline
+        yield name, decoded.bits / values, paired(decoded.nats, baseline, num_bytes, seed)
 
 
-def untrained(config) -> Iterator[tuple[str, Cache]]:
-    """The caches for a model that knows nothing of them."""
+def untrained(config) -> Iterator[tuple[str, Callable[[], Cache]]]:
+    """The caches for a model that knows nothing of them, by name, and what makes an empty one."""
     for kind in ("int4", "int2"):
-        yield f"{kind}, Hadamard", policies.build_cache(config, kind, torch.float16)
-    for backend, (is_installed, axis) in THEIRS.items():
+        yield f"{kind}, Hadamard", partial(policies.build_cache, config, kind, torch.float16)
+    for backend, (is_installed, options) in THEIRS.items():
         if not is_installed():
             log(f"{backend} is not installed: left out; .venv-clients has it")
             continue
         for bits in (4, 2):
-            axes = {"axis_key": axis, "axis_value": axis, "q_group_size": 64 if backend == "hqq" else 32}
-            yield f"QuantizedCache, {backend}, {bits} bits", QuantizedCache(backend, config, nbits=bits, **axes)
+            yield f"QuantizedCache, {backend}, {bits} bits", partial(Theirs, backend, config, nbits=bits, **options)
 
 
-def bits_a_value(cache: Cache, config, ids: torch.Tensor) -> float:
-    """Bits held for each key or value of the tokens that went through."""
-    streams, tokens = ids.shape[0], ids.shape[1] - 1
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * streams * tokens
-    bits = held_bits(cache)
-    if isinstance(cache, QuantizedCache):  # which holds more than its newest keys and values, that were counted
-        parts = (part for layer in cache.layers for part in (layer._quantized_keys, layer._quantized_values))
-        bits += 8 * sum(tensor.nbytes for part in parts for tensor in tensors_of(part))
-    return bits / values
+class Theirs(QuantizedCache):
+    """transformers' cache, which says how much it holds: the newest tokens at 16 bits a number, and codes."""
+
+    rows = 1
+
+    def state_bits(self) -> int:
+        parts = (part for layer in self.layers for part in (layer._quantized_keys, layer._quantized_values))
+        newest = sum(states.numel() for layer in self.layers for states in (layer.keys, layer.values))
+        return (
+            FULL_BITS * newest + 8 * sum(tensor.nbytes for part in parts for tensor in tensors_of(part))
+        ) // self.rows
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Say from now on what one row takes: of codes transformers cannot take one out."""
+        self.rows = max(layer.keys.shape[0] for layer in self.layers)
 
 
 def tensors_of(part) -> list[torch.Tensor]:
