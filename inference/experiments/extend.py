@@ -33,7 +33,8 @@ EPILOG = """examples:
   acorn lab extend runs/mine --factor 8 --ways linear yarn --steps 10 100 1000
 
 Enough are the fewest of the steps after which the loss past the trained context is within 1 % of what it is after the
-most. They go on from each other, at one learning rate: 100 steps are the 30 before and 70 more."""
+most; and, to be worth it, below that of the model as it was, rereading the last half of its context. The steps go on
+from each other, at one learning rate: 100 steps are the 30 before and 70 more."""
 
 ENOUGH = 1.0  # percent of the loss after the most steps
 SHARE = 0.1  # of the run's own learning rates
@@ -116,7 +117,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     print("over_last: % above the loss after the most steps, low to high: 95 % interval; over_reread: % above what the")
     print(f"model gets that is not extended, and rereads the last half of its context ({far(again, trained):.4f}).\n")
     for way in flags.ways:
-        print(in_words(way, enough(rows, way), steps))
+        print(in_words(way, rows, max(steps)))
     draw_positions(curves, again, trained, out)
     draw_steps(rows, steps, far(again, trained), out)
     best = min((row for row in rows if row["steps"]), key=lambda row: row["far"])
@@ -242,16 +243,15 @@ def compare(way: str, measured: dict[int, torch.Tensor], again: torch.Tensor, tr
     return rows
 
 
-def enough(rows: list[dict], way: str) -> int:
-    """The fewest steps after which the loss past the trained context is about what it is after the most."""
-    return min(row["steps"] for row in rows if row["way"] == way and row["over_last"] <= ENOUGH)
-
-
-def in_words(way: str, steps: int, all_steps: list[int]) -> str:
-    most = max(all_steps)
-    if steps == most:
-        return f"{way}: {most:,} steps, the most that were tried, may not be enough"
-    return f"{way}: {steps:,} steps are enough: the loss past the context is within {ENOUGH:g} % of that after {most:,}"
+def in_words(way: str, rows: list[dict], most: int) -> str:
+    """How many steps are enough: to lose as little as after the most, and to be ahead of a model that rereads."""
+    own = [row for row in rows if row["way"] == way]
+    near_last = min(row["steps"] for row in own if row["over_last"] <= ENOUGH)
+    ahead = next((row["steps"] for row in own if row["over_reread"] < 0), None)
+    settled = f"{near_last:,} steps come within {ENOUGH:g} % of {most:,}" if near_last < most else "it still falls"
+    return f"{way}: {settled}; " + (
+        f"ahead of rereading after {ahead:,}" if ahead is not None else "rereading is ahead"
+    )
 
 
 # ---- pictures
@@ -302,6 +302,7 @@ def draw_steps(rows: list[dict], steps: list[int], not_extended: float, out: Out
             axes.plot([row["steps"] for row in own], [row["far"] for row in own], marker="o", label=way)
         axes.axhline(not_extended, color="tab:red", linestyle=":", label="not extended, reread")
         axes.set_xscale("symlog", linthresh=steps[0])
+        axes.set_xlim(left=-steps[0] / 10)
         axes.set_xticks([0, *steps], [f"{step:,}" for step in (0, *steps)])
         axes.set(xlabel="steps at the longer context", ylabel="loss past the trained context (nats a token)")
         axes.grid(alpha=0.25)
