@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = convert(flags.src, flags.to, flags.dst, flags.tokenizer, flags.meta, pooled)
     command = f"{shell('acorn', 'generate', flags.dst)} --prompt …"
     if pooled is not None:
-        command = f"acorn pretrain RECIPE {shell('--model_name_or_path', flags.dst)} --max_steps …"
+        command = f"{shell('acorn', 'pretrain', 'RECIPE', model_name_or_path=flags.dst)} --max_steps …"
     shows = flags.to == "acorn" or (flags.to != "nanogpt" and pooled is None)
     lines.append(f"{flags.dst} is written." + (f" Next:\n  {command}" if shows else ""))
     print("\n".join(lines))

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(name: str, experiment: ModuleType, argv: list[str]) -> argparse.Namespace:
     """The experiment's own flags, and those that every one has."""
-    parser = FlagParser(prog=f"acorn lab {name}", description=experiment.ABOUT, epilog=experiment.EPILOG)
+    parser = FlagParser(prog=" ".join(("acorn", "lab", name)), description=experiment.ABOUT, epilog=experiment.EPILOG)
     experiment.add_flags(parser.add_argument)
     add = parser.add_argument_group("of every experiment").add_argument
     add("--smoke", action="store_true", help="a small version, which takes minutes on two cores")

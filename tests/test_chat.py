@@ -97,13 +97,17 @@ class Terminal:
             shown += os.read(self.end, 1)
         return shown.decode()
 
-    def interrupt_prompt(self) -> None:
-        """Ctrl-C with nothing to stop: the prompt comes anew; typed again where it came before readline waits."""
-        for _ in range(60):
+    def interrupt(self) -> str:
+        """All that is shown up to the prompt that Ctrl-C brings; typed again where it came before anyone was ready."""
+        shown = b""
+        for _ in range(400):
             self.type("\x03")
-            if select.select([self.end], [], [], 2)[0]:
-                break
-        self.wait_for("> ")
+            until = time.monotonic() + 0.3
+            while select.select([self.end], [], [], max(0, until - time.monotonic()))[0]:
+                shown += os.read(self.end, 1)
+                if shown.endswith(b"> "):
+                    return shown.decode()
+        raise AssertionError(f"no prompt has come: {shown!r}")
 
     def exit_code(self) -> int:
         return self.process.wait(60)
@@ -118,9 +122,8 @@ def test_a_conversation_in_a_terminal(models, tmp_path) -> None:
         terminal.wait_for("> ")
     terminal.type("Stop\n")
     terminal.wait_for("a" * 5)
-    terminal.type("\x03")
-    assert terminal.wait_for("> ").count("a") < LONG - 5
-    terminal.interrupt_prompt()
+    assert terminal.interrupt().count("a") < LONG - 5
+    terminal.interrupt()  # with nothing to stop
     terminal.type(f"/save {tmp_path}/whole.jsonl\n")
     terminal.wait_for("saved")
     terminal.wait_for("> ")
@@ -131,8 +134,7 @@ def test_a_conversation_in_a_terminal(models, tmp_path) -> None:
     terminal.wait_for("> ")
     terminal.type("Anew\n")
     terminal.wait_for("a")
-    terminal.type("\x03")
-    terminal.wait_for("> ")
+    terminal.interrupt()
     terminal.type(f"/save {tmp_path}/anew.jsonl\n")
     terminal.wait_for("> ")
     terminal.type("\x04")

@@ -307,8 +307,10 @@ def test_what_the_recipes_grow() -> None:
         "gpt2-openwebtext-small-state": "kv_sharing_modes",
         "linear-stdlib": "layer_types",
         "shakespeare-char-small-state": "kv_sharing_modes",
+        "stdlib-int2-cache": "kv_quantization",
         "stdlib-latent": "kv_sharing_modes",
         "stdlib-small-state": "kv_sharing_modes",
+        "stdlib-xl": "memory_length",
         "toygpt-small": "lm_head_bias",
     }
 

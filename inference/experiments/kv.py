@@ -76,7 +76,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     streams = held_out_streams(flags, model, tokenizer)
     smaller = load_smaller(flags, tokenizer, streams.length) if flags.smaller else None
     probe = plant(streams, SMOKE_PROBED if flags.smoke else PROBED)
-    cases = buildable(cases, model, streams.length, are_named=flags.caches is not None)
+    cases = buildable(cases, model, streams.length, flags)
     rows = torch.cat((streams.ids, probe.ids))
     passes = -(-len(rows) // flags.batch_size)
     with tqdm(total=(len(cases) + bool(smaller)) * passes * streams.length, unit="token", **BAR) as bar:
@@ -119,15 +119,16 @@ def chosen_cases(flags: argparse.Namespace) -> list[Case]:
     return sorted(dict.fromkeys(cases), key=lambda case: order.index(case.policy) if case.policy in order else 2)
 
 
-def buildable(cases: list[Case], model, length: int, are_named: bool) -> list[Case]:
-    """Those that the model and the length allow; of others that nobody named it is said why not, else a UserError."""
+def buildable(cases: list[Case], model, length: int, flags: argparse.Namespace) -> list[Case]:
+    """Those that the model and the length allow; why others, if nobody asked for them, are left out is said."""
     kept = []
     for case in cases:
         try:
             case.build(model.config, length)
             kept.append(case)
         except UserError as error:
-            if are_named or case.policy == FULL:
+            is_asked = flags.caches is not None and (case.budget is None or flags.budgets is not None)
+            if is_asked or case.policy == FULL:
                 raise
             log(f"left out: {case.name}: {error}")
     return kept
