@@ -25,7 +25,7 @@ REFUSED = {  # variant: the field that stands in the way
     "latent_shared_sliding": "kv_lora_rank",
     "memory": "memory_length",
     "sliding_window_two": "sliding_window",
-    **dict.fromkeys(WITHOUT_KEYS, "layer_types"),
+    **dict.fromkeys(sorted(WITHOUT_KEYS), "layer_types"),
 }
 
 
