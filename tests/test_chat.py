@@ -64,9 +64,11 @@ def piped(monkeypatch, capsys):
     return call
 
 
-# In a session of its own it makes the terminal its controlling one, so that Ctrl-C there interrupts it.
+# In a session of its own it makes the terminal its controlling one, and does not ignore Ctrl-C, as what a script runs in
+# the background does, and all that it starts.
 OWN_TERMINAL = """
-import fcntl, runpy, termios
+import fcntl, runpy, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 runpy.run_module("inference.chat", run_name="__main__")
 """
@@ -103,7 +105,7 @@ class Terminal:
         for _ in range(400):
             self.type("\x03")
             until = time.monotonic() + 0.3
-            while select.select([self.end], [], [], max(0, until - time.monotonic()))[0]:
+            while (left := until - time.monotonic()) > 0 and select.select([self.end], [], [], left)[0]:
                 shown += os.read(self.end, 1)
                 if shown.endswith(b"> "):
                     return shown.decode()
