@@ -64,8 +64,8 @@ def piped(monkeypatch, capsys):
     return call
 
 
-# In a session of its own it makes the terminal its controlling one, and does not ignore Ctrl-C, as what a script runs in
-# the background does, and all that it starts.
+# In a session of its own it makes the terminal its controlling one. Ctrl-C, which all that scripts run in the
+# background ignores, interrupts it as in a terminal.
 OWN_TERMINAL = """
 import fcntl, runpy, signal, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)
