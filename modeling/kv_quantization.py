@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .segment_memory import UnrotatedCache, UnrotatedLayer
+from .segment_memory import HoldsRows, UnrotatedCache, UnrotatedLayer
 
 # The bits of a code, and the distance between the evenly spaced levels that loses least of a normal distribution, in
 # its standard deviations (Max, "Quantizing for minimum distortion", 1960).
@@ -181,7 +181,7 @@ class CodedCache(UnrotatedCache):
         return sum(layer.state_bits() for layer in self.layers if hasattr(layer, "state_bits"))
 
 
-class CodedLayer(UnrotatedLayer):
+class CodedLayer(HoldsRows, UnrotatedLayer):
     """The codes and scales of the keys and values of all tokens, or of a sliding window's."""
 
     def __init__(self, sliding_window: int | None = None):
@@ -190,33 +190,34 @@ class CodedLayer(UnrotatedLayer):
         self.is_sliding, self.is_croppable = sliding_window is not None, sliding_window is None
         self.held: tuple[torch.Tensor, ...] = ()
 
-    def update(self, key_states, value_states, quantizers=None, rotate=None, **kwargs):
-        """Keys, turned, and values of what was held and of the new tokens, as they are read back.
+    @property
+    def length(self) -> int:
+        return self.held[0].shape[-2] if self.held else 0
 
-        key_states, value_states: (batch, kv_heads, tokens, head_dim), as they are, and so are the two returned.
-        quantizers: of keys and of values, the layer's. rotate: (keys, their positions) to keys that are turned.
-        """
+    def lazy_initialization(self, key_states, value_states) -> None:
         self.device, self.is_initialized = key_states.device, True
+
+    def extend(self, key_states, value_states, quantizers):
+        """As UnrotatedLayer's; quantizers: of keys and of values, the attention layer's."""
         for_keys, for_values = quantizers
         new = (*for_keys.encode(key_states), *for_values.encode(value_states))
-        held = tuple(torch.cat(parts, dim=-2) for parts in zip(self.held, new, strict=True)) if self.held else new
-        self.seen += key_states.shape[-2]
-        self.held = tuple(self._kept(part) for part in held)
-        keys = for_keys.decode(*held[:2], key_states.dtype)
-        return rotate(keys, self.positions(keys.shape[-2])), for_values.decode(*held[2:], value_states.dtype)
+        if self.held:
+            new = tuple(torch.cat(parts, dim=-2) for parts in zip(self.held, new, strict=True))
+        self.held = new
+        return for_keys.decode(*new[:2], key_states.dtype), for_values.decode(*new[2:], value_states.dtype)
+
+    def keep(self, turned, query_states, scaling):
+        """Of a sliding window what the next tokens can see; copied, as a slice would keep the memory of the whole."""
+        if self.is_sliding:
+            self.change_rows(lambda part: part[:, :, 1 - self.sliding_window :].clone())
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a sequence holds."""
         names = ("key_codes", "key_scales", "value_codes", "value_scales")
         return dict(zip(names, self.held, strict=bool(self.held)))
 
-    def state_bits(self) -> int:
-        """The size of `state`."""
-        return sum(8 * part.nbytes for part in self.held)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = self.held[0].shape[-2] if self.held else 0
-        return held + query_length, self.seen - held
+    def change_rows(self, change) -> None:
+        self.held = tuple(change(part) for part in self.held)
 
     def get_max_length(self) -> int:
         return self.sliding_window or -1
@@ -228,30 +229,14 @@ class CodedLayer(UnrotatedLayer):
         """Forget the last tokens; as in transformers, their number comes negative, or as the length to keep."""
         kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
         if kept < self.seen:
-            self._each(lambda part: part[:, :, :kept])
+            self.change_rows(lambda part: part[:, :, :kept])
             self.seen = kept
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda part: part.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._each(lambda part: part[indices])
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
-
     def offload(self) -> None:
-        self._each(lambda part: part.to("cpu", non_blocking=True))
+        self.change_rows(lambda part: part.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._each(lambda part: part.to(self.device, non_blocking=True))
-
-    def _kept(self, part: torch.Tensor) -> torch.Tensor:
-        """What of it the next tokens can see; copied, as a slice alone would keep the memory of the whole."""
-        return part[:, :, 1 - self.sliding_window :].clone() if self.is_sliding else part
-
-    def _each(self, change) -> None:
-        self.held = tuple(change(part) for part in self.held)
+        self.change_rows(lambda part: part.to(self.device, non_blocking=True))
 
 
 def build_cache(config) -> Cache:

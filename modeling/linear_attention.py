@@ -15,6 +15,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .compat import CACHE_NAME
 from .positions import POSITIONS
+from .segment_memory import HoldsRows
 
 CHUNK = 64  # tokens: work within a chunk grows with it, the number of steps through the state falls
 TINY = 1e-20  # what a normaliser is at least: of a row of padding it is zero
@@ -115,7 +116,7 @@ def recurrent(query, key, value, state, log_decay=None, strength=None):
 # ---- what a sequence holds
 
 
-class StateLayer(CacheLayerMixin):
+class StateLayer(HoldsRows, CacheLayerMixin):
     """Tensors of a fixed size by their names, and how many tokens they have seen.
 
     Where a mask is made for softmax layers this one may be asked for its sizes, as the first that does not slide: it
@@ -144,10 +145,6 @@ class StateLayer(CacheLayerMixin):
         """Everything that the sequences hold here, and go on from."""
         return dict(self.tensors)
 
-    def state_bits(self) -> int:
-        """The size of `state()`, in bits."""
-        return sum(8 * tensor.nbytes for tensor in self.tensors.values())
-
     def get_seq_length(self) -> int:
         return self.seen
 
@@ -158,16 +155,11 @@ class StateLayer(CacheLayerMixin):
         return -1  # none: transformers' sign for that
 
     def reset(self) -> None:
-        self._each(torch.Tensor.zero_)
+        self.change_rows(torch.Tensor.zero_)
         self.seen = self.seen * 0
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
-        self._each(lambda tensor: tensor[indices.to(tensor.device)])
-
-    reorder_cache = batch_select_indices
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+    def change_rows(self, change) -> None:
+        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
 
     def offload(self) -> None:
         """Nothing is moved: it is small, and every token needs all of it."""
@@ -183,9 +175,6 @@ class StateLayer(CacheLayerMixin):
 
     lazy_initialization = update
 
-    def _each(self, change) -> None:
-        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
-
 
 def with_state_layers(cache: Cache | None, config) -> Cache | None:
     """The same cache, with a StateLayer in place of what transformers provides for linear layers.
@@ -193,15 +182,14 @@ def with_state_layers(cache: Cache | None, config) -> Cache | None:
     That knows no sequence length, which a model of linear layers alone is asked for. Raises ValueError for a cache that
     holds something else there.
     """
-    linear = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "linear_attention"]
-    if cache is None or not linear:
+    if cache is None or "linear_attention" not in config.layer_types:
         return cache
     if not isinstance(cache, Cache):
         raise ValueError("linear_attention: has a state and no keys, which a paged cache could hold")
     if not cache.layers:
         cache.layers.extend(DynamicCache(config=config).layers)
     guide = next((cache.layers[i] for i, kind in enumerate(config.layer_types) if kind == "full_attention"), None)
-    for i in linear:
+    for i in (i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"):
         if isinstance(cache.layers[i], LinearAttentionLayer):
             cache.layers[i] = StateLayer(guide, isinstance(cache, StaticCache))
         elif not isinstance(cache.layers[i], StateLayer):

@@ -1,7 +1,7 @@
 """The model, read from top to bottom: norm, MLP, block, GPTModel, GPTForCausalLM."""
 
-import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -245,7 +245,7 @@ class GPTModel(GPTPreTrainedModel):
         cache = with_state_layers(cache, self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
-        shift = None if position_ids is None else self._shift(position_ids, cache)
+        rotations = self._key_rotations(cache, position_ids)
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, cache)
         hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
@@ -258,7 +258,7 @@ class GPTModel(GPTPreTrainedModel):
                 position_ids=position_ids,
                 position_embeddings=angles[layer_type],
                 shared_key_values=shared_key_values,
-                **self._key_rotation(cache, layer_type, shift),
+                rotate_keys=rotations.get(layer_type),
                 **{layers_name(cache): cache},
                 **kwargs,
             )
@@ -267,19 +267,16 @@ class GPTModel(GPTPreTrainedModel):
             **{CACHE_NAME: cache if use_cache else None},
         )
 
-    def _shift(self, position_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
-        """(batch or 1, 1, 1), how far a row's positions are from how a cache of un-rotated keys counts: by padding."""
-        if not getattr(cache, "holds_unrotated", False):
-            return None
-        last = cache.get_seq_length() + position_ids.shape[1] - 1
-        return (position_ids[:, -1] - last)[:, None, None]
-
-    def _key_rotation(self, cache: Cache | None, layer_type: str, shift: torch.Tensor | None) -> dict:
-        """What a layer needs for a cache that holds keys as they were before their positions turned them."""
+    def _key_rotations(self, cache: Cache | None, position_ids: torch.Tensor | None) -> dict[str, Callable]:
+        """Layer type to what turns keys, (keys, places), for a cache that holds them as they were; else nothing."""
         if not getattr(cache, "holds_unrotated", False):
             return {}
-        turned = functools.partial(self.positions.turned, layer_type)
-        return {"rotate_keys": turned if shift is None else lambda keys, places: turned(keys, places + shift)}
+        turned, shift = self.positions.turned, 0
+        if position_ids is not None:  # by padding, a row's positions may be others than the cache counts
+            last = cache.get_seq_length() + position_ids.shape[1] - 1
+            shift = (position_ids[:, -1] - last)[:, None, None]
+        kinds = set(self.config.layer_types)
+        return {kind: lambda keys, places, kind=kind: turned(kind, keys, places + shift) for kind in kinds}
 
     def _next_positions(self, inputs_embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Positions (1, tokens) that follow what the cache has seen."""

@@ -3,8 +3,35 @@
 What is evicted, moved or carried into another segment needs that: a key can then be turned for the place it has now.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+
+
+class HoldsRows(ABC):
+    """What a cache layer with a state of its own does with the sequences of a batch, its tensors' rows."""
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that is held, by name."""
+
+    @abstractmethod
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put `change` of each tensor, whose first axis is the batch, in its place."""
+
+    def state_bits(self) -> int:
+        """The size of `state()`, in bits."""
+        return 8 * sum(tensor.nbytes for tensor in self.state().values())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.change_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    reorder_cache = batch_select_indices  # to the rows that beams go on from
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
 
 class UnrotatedCache(Cache):
@@ -16,7 +43,8 @@ class UnrotatedCache(Cache):
 class UnrotatedLayer(DynamicLayer):
     """All keys and values, the keys un-rotated: what eviction policies and memories build on.
 
-    A subclass decides what stays (`keep`), and where in the text it is said to be (`positions`).
+    A subclass decides how they are held (`extend`, `length`), what stays (`keep`), and where in the text it is said to
+    be (`positions`).
     """
 
     is_croppable = False
@@ -25,32 +53,43 @@ class UnrotatedLayer(DynamicLayer):
         super().__init__()
         self.seen = 0
 
-    def update(self, key_states, value_states, query_states=None, rotate=None, scaling=None, **kwargs):
+    @property
+    def length(self) -> int:
+        """The tokens held."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def update(self, key_states, value_states, query_states=None, rotate=None, scaling=None, **more):
         """The keys, turned, and values of what was held and of the new tokens: two (batch, kv_heads, keys, head_dim).
 
         key_states, value_states: (batch, kv_heads, tokens, head_dim), as they were before positions turned them.
         query_states: (batch, heads, tokens, head_dim), turned. rotate: (keys, their positions) to keys that are turned;
         positions are (keys,), or one a key, (batch, kv_heads, keys). scaling: of the queries, as attention scales them.
+        more: for `extend`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys = torch.cat((self.keys, key_states), dim=-2)
-        values = torch.cat((self.values, value_states), dim=-2)
+        keys, values = self.extend(key_states, value_states, **more)
         self.seen += key_states.shape[-2]
         turned = keys if rotate is None else rotate(keys, self.positions(keys.shape[-2]))
-        self.keep(keys, values, turned, query_states, scaling)
+        self.keep(turned, query_states, scaling)
         return turned, values
+
+    def extend(self, key_states, value_states, **more) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hold the new tokens too; returns the keys, un-rotated, and values of all, as they are read back."""
+        self.keys = torch.cat((self.keys, key_states), dim=-2)
+        self.values = torch.cat((self.values, value_states), dim=-2)
+        return self.keys, self.values
 
     def positions(self, length: int) -> torch.Tensor:
         """Positions, (length,), of that many keys, the newest last: the places right before the next token."""
         return torch.arange(self.seen - length, self.seen, device=self.device)
 
-    def keep(self, keys, values, turned, query_states, scaling) -> None:
-        """Choose what stays of all the keys and values; here, all.
+    def keep(self, turned, query_states, scaling) -> None:
+        """Choose what stays of all that is held; here, all.
 
-        keys, values, turned: (batch, kv_heads, keys, head_dim); the new tokens, as many as queries, are the last.
+        turned: the keys as attention reads them, (batch, kv_heads, keys, head_dim), those of the new tokens last.
+        query_states: (batch, heads, new tokens, head_dim), turned. scaling: of the queries.
         """
-        self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
         """The tokens seen, held or not."""
@@ -58,8 +97,7 @@ class UnrotatedLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys `update` will return, and how many tokens came before the first of them."""
-        held = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
-        return held + query_length, self.seen - held
+        return self.length + query_length, self.seen - self.length
 
     def reset(self) -> None:
         super().reset()
@@ -84,18 +122,13 @@ class MemoryLayer(UnrotatedLayer):
         self.memory_length, self.segment_length = memory_length, segment_length
         self.read = 0  # tokens of the segment that is being read
 
-    def keep(self, keys, values, turned, query_states, scaling):
+    def keep(self, turned, query_states, scaling):
         """Where a segment is full the next one begins: of all before it the last `memory_length` tokens stay."""
         self.read = (self.read + query_states.shape[-2]) % self.segment_length
-        start = max(0, keys.shape[-2] - self.memory_length - self.read)
-        keys, values = keys[..., start:, :].detach(), values[..., start:, :].detach()
+        start = max(0, self.keys.shape[-2] - self.memory_length - self.read)
+        keys, values = (states[..., start:, :].detach() for states in (self.keys, self.values))
         # A view of what was cut would hold on to all of it.
         self.keys, self.values = (keys.clone(), values.clone()) if start else (keys, values)
-
-    @property
-    def held(self) -> int:
-        """How many tokens it holds."""
-        return self.get_mask_sizes(0)[0]
 
     def reset(self) -> None:
         super().reset()
@@ -135,9 +168,9 @@ class SegmentMemory(UnrotatedCache):
         is_new: (batch,), true or 1 where a row is another text, of which nothing is known. tokens: of the segment.
         Returns its attention mask, (batch, held + tokens): what a row held before it began anew is hidden from it.
         """
-        held = self.layers[0].held
+        held = self.layers[0].length
         for layer in self.layers:
-            layer.seen = layer.held  # numbered anew: positions stay small however long the text is
+            layer.seen = layer.length  # numbered anew: positions stay small however long the text is
         known = torch.as_tensor(self.known, device=is_new.device).clamp(max=held)
         known = torch.where(is_new.bool(), 0, known)
         self.known = known + tokens
@@ -158,7 +191,7 @@ class SegmentMemory(UnrotatedCache):
             if f"keys.{number}" in tensors:
                 layer.lazy_initialization(tensors[f"keys.{number}"], tensors[f"values.{number}"])
                 layer.keys, layer.values = tensors[f"keys.{number}"], tensors[f"values.{number}"]
-                layer.seen = layer.held
+                layer.seen = layer.length
 
 
-__all__ = ["MemoryLayer", "SegmentMemory", "UnrotatedCache", "UnrotatedLayer", "memory_obstacle"]
+__all__ = ["HoldsRows", "MemoryLayer", "SegmentMemory", "UnrotatedCache", "UnrotatedLayer", "memory_obstacle"]

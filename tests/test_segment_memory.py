@@ -91,7 +91,7 @@ def test_its_size_is_bounded(text: torch.Tensor) -> None:
     held = []
     for token in text.split(1, dim=1):
         model(token, past_key_values=memory)
-        held.append(memory.layers[1].held)
+        held.append(memory.layers[1].length)
         assert memory.layers[0].keys.untyped_storage().nbytes() <= 2 * memory.layers[0].keys.nbytes + 4096
     assert max(held) == 5 + SEGMENT - 1
     assert held[SEGMENT - 2 : SEGMENT + 1] == [7, 5, 6]
@@ -159,7 +159,7 @@ def test_generate_goes_past_the_context_with_it(strategy: dict, text: torch.Tens
     grown = model.generate(text[:, :20], max_new_tokens=30, pad_token_id=0, **{"do_sample": False, **strategy})
     assert grown.shape[1] == 50
     assert len(caches) == 1
-    assert caches[0].layers[0].held < 2 * SEGMENT
+    assert caches[0].layers[0].length < 2 * SEGMENT
     if not strategy:
         expected = read(model, grown, SEGMENT).argmax(-1)
         assert torch.equal(expected[:, 19:-1], grown[:, 20:])

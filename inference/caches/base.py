@@ -4,11 +4,12 @@ A layer that evicts does not know how its store holds tokens, and a store does n
 eviction goes over each store.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 
-from modeling.segment_memory import UnrotatedCache, UnrotatedLayer
+from modeling.segment_memory import HoldsRows, UnrotatedCache, UnrotatedLayer
 
 
 class Rows:
@@ -21,7 +22,7 @@ class Rows:
 
     def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put `change` of each tensor in its place."""
-        for name, tensor in self.state().items():
+        for name, tensor in Rows.state(self).items():
             setattr(self, name, change(tensor))
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -79,7 +80,7 @@ def at_places(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return states.gather(2, per_key.expand(-1, -1, -1, *states.shape[3:]))
 
 
-class PolicyLayer(Rows, UnrotatedLayer):
+class PolicyLayer(Rows, HoldsRows, UnrotatedLayer):
     """All tokens of a layer, in a store: what the policies of a layer build on."""
 
     has_gaps = False  # whether tokens may be dropped from between those that stay, or lie elsewhere than they were
@@ -91,47 +92,20 @@ class PolicyLayer(Rows, UnrotatedLayer):
     def lazy_initialization(self, key_states, value_states) -> None:
         self.device, self.is_initialized = key_states.device, True
 
-    def update(self, key_states, value_states, query_states=None, rotate=None, scaling=None, **kwargs):
-        """As UnrotatedLayer's: the keys and values of before any are evicted."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self.store.extend(key_states, value_states)
-        self.seen += key_states.shape[-2]
-        turned = keys if rotate is None else rotate(keys, self.positions(keys.shape[-2]))
-        self.evict(turned, query_states, scaling)
-        return turned, values
+    @property
+    def length(self) -> int:
+        return self.store.length
 
-    def evict(self, turned: torch.Tensor, query_states: torch.Tensor | None, scaling: float | None) -> None:
-        """Drop tokens from the store; here, none.
-
-        turned: the keys of all tokens held, (batch, kv_heads, keys, head_dim), the new ones last, as attention reads
-        them. query_states: (batch, heads, new tokens, head_dim), turned. scaling: of the queries.
-        """
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.store.length + query_length, self.seen - self.store.length
+    def extend(self, key_states, value_states, **more):
+        return self.store.extend(key_states, value_states)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the store holds, what was noted of the tokens, and how many were seen."""
         return {**self.store.state(), **Rows.state(self), "seen": torch.tensor(self.seen)}
 
-    def state_bits(self) -> int:
-        """The size of `state()`, in bits."""
-        return 8 * sum(tensor.nbytes for tensor in self.state().values())
-
     def change_rows(self, change) -> None:
         self.store.change_rows(change)
-        for name, tensor in Rows.state(self).items():
-            setattr(self, name, change(tensor))
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.change_rows(lambda tensor: tensor[indices])
+        super().change_rows(change)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -161,28 +135,28 @@ class EvictingLayer(PolicyLayer):
     def positions(self, length: int) -> torch.Tensor:
         return super().positions(length) if self.is_by_slot else self.birthplaces(length)
 
+    @abstractmethod
     def birthplaces(self, length: int) -> torch.Tensor:
         """Where in the text so many tokens were: (length,), or (batch, kv_heads, length) where heads hold others."""
-        raise NotImplementedError
 
-    def evict(self, turned, query_states, scaling) -> None:
+    def keep(self, turned, query_states, scaling):
+        """Once more tokens are held than the budget, drop from the store those that are worth least."""
         scores = self.scores(turned, query_states, scaling)
         if self.store.length > self.budget:
             self.hold(self.places(self.store.length, self.budget, scores))
 
     def scores(self, turned, query_states, scaling) -> torch.Tensor | None:
-        """What each token is worth now that the new ones attend, see `evict`: (batch or 1, kv_heads or 1, keys)."""
+        """What each token is worth now that the new ones attend, see `keep`: (batch or 1, kv_heads or 1, keys)."""
         return None
 
+    @abstractmethod
     def places(self, length: int, kept: int, scores: torch.Tensor | None) -> torch.Tensor:
         """Which of `length` tokens stay: `kept` places in ascending order, (kept,) or (batch, kv_heads, kept)."""
-        raise NotImplementedError
 
     def hold(self, places: torch.Tensor) -> None:
         """Keep only the tokens at these places, and what was noted of them."""
         self.store.select(places)
-        for name, noted in Rows.state(self).items():
-            setattr(self, name, at_places(noted, places))
+        Rows.change_rows(self, lambda noted: at_places(noted, places))
 
 
 class PolicyCache(UnrotatedCache):
