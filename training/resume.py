@@ -9,11 +9,7 @@ from .config.recipe import Recipe
 from .config.values import coerce
 from .run import open_run
 from .system.addresses import public_name
-from .system.checkpoints import find_checkpoint
-from .system.distributed import check_writer, from_main_process
 from .system.errors import UserError, quiet_libraries, run_main
-from .system.lock import claimed
-from .system.run_files import missing_state
 from .system.shell import shell
 
 
@@ -30,14 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     give_addresses_again(run.recipe, flags.get("data", {}))
     run.recipe.command += f" && {shell('acorn', 'resume', *map(public_name, argv))}"
     run.change(flags)
-    run.check()
-    with claimed(run.directory, run.args):
-        checkpoint = from_main_process(run.args, lambda: choose(run.directory, wanted, run.args))
-        if run.is_main_process:
-            where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
-            print(f"resuming {run.directory} {where}", flush=True)
-        run.open_data(is_resumed=True)
-        run.train(checkpoint)
+    run.go_on(wanted.checkpoint, wanted.fresh_state)
 
 
 def parse(argv: list[str], kind: type[Recipe]) -> argparse.Namespace:
@@ -57,23 +46,6 @@ def give_addresses_again(recipe: Recipe, data: dict) -> None:
     for key in ("text_files", "data_files"):
         if key in data and [public_name(name) for name in data[key]] == recipe.data.get(key):
             recipe.data[key] = data.pop(key)
-
-
-def choose(run_dir: Path, wanted: argparse.Namespace, args) -> Path | None:
-    """The checkpoint to go on from; one that lacks a part of its state is refused, unless that may start afresh."""
-    checkpoint = find_checkpoint(run_dir, wanted.checkpoint)
-    if checkpoint is None:
-        return None
-    check_writer(checkpoint, args)
-    missing = " and no ".join(missing_state(checkpoint))
-    if missing and not wanted.fresh_state:
-        raise UserError(
-            f"{checkpoint} holds no {missing} (saved with --save_only_model?), so the run cannot continue exactly; "
-            "give --fresh_state true to start them afresh"
-        )
-    if missing:
-        print(f"{checkpoint} holds no {missing}: starting afresh", file=sys.stderr)
-    return checkpoint
 
 
 if __name__ == "__main__":

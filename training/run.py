@@ -30,6 +30,7 @@ from .data.preparation import prepare
 from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing, encoding_hash
+from .loop.checkpointing import choose_checkpoint
 from .loop.memory import check_memory
 from .loop.trainer import GPTTrainer
 from .model.devices import choose_attention, describe_precision, record_precision
@@ -99,6 +100,19 @@ class Run:
         from_main_process(self.args, lambda: refuse_used(self.directory))
         self.open_data()
         self.train()
+
+    def go_on(self, wanted: str = "last", fresh_state: bool = False) -> None:
+        """Train to its end a run that was stopped, from the checkpoint that is wanted: last, best or checkpoint-N."""
+        self.check()
+        with claimed(self.directory, self.args):
+            checkpoint = from_main_process(
+                self.args, lambda: choose_checkpoint(self.directory, wanted, fresh_state, self.args)
+            )
+            if self.is_main_process:
+                where = f"from {checkpoint.name}" if checkpoint else "from its beginning: it has no checkpoint yet"
+                print(f"resuming {self.directory} {where}", flush=True)
+            self.open_data(is_resumed=True)
+            self.train(checkpoint)
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Train to the end or to a signal, then report; `checkpoint` continues an earlier part of the run.

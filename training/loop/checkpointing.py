@@ -12,7 +12,18 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
-from ..system.checkpoints import SAVING, move_into_root, processes_of, read_state, reading, rotate, seal, write_beside
+from ..system.checkpoints import (
+    SAVING,
+    find_checkpoint,
+    move_into_root,
+    processes_of,
+    read_state,
+    reading,
+    rotate,
+    seal,
+    write_beside,
+)
+from ..system.distributed import check_writer
 from ..system.errors import UserError, is_disk_full
 from ..system.run_files import STATE, missing_state
 from ..system.shell import shell
@@ -202,3 +213,20 @@ class CheckpointingTrainer(Trainer):
             f"loss is {loss} at step {self.state.global_step + 1}: training stopped, the checkpoints in "
             f"{self.args.output_dir} are older; lower learning_rate (or use bf16 instead of fp16) and resume"
         )
+
+
+def choose_checkpoint(run_dir: Path, wanted: str, fresh_state: bool, args) -> Path | None:
+    """The checkpoint to go on from; one that lacks a part of its state is refused, unless that may start afresh."""
+    checkpoint = find_checkpoint(run_dir, wanted)
+    if checkpoint is None:
+        return None
+    check_writer(checkpoint, args)
+    missing = " and no ".join(missing_state(checkpoint))
+    if missing and not fresh_state:
+        raise UserError(
+            f"{checkpoint} holds no {missing} (saved with --save_only_model?), so the run cannot continue exactly; "
+            "give --fresh_state true to start them afresh"
+        )
+    if missing:
+        print(f"{checkpoint} holds no {missing}: starting afresh", file=sys.stderr)
+    return checkpoint
