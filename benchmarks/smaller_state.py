@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from inference.experiments.common import validation_ids
 from inference.measuring.kv_report import Streams, cut_streams, held_bits, paired
 from modeling.compat import CACHE_NAME
 from training.config.recipe import load_recipe_file
@@ -89,9 +90,8 @@ def in_words(value: object) -> str:
 def held_out(directory: Path) -> Streams:
     """The streams of what a run held out."""
     corpus = load_corpus(load_recipe_file(str(directory / "recipe.yaml")).data["data_dir"])
-    tokens = corpus.tokens("validation")
-    ids = torch.as_tensor(tokens.sequence(0, len(tokens)).astype("int64"))
-    return cut_streams(ids, LENGTH, MOST_STREAMS, corpus.manifest["splits"]["validation"]["bytes"] / len(ids))
+    ids, bytes_per_token = validation_ids(corpus)
+    return cut_streams(ids, LENGTH, MOST_STREAMS, bytes_per_token)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from training.system.flags import FlagParser
 from .measuring.by_position import draw_positions, position_rows, position_table
 from .measuring.card import check_card, text_results, update_card
 from .measuring.harness import OF_TASKS, Harness, add_harness_flags, card_results, task_table
-from .measuring.texts import OF_TEXT, TEXT, Measured, add_text_flags, rows_to_measure
+from .measuring.texts import TEXT, Measured, add_text_flags, refuse_idle_text, rows_to_measure
 
 EPILOG = """examples:
   acorn evaluate runs/quickstart                          the validation split of its run
@@ -66,17 +66,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(flags: argparse.Namespace, parser: FlagParser) -> None:
     """Refuse flags that would be read and ignored, and files that could not be written in the end."""
-    text = [name for name in TEXT if getattr(flags, name)]
-    if text and flags.data_dir:
-        raise UserError(f"--data_dir: cannot be combined with --{text[0]}; give one of them")
+    refuse_idle_text(flags)
     if flags.tasks is not None:
         for name in (*TEXT, "data_dir", "stride", "by_position", "memory_length"):
             if getattr(flags, name):
                 raise UserError(f"--{name}: cannot be combined with --tasks, whose texts are their own; leave it out")
-    needed = dict.fromkeys(OF_TEXT, TEXT) | {"split": ("data_dir",)} | dict.fromkeys(OF_TASKS, ("tasks",))
-    for name, others in needed.items():
-        if getattr(flags, name) != parser.get_default(name) and not any(getattr(flags, other) for other in others):
-            raise UserError(f"--{name}: has no effect without {' or '.join(f'--{other}' for other in others)}")
+    for name in OF_TASKS:
+        if getattr(flags, name) != parser.get_default(name) and not flags.tasks:
+            raise UserError(f"--{name}: has no effect without --tasks")
     if flags.by_position:
         check_output("--by_position", flags.by_position, (".png",))
     if flags.save:

@@ -12,22 +12,25 @@ import torch
 import transformers
 
 from training.config.recipe import load_recipe_file, read_section
+from training.data.corpus import Corpus
+from training.data.dataset import Tokens
 from training.model.loading import add_loading_flags, load_model_and_tokenizer, loading_options
 from training.model.sampling import context_left
 from training.run import Run, open_run
-from training.system.checkpoints import find_checkpoint
 from training.system.errors import UserError, log
 from training.system.files import making, replace_whole
-from training.system.lock import claimed
 from training.system.shell import shell
 
+from ..decoding.batches import has_virtual_tokens
 from ..measuring.kv_report import Streams, cut_streams
-from ..measuring.texts import OF_TEXT, TEXT, add_text_flags, rows_to_measure
+from ..measuring.texts import add_text_flags, refuse_idle_text, rows_to_measure
 
 RESULTS = "results.jsonl"
 UNFINISHED = RESULTS + ".part"  # its name until the experiment has come to its end
 RUNS = "runs"  # folder of what is grown for an experiment
 STREAMS, SMOKE_STREAMS = 64, 16  # of text, decoded at once
+SMALL = {"n_layer": 3, "n_embd": 64, "n_head": 4, "block_size": 64, "initializer_range": 0.0625}
+BAR = {"leave": False, "file": sys.stderr, "disable": None}  # of progress, as tqdm takes it
 
 
 class Output:
@@ -130,7 +133,7 @@ def grow(out: Output, name: str, recipe: str, **sections: dict) -> Path:
     log(f"{directory}: growing")
     with redirect_stdout(sys.stderr):
         if (directory / "recipe.yaml").is_file():
-            go_on(open_run(directory))
+            open_run(directory).go_on()
         else:
             changed = load_recipe_file(recipe)
             sections["training"] = {"output_dir": str(directory)} | sections.get("training", {})
@@ -142,12 +145,10 @@ def grow(out: Output, name: str, recipe: str, **sections: dict) -> Path:
     return directory
 
 
-def go_on(run: Run) -> None:
-    """Train an unfinished run to its end, from its last checkpoint or from its beginning."""
-    run.check()
-    with claimed(run.directory, run.args):
-        run.open_data(is_resumed=True)
-        run.train(find_checkpoint(run.directory, "last"))
+def grow_small(out: Output) -> Path:
+    """Grow the small rotary model on which an experiment shows what happens past the context; return where."""
+    training = {"max_steps": 300, "tokens_per_step": 2048, "eval_steps": 300}
+    return grow(out, "base", "quickstart", model=SMALL, training=training)
 
 
 # ---- a model and what it is measured on
@@ -157,16 +158,26 @@ def add_model_flags(add: Callable) -> None:
     """The flags of an experiment that measures a model on running text; `add` is a parser's add_argument."""
     add("model", help="run directory, checkpoint, adapter, model directory or Hub id")
     add("--length", type=int, help="tokens of a stream of text; their last half counts (default: the model's context)")
-    add("--streams", type=int, help=f"streams at most (default: {STREAMS}; with --smoke {SMOKE_STREAMS})")
+    add_stream_flags(add)
+
+
+def add_stream_flags(add: Callable) -> None:
+    """The flags that say what text is decoded, by how much of it at once, and how the model is loaded."""
+    add("--streams", type=int, help=f"streams of text at most (default: {STREAMS}; with --smoke {SMOKE_STREAMS})")
     add("--batch_size", type=int, default=16, help="streams decoded at once")
     add_text_flags(add)
     add_loading_flags(add)
 
 
+def most_streams(flags: argparse.Namespace) -> int:
+    """How many streams of text there are at most."""
+    return getattr(flags, "streams", None) or (SMOKE_STREAMS if flags.smoke else STREAMS)
+
+
 def load(flags: argparse.Namespace):
     """(model, tokenizer) that the flags name; an adapter's virtual tokens would be in no cache that is given."""
     model, tokenizer = load_model_and_tokenizer(flags.model, **loading_options(flags))
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         raise UserError(f"{flags.model}: has virtual tokens, which a given cache lacks; measure its base, or a LoRA")
     return model, tokenizer
 
@@ -178,33 +189,29 @@ def held_out_streams(flags: argparse.Namespace, model, tokenizer) -> Streams:
     if not 4 <= length <= context:
         raise UserError(f"length={length}: must be between 4 and the model's context, {context}")
     ids, bytes_per_token = held_out_ids(flags, model, tokenizer)
-    most = flags.streams or (SMOKE_STREAMS if flags.smoke else STREAMS)
-    return cut_streams(ids, length, most, bytes_per_token)
+    return cut_streams(ids, length, most_streams(flags), bytes_per_token)
 
 
 def held_out_ids(flags: argparse.Namespace, model, tokenizer) -> tuple[torch.Tensor, float]:
     """(token ids (tokens,), UTF-8 bytes a token) of the text the flags name, or of what the run held out."""
-    refuse_idle(flags)
+    refuse_idle_text(flags)
     unread = argparse.Namespace(**{"block_size": None, "stride": None} | vars(flags))
     measured = rows_to_measure(unread, model, tokenizer)
     tokens = getattr(measured.rows, "tokens", None)
     if tokens is None:  # of conversations, which do not follow one another
         raise UserError(f"{flags.model}: what its run held out is no running text; give --text_files")
-    ids = np.asarray(tokens.sequence(0, len(tokens)), dtype=np.int64)
-    return torch.from_numpy(ids), measured.num_bytes / measured.tokens
+    return ids_of(tokens), measured.num_bytes / measured.tokens
 
 
-def refuse_idle(flags: argparse.Namespace) -> None:
-    """Refuse flags of a text that would be read and ignored."""
-    usual: dict = {}
-    add_text_flags(lambda name, **settings: usual.update({name.removeprefix("--"): settings.get("default")}))
-    texts = [name for name in TEXT if getattr(flags, name)]
-    if texts and flags.data_dir:
-        raise UserError(f"--data_dir: cannot be combined with --{texts[0]}; give one of them")
-    for name in ("split", *OF_TEXT):
-        needs = "--data_dir" if name == "split" else " or ".join(f"--{text}" for text in TEXT)
-        if getattr(flags, name) != usual[name] and not (flags.data_dir if name == "split" else texts):
-            raise UserError(f"--{name}: has no effect without {needs}")
+def validation_ids(corpus: Corpus) -> tuple[torch.Tensor, float]:
+    """The same of the validation split of a run's text."""
+    ids = ids_of(corpus.tokens("validation"))
+    return ids, corpus.manifest["splits"]["validation"]["bytes"] / len(ids)
+
+
+def ids_of(tokens: Tokens) -> torch.Tensor:
+    """All of the ids in order, (tokens,)."""
+    return torch.from_numpy(np.asarray(tokens.sequence(0, len(tokens)), dtype=np.int64))
 
 
 def next_command(*words: object, **flags: object) -> None:

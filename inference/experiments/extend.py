@@ -21,7 +21,7 @@ from training.system.flags import check_number
 
 from ..measuring.by_position import binned
 from ..measuring.kv_report import Streams, cut_streams, paired
-from .common import Output, go_on, grow, next_command
+from .common import BAR, Output, grow, grow_small, most_streams, next_command, validation_ids
 from .long_text import position_sums, read_whole, reread
 
 ABOUT = """Train a model on for a few steps at a longer context, and measure its loss by position after each number of
@@ -40,9 +40,6 @@ ENOUGH = 1.0  # percent of the loss after the most steps
 SHARE = 0.1  # of the run's own learning rates
 WARMUP = 2  # steps, in which Adam's averages begin to mean something
 STEPS, SMOKE_STEPS = [10, 30, 100, 300], [3, 10, 30]
-STREAMS, SMOKE_STREAMS = 64, 16  # of the text that the run held out
-SMALL = {"n_layer": 3, "n_embd": 64, "n_head": 4, "block_size": 64, "initializer_range": 0.0625}
-GROWN = {"model": SMALL, "training": {"max_steps": 300, "tokens_per_step": 2048, "eval_steps": 300}}
 
 
 class Trained(NamedTuple):
@@ -101,7 +98,7 @@ def add_flags(add: Callable) -> None:
 def run(flags: argparse.Namespace, out: Output) -> None:
     """Measure each way before training and after each number of steps."""
     steps = check(flags)
-    directory = Path(flags.model) if flags.model else grow(out, "base", "quickstart", **GROWN)
+    directory = Path(flags.model) if flags.model else grow_small(out)
     trained = open_trained(directory, flags)
     rows, curves = [], {}
     base = load_causal_lm(str(directory)).to(best_device())
@@ -154,12 +151,9 @@ def open_trained(directory: Path, flags: argparse.Namespace) -> Trained:
     if config.rope_parameters["rope_type"] != "default":
         raise UserError(f"{directory}: its positions are stretched already; take the run that it began with")
     corpus = corpus_of_run(run.recipe, directory)
-    tokens = corpus.tokens("validation")
-    ids = torch.from_numpy(np.asarray(tokens.sequence(0, len(tokens)), dtype=np.int64))
-    most = SMOKE_STREAMS if flags.smoke else STREAMS
-    num_bytes = corpus.manifest["splits"]["validation"]["bytes"]
+    ids, bytes_per_token = validation_ids(corpus)
     length = flags.factor * config.max_position_embeddings
-    return Trained(run, config, corpus.directory, cut_streams(ids, length, most, num_bytes / len(ids)))
+    return Trained(run, config, corpus.directory, cut_streams(ids, length, most_streams(flags), bytes_per_token))
 
 
 # ---- training on, and what it comes to
@@ -184,7 +178,7 @@ def measure(out: Output, trained: Trained, way: str, steps: list[int], flags: ar
             again = open_run(place)
             again.change({"training": plan})
             with redirect_stdout(sys.stderr):
-                go_on(again)
+                again.go_on()
         yield number, predict(load_causal_lm(str(place / f"checkpoint-{number}")), trained, f"{way}, {number} steps")
 
 
@@ -210,7 +204,7 @@ def training_of(run: Run, length: int, flags: argparse.Namespace) -> dict:
 
 def predict(model, trained: Trained, what: str) -> torch.Tensor:
     ids = trained.streams.ids
-    with tqdm(total=len(ids), desc=what, unit="stream", leave=False, file=sys.stderr, disable=None) as bar:
+    with tqdm(total=len(ids), desc=what, unit="stream", **BAR) as bar:
         return read_whole(model.to(best_device()), ids, bar.update)
 
 

@@ -6,7 +6,6 @@ be said without it.
 
 import argparse
 import math
-import sys
 
 import torch
 from tqdm.auto import tqdm
@@ -16,7 +15,8 @@ from training.system.errors import UserError, log
 
 from ..caches.lookup import looking_up
 from ..measuring.kv_report import Decoded, Streams, decode, drawn_mean, own_cache
-from .common import Output, add_model_flags, held_out_streams, load
+from .common import BAR, Output, add_model_flags, held_out_streams, load
+from .long_text import read_whole
 
 ABOUT = """Measure the floor under every KV cache: what the model gains from the past (cold minus warm loss, in bits),
 what the tokens themselves take, and how much smaller a cache is that looks its first layer up by token."""
@@ -40,12 +40,12 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     streams = held_out_streams(flags, model, tokenizer)
     batches = -(-len(streams.ids) // flags.batch_size)
     total = batches * (2 * streams.length + streams.length - streams.first)
-    with tqdm(total=total, unit="token", leave=False, file=sys.stderr, disable=None) as bar:
+    with tqdm(total=total, unit="token", **BAR) as bar:
         warm = decode(model, streams.ids, streams.first, own_cache, flags.batch_size, bar.update)
         cold = decode(model, streams.ids[:, streams.first :], 0, own_cache, flags.batch_size, bar.update).nats
         looked_up = by_look_up(model, streams, flags.batch_size, bar.update)
     share, past = streams.first / streams.length, streams.first
-    whole = whole_pass(model, streams, flags.batch_size)
+    whole, _ = read_whole(model, streams.ids)[..., streams.first :]
     token_bits = math.ceil(math.log2(text_config(model.config).vocab_size))
     gain = (cold - warm.nats) / math.log(2)
     rows = [out.row(held="keys and values, at 16 bits", bits=warm.bits * share, lost_percent=0.0, passes=1)]
@@ -71,17 +71,6 @@ def by_look_up(model, streams: Streams, batch_size: int, on_token) -> Decoded | 
     except UserError as error:
         log(f"no look-up of the first layer: {error}")
         return None
-
-
-@torch.inference_mode()
-def whole_pass(model, streams: Streams, batch_size: int) -> torch.Tensor:
-    """Nats of the same targets, (streams, targets), all tokens read at once and no cache."""
-    nats = []
-    for ids in streams.ids.to(model.device).split(batch_size):
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, streams.first :].float()
-        targets = ids[:, streams.first + 1 :]
-        nats.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu())
-    return torch.cat(nats)
 
 
 def lost_percent(nats: torch.Tensor, warm: Decoded) -> float:

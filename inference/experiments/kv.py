@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from training.system.errors import UserError, log
 from ..caches.policies import POLICIES, Eviction, build_cache, find
 from ..measuring.kv_report import Decoded, Streams, decode, own_cache, paired
 from ..measuring.recall import Probe, plant, recalled
-from .common import Output, add_model_flags, held_out_streams, load, next_command
+from .common import BAR, Output, add_model_flags, held_out_streams, load, next_command
 from .kv_picture import draw
 
 ABOUT = """Measure every cache policy on a model: loss by decoding through the cache, as bits per byte and as percent of
@@ -38,7 +37,6 @@ DTYPE = torch.float16  # of what is held in full precision
 PROBED, SMOKE_PROBED = 8, 2  # streams with a copy, a distance
 FULL, LINE = "full", "window"  # what all caches are compared with: without loss, and at equal bits
 GOOD_PERCENT = 0.5  # lost at most by what is recommended in the end
-BAR = {"leave": False, "file": sys.stderr, "disable": None}
 COLUMNS = {
     "cache": "", "bits": ",", "bits_per_token_layer": ",.1f", "smaller": ".2f", "on_average": ".2f",
     "bits_per_byte": ".4f", "lost_percent": "+.3f", "low": "+.3f", "high": "+.3f", "truncation": "+.3f",

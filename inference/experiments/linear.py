@@ -6,7 +6,6 @@ token takes at the end of a long text.
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,11 @@ from tqdm.auto import tqdm
 
 from modeling.compat import CACHE_NAME
 from training.model.loading import load_model_and_tokenizer
+from training.run import corpus_of_run, open_run
 from training.system.errors import UserError, unknown
 
 from ..measuring.kv_report import Streams, cut_streams, decode, own_cache, paired
-from .common import Output, grow, held_out_ids, next_command
+from .common import BAR, Output, grow, next_command, validation_ids
 
 ABOUT = """Train linear attention (elu(x) + 1, and the gated delta rule) and softmax attention by one recipe, and
 compare loss, what a sequence holds, and the time that a token takes by its place in the text."""
@@ -37,7 +37,6 @@ SMOKE = {
     "data": {"tokenizer": "byte"},
     "training": {"max_steps": 30, "eval_steps": 30, "tokens_per_step": 1024, "per_device_train_batch_size": 8},
 }
-BAR = {"leave": False, "file": sys.stderr, "disable": None}
 COLUMNS = {
     "model": "", "parameters": ",", "loss": ".4f", "lost_percent": "+.2f", "low": "+.2f", "high": "+.2f",
     "state_bits": ",", "smaller": ".1f", "ms_first": ".2f", "ms_last": ".2f",
@@ -106,8 +105,8 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     nats, times = {}, {}
     for name in names:
         directory = grow(out, name, RECIPE, **sections(name, flags))
-        model, tokenizer = load_model_and_tokenizer(str(directory))
-        streams = held_out(directory, model, tokenizer)
+        model, _ = load_model_and_tokenizer(str(directory))
+        streams = held_out(directory)
         with tqdm(total=-(-len(streams.ids) // BATCH) * streams.length, unit="token", desc=name, **BAR) as bar:
             decoded = decode(model, streams.ids, 0, own_cache, BATCH, bar.update)
         nats[name] = decoded.nats
@@ -153,11 +152,11 @@ def sections(name: str, flags: argparse.Namespace) -> dict[str, dict]:
 # ---- what is measured
 
 
-def held_out(directory: Path, model, tokenizer) -> Streams:
+def held_out(directory: Path) -> Streams:
     """Streams as long as the context, of what the run held out."""
-    named = argparse.Namespace(model=str(directory), text_files=None, data_files=None, dataset=None, data_dir=None)
-    ids, bytes_per_token = held_out_ids(named, model, tokenizer)
-    return cut_streams(ids, model.config.max_position_embeddings, STREAMS, bytes_per_token)
+    run = open_run(directory)
+    ids, bytes_per_token = validation_ids(corpus_of_run(run.recipe, directory))
+    return cut_streams(ids, run.recipe.model_config().max_position_embeddings, STREAMS, bytes_per_token)
 
 
 def figures(nats: torch.Tensor, baseline: torch.Tensor, streams: Streams, seed: int) -> dict[str, float]:

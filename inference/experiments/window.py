@@ -1,7 +1,6 @@
 """`acorn lab window [MODEL]`: what becomes of a model past the context that it was trained with, and what mends it."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +8,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Cache
 
-from training.model.loading import add_loading_flags
 from training.model.sampling import context_left, continue_ids, decode_continuation, prompt_tensor, sampling_arguments
 from training.model.windows import has_learned_positions
 from training.system.errors import UserError
@@ -19,8 +17,7 @@ from ..caches.policies import build_cache
 from ..decoding.prompts import read_prompt
 from ..measuring.by_position import binned
 from ..measuring.kv_report import cut_streams, decode
-from ..measuring.texts import add_text_flags
-from .common import SMOKE_STREAMS, STREAMS, Output, grow, held_out_ids, load, next_command
+from .common import BAR, Output, add_stream_flags, grow_small, held_out_ids, load, most_streams, next_command
 from .long_text import position_sums, read_whole, reread
 
 ABOUT = """Read and write past the context that a model was trained with: all of the text, a window of its newest tokens
@@ -32,8 +29,6 @@ EPILOG = """examples:
   acorn lab window runs/mine --text_files book.txt --prompt FILE:start.txt"""
 
 WHOLE, WINDOW, SINKS, REREAD = WAYS = ("all of it", "window", "window and sinks", "read again")
-SMALL = {"n_layer": 3, "n_embd": 64, "n_head": 4, "block_size": 64, "initializer_range": 0.0625}
-GROWN = {"model": SMALL, "training": {"max_steps": 300, "tokens_per_step": 2048, "eval_steps": 300}}
 SHOWN = 240  # characters at the end of a sample that are printed
 
 
@@ -44,10 +39,7 @@ def add_flags(add: Callable) -> None:
     add("--cache_sinks", type=int, default=4, help="first tokens that the window with sinks keeps")
     add("--prompt", default="\n", help="text to write on after, or FILE:path")
     add("--temperature", type=float, default=0.8, help="of what is written; 0 takes the likeliest token")
-    add("--batch_size", type=int, default=16, help="streams decoded at once")
-    add("--streams", type=int, help=f"streams of text at most (default: {STREAMS}; with --smoke {SMOKE_STREAMS})")
-    add_text_flags(add)
-    add_loading_flags(add)
+    add_stream_flags(add)
 
 
 def run(flags: argparse.Namespace, out: Output) -> None:
@@ -55,7 +47,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     if flags.factor < 2:
         raise UserError(f"factor={flags.factor}: must be at least 2 contexts, or nothing lies past one")
     prompt = read_prompt(flags.prompt)
-    flags.model = flags.model or str(grow(out, "base", "quickstart", **GROWN))
+    flags.model = flags.model or str(grow_small(out))
     model, tokenizer = load(flags)
     context = context_left(model)
     window = check(flags, model, context)
@@ -65,8 +57,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
         SINKS: partial(build_cache, model.config, "window", cache_budget=window, cache_sinks=flags.cache_sinks),
     }
     text, bytes_per_token = held_out_ids(flags, model, tokenizer)
-    most = flags.streams or (SMOKE_STREAMS if flags.smoke else STREAMS)
-    ids = cut_streams(text, flags.factor * context, most, bytes_per_token).ids
+    ids = cut_streams(text, flags.factor * context, most_streams(flags), bytes_per_token).ids
     predicted = measure(model, ids, context, caches, flags.batch_size)
     report(predicted, context, flags, out)
     draw(predicted, context, out)
@@ -91,7 +82,7 @@ def measure(
 ) -> dict[str, torch.Tensor]:
     """Way to the nats, and right predictions, of each token: (2, streams, tokens)."""
     streams, decoded = len(ids), -(-len(ids) // batch_size) * (ids.shape[1] - 1)
-    with tqdm(total=2 * streams + len(caches) * decoded, leave=False, file=sys.stderr, disable=None) as bar:
+    with tqdm(total=2 * streams + len(caches) * decoded, **BAR) as bar:
         through = {name: decode(model, ids, 0, make, batch_size, bar.update) for name, make in caches.items()}
         found = {WHOLE: read_whole(model, ids, bar.update), REREAD: reread(model, ids, context, bar.update)}
     found |= {name: torch.stack((each.nats, each.right.float())) for name, each in through.items()}
@@ -142,7 +133,7 @@ def write_on(flags, model, tokenizer, ids: torch.Tensor, context: int, caches: d
     """What each way writes past the context after the prompt, ids (1, tokens): into samples.txt, the ends printed."""
     sampling = sampling_arguments(flags.temperature, None, None)
     texts = {}
-    for name in tqdm(WAYS, unit="sample", leave=False, file=sys.stderr, disable=None):
+    for name in tqdm(WAYS, unit="sample", **BAR):
         torch.manual_seed(flags.seed)
         make = caches.get(name)
         grown = continue_ids(

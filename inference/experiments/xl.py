@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from training.system.errors import UserError
 
 from ..measuring.kv_report import Streams, cut_streams, drawn_mean, paired
 from ..measuring.texts import add_text_flags
-from .common import Output, grow, held_out_ids, next_command
+from .common import BAR, Output, grow, held_out_ids, next_command
 
 ABOUT = """Measure Transformer-XL: bits per byte on running text against the memory in evaluation, from none to four
 times what the model was trained with, beside the same model trained without one. Without RUN both are trained."""
@@ -106,9 +105,7 @@ def measure(name: str, model, streams: Streams, length: int, seed: int, out: Out
     rows, before = [], None
     num_bytes = streams.targets.shape[1] * streams.bytes_per_token  # of a stream
     segments = -(-streams.length // without_adapter(model).config.max_position_embeddings)
-    with tqdm(
-        total=len(FACTORS) * segments, desc=name, unit="segment", leave=False, file=sys.stderr, disable=None
-    ) as bar:
+    with tqdm(total=len(FACTORS) * segments, desc=name, unit="segment", **BAR) as bar:
         for factor in FACTORS:
             nats = read(model, streams, round(factor * length), bar.update)
             bits = drawn_mean(nats.double().sum(1) / math.log(2) / num_bytes, seed)

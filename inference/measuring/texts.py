@@ -22,6 +22,18 @@ TEXT = ("text_files", "data_files", "dataset")  # flags that name a text
 OF_TEXT = ("dataset_config", "dataset_split", "text_column", "on_bad_file")  # flags that say more of it
 
 
+def refuse_idle_text(flags: argparse.Namespace) -> None:
+    """Refuse flags of a text, of `add_text_flags`, that would be read and ignored."""
+    usual: dict = {}
+    add_text_flags(lambda name, **settings: usual.update({name.removeprefix("--"): settings.get("default")}))
+    named = [name for name in TEXT if getattr(flags, name)]
+    if named and flags.data_dir:
+        raise UserError(f"--data_dir: cannot be combined with --{named[0]}; give one of them")
+    for name, others in (dict.fromkeys(OF_TEXT, TEXT) | {"split": ("data_dir",)}).items():
+        if getattr(flags, name) != usual[name] and not any(getattr(flags, other) for other in others):
+            raise UserError(f"--{name}: has no effect without {' or '.join(f'--{other}' for other in others)}")
+
+
 class Measured(NamedTuple):
     """Rows to measure on, how many tokens count in them, the UTF-8 bytes of their text, and what it is called."""
 
