@@ -29,7 +29,6 @@ def text(tmp_path, monkeypatch) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_three_models_are_grown_and_compared(text: Path, capsys) -> None:
     lab.main(["linear", "--smoke", "--text_files", str(text), "--timed_tokens", "16", "--output_dir", "out"])
     _, *rows = map(json.loads, Path("out/results.jsonl").read_text().splitlines())
