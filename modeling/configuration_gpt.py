@@ -6,7 +6,9 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .kv_quantization import KV_QUANTIZATION, packing_unit
+from .kv_quantization import check_kv_quantization
+from .latent_attention import check_latents
+from .positions import check_rope
 from .segment_memory import memory_obstacle
 
 CHOICES = {
@@ -18,13 +20,6 @@ CHOICES = {
     "linear_attention": ("elu", "gated_delta"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
-ROPE_NEEDS = {  # rope_type: what rope_parameters must hold beside rope_theta
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
 OLD_MODEL_TYPE = "gpt"
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt.GPTConfig",
@@ -219,15 +214,15 @@ class GPTConfig(PreTrainedConfig):
 
     def validate_heads(self):
         """Refuse heads that do not divide what they share."""
-        self._validate_latent_heads()
-        self._refuse_below_one("hidden_size", "num_attention_heads", "num_key_value_heads")
+        check_latents(self)
+        self.refuse_below_one("hidden_size", "num_attention_heads", "num_key_value_heads")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={heads}: "
                 "change one of them, or give head_dim"
             )
-        self._refuse_below_one("head_dim")
+        self.refuse_below_one("head_dim")
         if heads % kv_heads:
             raise ValueError(
                 f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: choose a divisor"
@@ -239,57 +234,7 @@ class GPTConfig(PreTrainedConfig):
 
     def validate_kv_quantization(self):
         """Refuse groups that do not divide a head, and heads that do not fill bytes."""
-        kind, group, head_dim = self.kv_quantization, self.kv_quantization_group, self.head_dim
-        if kind is None:
-            if group is not None:
-                raise ValueError(
-                    f"kv_quantization_group={group} is set but kv_quantization is not: set it, or drop both"
-                )
-            return
-        if kind not in KV_QUANTIZATION:
-            raise ValueError(f"kv_quantization={kind!r}: choose one of {', '.join(KV_QUANTIZATION)}, or null for none")
-        if set(self.layer_types) == {"linear_attention"}:
-            raise ValueError(f"kv_quantization={kind!r}: no layer of layer_types has keys and values; leave it out")
-        unit = packing_unit(KV_QUANTIZATION[kind][0])
-        if head_dim % unit:
-            raise ValueError(f"head_dim={head_dim}: {kind} fills bytes with {unit} codes at a time; choose a multiple")
-        choices = [2**n for n in range(1, head_dim.bit_length()) if head_dim % 2**n == 0]
-        if group not in choices:
-            raise ValueError(
-                f"kv_quantization_group={group} is no power of two that divides head_dim={head_dim}: "
-                f"choose one of {', '.join(map(str, choices))}"
-            )
-
-    def _validate_latent_heads(self):
-        """Refuse sizes of latent attention where there is none, and what does not go with it."""
-        sizes = ("q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-        given = [field for field in sizes if getattr(self, field) is not None]
-        if self.kv_lora_rank is None:
-            if given:
-                raise ValueError(f"{given[0]}={getattr(self, given[0])} needs kv_lora_rank: give it, or leave this out")
-            return
-        self._refuse_below_one("kv_lora_rank", *given)
-        if self.position_encoding != "rope":
-            raise ValueError(
-                f"kv_lora_rank={self.kv_lora_rank} needs position_encoding='rope', not {self.position_encoding!r}: "
-                "part of its keys is rotary"
-            )
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: rope rotates pairs, so it must be even")
-        if "linear_attention" in self.layer_types:
-            raise ValueError("layer_types has linear_attention: does not go with kv_lora_rank; leave out one of them")
-        others = {
-            "head_dim": self.qk_rope_head_dim,
-            "num_key_value_heads": 1,
-            "qk_norm": False,
-            "kv_quantization": None,
-        }
-        for field, value in others.items():
-            if getattr(self, field) != value:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r}: does not go with kv_lora_rank, whose heads share a latent with "
-                    "a norm of its own and have qk_rope_head_dim and qk_nope_head_dim as sizes; leave it out"
-                )
+        check_kv_quantization(self)
 
     def validate_positions(self):
         """Refuse rotary parameters that nobody would read, and unknown or incomplete ones."""
@@ -302,7 +247,7 @@ class GPTConfig(PreTrainedConfig):
                 )
             return
         if not self.rope_layer_types():
-            self._validate_rope(parameters, "rope_parameters")
+            check_rope(parameters, "rope_parameters")
         elif missing := set(self.layer_types) - parameters.keys():
             raise ValueError(f"rope_parameters: has nothing for {missing.pop()}; give each kind of layer_types its own")
         elif others := parameters.keys() - set(LAYER_TYPES):
@@ -310,7 +255,7 @@ class GPTConfig(PreTrainedConfig):
         for layer_type in self.rope_layer_types():
             if not isinstance(parameters[layer_type], dict):
                 raise ValueError(f"rope_parameters.{layer_type}={parameters[layer_type]!r}: must be a mapping")
-            self._validate_rope(parameters[layer_type], f"rope_parameters.{layer_type}")
+            check_rope(parameters[layer_type], f"rope_parameters.{layer_type}")
 
     def validate_memory(self):
         """Refuse a memory that this architecture cannot have."""
@@ -323,19 +268,9 @@ class GPTConfig(PreTrainedConfig):
         """The kinds of layers that rotate each in a way of their own; none where all rotate alike."""
         return [kind for kind in LAYER_TYPES if kind in (self.rope_parameters or {})]
 
-    def _validate_rope(self, parameters: dict, name: str):
-        rope_type = parameters.get("rope_type")
-        if rope_type not in ROPE_NEEDS:
-            raise ValueError(f"{name}.rope_type={rope_type!r}: choose one of {', '.join(ROPE_NEEDS)}")
-        for key in ROPE_NEEDS[rope_type]:
-            if not isinstance(parameters.get(key), float | int) or not 0 < parameters[key] < math.inf:
-                raise ValueError(f"{name}.{key}={parameters.get(key)!r}: {rope_type} needs a number above 0 here")
-        if "partial_rotary_factor" in parameters:
-            raise ValueError(f"{name}.partial_rotary_factor: heads are rotated whole; leave it out")
-
     def validate_sizes(self):
         """Refuse sizes, rates and ranges outside their range."""
-        self._refuse_below_one("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+        self.refuse_below_one("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
         for field in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")
@@ -349,7 +284,8 @@ class GPTConfig(PreTrainedConfig):
         if self.zero_init_head and self.tie_word_embeddings:
             raise ValueError("zero_init_head=true needs tie_word_embeddings=false: a tied head is the embedding")
 
-    def _refuse_below_one(self, *fields: str):
+    def refuse_below_one(self, *fields: str):
+        """Raise ValueError for the first of these fields that is below one."""
         for field in fields:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")

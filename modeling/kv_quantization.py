@@ -168,6 +168,28 @@ def build_quantizer(config, has_own: bool = True) -> nn.Module:
     return KVQuantizer(config.kv_quantization, config.kv_quantization_group, heads, head_dim)
 
 
+def check_kv_quantization(config) -> None:
+    """Raise ValueError for groups that do not divide a head, and heads that do not fill bytes."""
+    kind, group, head_dim = config.kv_quantization, config.kv_quantization_group, config.head_dim
+    if kind is None:
+        if group is not None:
+            raise ValueError(f"kv_quantization_group={group} is set but kv_quantization is not: set it, or drop both")
+        return
+    if kind not in KV_QUANTIZATION:
+        raise ValueError(f"kv_quantization={kind!r}: choose one of {', '.join(KV_QUANTIZATION)}, or null for none")
+    if set(config.layer_types) == {"linear_attention"}:
+        raise ValueError(f"kv_quantization={kind!r}: no layer of layer_types has keys and values; leave it out")
+    unit = packing_unit(KV_QUANTIZATION[kind][0])
+    if head_dim % unit:
+        raise ValueError(f"head_dim={head_dim}: {kind} fills bytes with {unit} codes at a time; choose a multiple")
+    choices = [2**n for n in range(1, head_dim.bit_length()) if head_dim % 2**n == 0]
+    if group not in choices:
+        raise ValueError(
+            f"kv_quantization_group={group} is no power of two that divides head_dim={head_dim}: "
+            f"choose one of {', '.join(map(str, choices))}"
+        )
+
+
 # ---- the cache
 
 
@@ -252,4 +274,14 @@ def _coded(layer):
     return CodedLayer() if type(layer) is DynamicLayer else layer
 
 
-__all__ = ["CodedCache", "CodedLayer", "KVQuantizer", "build_cache", "build_quantizer", "hadamard", "pack", "unpack"]
+__all__ = [
+    "CodedCache",
+    "CodedLayer",
+    "KVQuantizer",
+    "build_cache",
+    "build_quantizer",
+    "check_kv_quantization",
+    "hadamard",
+    "pack",
+    "unpack",
+]

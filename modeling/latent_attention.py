@@ -17,6 +17,38 @@ def refuse_paged(cache) -> None:
         )
 
 
+def check_latents(config) -> None:
+    """Raise ValueError for sizes of latent attention where there is none, and for what does not go with it."""
+    sizes = ("q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    given = [field for field in sizes if getattr(config, field) is not None]
+    if config.kv_lora_rank is None:
+        if given:
+            raise ValueError(f"{given[0]}={getattr(config, given[0])} needs kv_lora_rank: give it, or leave this out")
+        return
+    config.refuse_below_one("kv_lora_rank", *given)
+    if config.position_encoding != "rope":
+        raise ValueError(
+            f"kv_lora_rank={config.kv_lora_rank} needs position_encoding='rope', not {config.position_encoding!r}: "
+            "part of its keys is rotary"
+        )
+    if config.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim={config.qk_rope_head_dim}: rope rotates pairs, so it must be even")
+    if "linear_attention" in config.layer_types:
+        raise ValueError("layer_types has linear_attention: does not go with kv_lora_rank; leave out one of them")
+    others = {
+        "head_dim": config.qk_rope_head_dim,
+        "num_key_value_heads": 1,
+        "qk_norm": False,
+        "kv_quantization": None,
+    }
+    for field, value in others.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"{field}={getattr(config, field)!r}: does not go with kv_lora_rank, whose heads share a latent with "
+                "a norm of its own and have qk_rope_head_dim and qk_nope_head_dim as sizes; leave it out"
+            )
+
+
 class LatentAttention(SoftmaxAttention):
     """Causal attention whose keys and values are computed from a latent (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
@@ -91,4 +123,4 @@ class LatentAttention(SoftmaxAttention):
         return attended[..., : self.value_dim], weights
 
 
-__all__ = ["LatentAttention"]
+__all__ = ["LatentAttention", "check_latents"]

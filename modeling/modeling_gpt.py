@@ -1,7 +1,6 @@
 """The model, read from top to bottom: norm, MLP, block, GPTModel, GPTForCausalLM."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -35,7 +34,7 @@ from .linear_attention import (
 )
 from .loss import causal_lm_loss
 from .positions import NoPositions, build_positions
-from .segment_memory import SegmentMemory
+from .segment_memory import SegmentMemory, refuse_padding
 
 
 def layer_norm(config: GPTConfig) -> nn.Module:
@@ -245,9 +244,9 @@ class GPTModel(GPTPreTrainedModel):
         cache = with_state_layers(cache, self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
-        rotations = self._key_rotations(cache, position_ids)
+        rotations = self.positions.key_rotations(cache, position_ids)
         if position_ids is None:
-            position_ids = self._next_positions(inputs_embeds, cache)
+            position_ids = self.positions.next(inputs_embeds, cache)
         hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
         angles = self.positions.angles(hidden_states, position_ids)
         shared_key_values = KVSharingDict()
@@ -267,28 +266,6 @@ class GPTModel(GPTPreTrainedModel):
             **{CACHE_NAME: cache if use_cache else None},
         )
 
-    def _key_rotations(self, cache: Cache | None, position_ids: torch.Tensor | None) -> dict[str, Callable]:
-        """Layer type to what turns keys, (keys, places), for a cache that holds them as they were; else nothing."""
-        if not getattr(cache, "holds_unrotated", False):
-            return {}
-        turned, shift = self.positions.turned, 0
-        if position_ids is not None:  # by padding, a row's positions may be others than the cache counts
-            last = cache.get_seq_length() + position_ids.shape[1] - 1
-            shift = (position_ids[:, -1] - last)[:, None, None]
-        kinds = set(self.config.layer_types)
-        return {kind: lambda keys, places, kind=kind: turned(kind, keys, places + shift) for kind in kinds}
-
-    def _next_positions(self, inputs_embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """Positions (1, tokens) that follow what the cache has seen."""
-        tokens, seen = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
-        limit = self.config.max_position_embeddings
-        if self.config.position_encoding == "learned" and isinstance(seen, int) and seen + tokens > limit:
-            raise ValueError(
-                f"{seen + tokens} tokens do not fit max_position_embeddings={limit}: learned positions end there; "
-                "shorten the input"
-            )
-        return (torch.arange(tokens, device=inputs_embeds.device) + seen).unsqueeze(0)
-
     def _masks(self, inputs_embeds, attention_mask, cache, position_ids) -> dict:
         """One mask a layer type; masks that come ready (from generate) pass through."""
         if isinstance(attention_mask, dict):
@@ -299,13 +276,6 @@ class GPTModel(GPTPreTrainedModel):
             layer_type: MASKS[layer_type](self.config, inputs_embeds, attention_mask, cache, position_ids, **more)
             for layer_type in dict.fromkeys(self.config.layer_types)
         }
-
-
-def refuse_padding(attention_mask: torch.Tensor | dict | None, cache: Cache | None) -> None:
-    """Refuse padded rows, at their beginning, with a cache that would lose track of where the padding is."""
-    is_first = getattr(cache, "has_gaps", False) and cache.get_seq_length() == 0
-    if is_first and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and not attention_mask.all():
-        raise ValueError("padded rows do not go with a cache that drops tokens; give rows of one length, or one by one")
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):

@@ -9,11 +9,22 @@ layer reuses another's; angles of a layer: cosines and sines, each (batch or 1, 
 """
 
 import copy
+import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+ROPE_NEEDS = {  # rope_type: what rope_parameters must hold beside rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 
 class NoPositions(nn.Module):
@@ -43,6 +54,23 @@ class NoPositions(nn.Module):
         """
         return keys
 
+    def key_rotations(self, cache: Cache | None, position_ids: torch.Tensor | None) -> dict[str, Callable]:
+        """Layer type to what turns keys, (keys, places), for a cache that holds them as they were; else nothing."""
+        if not getattr(cache, "holds_unrotated", False):
+            return {}
+        shift = 0
+        if position_ids is not None:  # by padding, a row's positions may be others than the cache counts
+            last = cache.get_seq_length() + position_ids.shape[1] - 1
+            shift = (position_ids[:, -1] - last)[:, None, None]
+        return {
+            kind: lambda keys, places, kind=kind: self.turned(kind, keys, places + shift) for kind in self.layer_types
+        }
+
+    def next(self, inputs_embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Positions (1, tokens) that follow what the cache has seen."""
+        seen = cache.get_seq_length() if cache is not None else 0
+        return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
     def init_weights(self) -> None:
         """Fill what a checkpoint does not hold; nothing here."""
 
@@ -62,6 +90,16 @@ class LearnedPositions(NoPositions):
                 f"position {int(position_ids.max())} is past max_position_embeddings={self.embed.num_embeddings}: "
                 "learned positions end there; shorten the input or generate fewer tokens"
             ) from error
+
+    def next(self, inputs_embeds, cache):
+        end = inputs_embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        limit = self.embed.num_embeddings
+        if isinstance(end, int) and end > limit:
+            raise ValueError(
+                f"{end} tokens do not fit max_position_embeddings={limit}: learned positions end there; "
+                "shorten the input"
+            )
+        return super().next(inputs_embeds, cache)
 
 
 class SinusoidalPositions(NoPositions):
@@ -159,6 +197,18 @@ class RotaryPositionsByLayer(NoPositions):
 def build_positions(config) -> NoPositions:
     """The positions that a configuration names."""
     return RotaryPositionsByLayer(config) if config.rope_layer_types() else POSITIONS[config.position_encoding](config)
+
+
+def check_rope(parameters: dict, name: str) -> None:
+    """Raise ValueError, with the parameters called `name`, for rotary parameters that are unknown or incomplete."""
+    rope_type = parameters.get("rope_type")
+    if rope_type not in ROPE_NEEDS:
+        raise ValueError(f"{name}.rope_type={rope_type!r}: choose one of {', '.join(ROPE_NEEDS)}")
+    for key in ROPE_NEEDS[rope_type]:
+        if not isinstance(parameters.get(key), float | int) or not 0 < parameters[key] < math.inf:
+            raise ValueError(f"{name}.{key}={parameters.get(key)!r}: {rope_type} needs a number above 0 here")
+    if "partial_rotary_factor" in parameters:
+        raise ValueError(f"{name}.partial_rotary_factor: heads are rotated whole; leave it out")
 
 
 def default_frequencies(config, device=None, seq_len=None, **kwargs) -> tuple[torch.Tensor, float]:

@@ -104,6 +104,13 @@ class UnrotatedLayer(DynamicLayer):
         self.seen = 0
 
 
+def refuse_padding(attention_mask: torch.Tensor | dict | None, cache: Cache | None) -> None:
+    """Refuse padded rows, at their beginning, with a cache that would lose track of where the padding is."""
+    is_first = getattr(cache, "has_gaps", False) and cache.get_seq_length() == 0
+    if is_first and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and not attention_mask.all():
+        raise ValueError("padded rows do not go with a cache that drops tokens; give rows of one length, or one by one")
+
+
 def memory_obstacle(config) -> str:
     """Why a model of this configuration cannot keep a memory of segments, and the mend; empty where it can."""
     if config.position_encoding not in ("rope", "none"):
@@ -194,4 +201,12 @@ class SegmentMemory(UnrotatedCache):
                 layer.seen = layer.length
 
 
-__all__ = ["HoldsRows", "MemoryLayer", "SegmentMemory", "UnrotatedCache", "UnrotatedLayer", "memory_obstacle"]
+__all__ = [
+    "HoldsRows",
+    "MemoryLayer",
+    "SegmentMemory",
+    "UnrotatedCache",
+    "UnrotatedLayer",
+    "memory_obstacle",
+    "refuse_padding",
+]
