@@ -55,6 +55,8 @@ class FinetuneDataArguments(DataArguments):
             raise UserError(f"tokenizer={self.tokenizer!r}: {KEEPS}")
         if self.sampling == LANES:
             raise UserError(f"sampling={LANES!r}: {NO_MEMORY}")
+        if self.document_masking:
+            raise UserError("document_masking=True: in finetuning packing keeps documents apart; leave it out")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from training.data.corpus import Corpus
 from training.data.dataset import IGNORED, EvaluationRows, Rows, shuffled_starts
+from training.loop.lanes import SeparatedRows
 from training.model.sizes import text_config
 from training.system.distributed import shares_weights_out
 from training.system.errors import UserError
@@ -22,26 +23,6 @@ from training.system.errors import UserError
 from .data import Example
 
 PROBED = 8  # tokens in each of two documents
-
-
-class SeparatedRows(Rows):
-    """Sequences of a text, given the `position_ids` that keep its documents apart.
-
-    An end-of-text token is the first token of the document after it, as it is of a prompt that starts one; so every
-    token of the text is predicted, and from its own document alone.
-    """
-
-    def __init__(self, rows: Rows, end_of_text: int):
-        self.rows, self.end_of_text, self.num_rows = rows, end_of_text, len(rows)
-
-    def _read(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
-        """The rows of a batch, each with LongTensor[context_length] `position_ids`."""
-        return [row | {"position_ids": self._positions(row["input_ids"])} for row in self.rows.__getitems__(indices)]
-
-    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(len(ids))
-        starts = torch.where(ids == self.end_of_text, places, 0).cummax(0).values
-        return places - starts
 
 
 class ExampleRows(Rows):

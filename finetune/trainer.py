@@ -9,12 +9,13 @@ from torch import nn
 from modeling.loss import causal_lm_loss
 from training.config.arguments import GPTTrainingArguments
 from training.data.corpus import Corpus, Inputs
+from training.loop.lanes import SeparatedRows
 from training.loop.trainer import GPTTrainer
 from training.model.loading import OUR_TYPES, record_base, without_warnings
 from training.system.errors import UserError
 
 from .adapters import build_loraplus, count_parameters
-from .packing import ExampleRows, SeparatedRows, documents_in, held_out_rows
+from .packing import ExampleRows, documents_in, held_out_rows
 
 
 class FinetuneTrainer(GPTTrainer):

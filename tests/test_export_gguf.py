@@ -302,6 +302,7 @@ def test_what_the_recipes_grow() -> None:
     assert held["quickstart"] == held["shakespeare-char-fast"] == "apertus"
     assert held["shakespeare-char"] == held["gpt2-openwebtext"] == "gpt2"
     assert {name: why for name, why in held.items() if why not in ("apertus", "gpt2")} == {
+        "gpt2-one-gpu": "logit_softcap",
         "gpt2-openwebtext-latent": "kv_lora_rank",
         "gpt2-openwebtext-modern": "logit_softcap",
         "gpt2-openwebtext-small-state": "kv_sharing_modes",

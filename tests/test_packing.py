@@ -6,8 +6,9 @@ import torch
 
 from finetune.arguments import FinetuneTrainingArguments
 from finetune.data import Example
-from finetune.packing import ExampleRows, SeparatedRows, documents_of, keeps_documents_apart, pack
+from finetune.packing import ExampleRows, documents_of, keeps_documents_apart, pack
 from training.data.dataset import IGNORED, EvaluationRows, TrainingRows, collate_rows
+from training.loop.lanes import SeparatedRows
 from training.system.errors import UserError
 
 from .tiny_bases import BASES, VOCABULARY, our_model, stock_model

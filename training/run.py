@@ -25,12 +25,13 @@ from .data.corpus import (
     refuse_other_inputs,
     whereabouts,
 )
-from .data.dataset import LANES, EvaluationRows
+from .data.dataset import LANES, EvaluationRows, Rows
 from .data.preparation import prepare
 from .data.sources import named_sources
 from .data.streaming import StreamPosition, is_streamed, refuse_stream_options, stream_corpus
 from .data.tokenizers import add_nothing, encoding_hash
 from .loop.checkpointing import choose_checkpoint
+from .loop.lanes import documents_apart
 from .loop.memory import check_memory
 from .loop.trainer import GPTTrainer
 from .model.devices import choose_attention, describe_precision, record_precision
@@ -159,7 +160,7 @@ class Run:
         if sample.max_new_tokens:  # a prompt that cannot be read is refused now, not after all of training
             prompt_tensor(tokenizer, sample.prompt, context_length)
         if "attn_implementation" not in recipe.model:
-            choose_attention(model, args)
+            choose_attention(model, args, recipe.data_arguments().document_masking)
         trainer = GPTTrainer(model, args, self.corpus, context_length, recipe.data_arguments(), sample)
         if is_streamed(recipe.data_arguments()):
             trainer.add_callback(StreamPosition(trainer))
@@ -227,14 +228,13 @@ class Run:
         shown = f"\n{'─' * 20} a sample {'─' * 20}\n{sample}\n{'─' * 50}\n" if sample else ""
         return shown + next_steps(self.directory, self.trainer.sample.prompt, self.trainer.state.global_step)
 
-    def held_out(
-        self, model, tokenizer, block_size: int | None, stride: int | None = None
-    ) -> tuple[EvaluationRows, int, int]:
+    def held_out(self, model, tokenizer, block_size: int | None, stride: int | None = None) -> tuple[Rows, int, int]:
         """(rows, tokens that count, UTF-8 bytes) of what the run validates on, for a model of this run."""
         corpus = corpus_of_run(self.recipe, self.directory)
         refuse_other_tokenizer(tokenizer, corpus, self.directory)
         tokens = corpus.tokens("validation")
         rows = EvaluationRows(tokens, sequence_length(model, block_size), stride)
+        rows = documents_apart(rows, corpus, self.recipe.data_arguments())
         return rows, len(tokens) - 1, corpus.manifest["splits"]["validation"]["bytes"]
 
     # ---- what every kind of run does

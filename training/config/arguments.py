@@ -44,6 +44,7 @@ class DataArguments:
     num_proc: int = help_field("Number of tokenizing processes; 1 uses the tokenizer's own threads.", 1)
     on_bad_file: str = help_field("What to do about an unreadable file or row: stop or skip.", "stop")
     sampling: str = help_field("Training sequences: random offsets, shuffled (once per epoch), or lanes.", "random")
+    document_masking: bool = help_field("Attend within a document only, not to those before it in a row.", False)
 
 
 @dataclass
@@ -105,7 +106,9 @@ class GPTTrainingArguments(TrainingArguments):
     activation_checkpointing_kwargs: dict | None = None
     gradient_checkpointing: bool | None = None  # the name before transformers 5.23
     gradient_checkpointing_kwargs: dict | None = None
-    peak_flops: float | None = help_field("Peak FLOP/s of the device, for MFU (default: known for common GPUs).")
+    peak_flops: float | None = help_field(
+        "Peak FLOP/s of the device, for MFU (default: common GPUs', a CPU's measured)."
+    )
     eval_strategy: str = help_field("When to evaluate: steps, epoch or no.", "steps")
     eval_steps: float | None = help_field("Steps between evaluations; below 1, the fraction of all steps.", 250)
     save_strategy: str = help_field("When to save checkpoints: steps, epoch, best or no.", "steps")

@@ -1,7 +1,11 @@
-"""The order of the rows: from a step on, and in lanes, whose rows follow each other from step to step for a memory."""
+"""What the loop makes of rows: their order from a step on, documents kept apart, and lanes.
+
+The rows of a lane follow each other from step to step, for a memory.
+"""
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 
 from ..data.dataset import IGNORED, LANES, Rows, TokenRows, Tokens, unit_points
@@ -19,6 +23,49 @@ class StepSampler(Sampler):
 
     def __iter__(self):
         return iter(range(self.trainer.state.global_step * self.trainer.rows_per_step, len(self)))
+
+
+class SeparatedRows(Rows):
+    """Sequences of a text, given the `position_ids` that keep its documents apart.
+
+    An end-of-text token is the first token of the document after it, as it is of a prompt that starts one; so every
+    token of the text is predicted, and from its own document alone (intra-document masking, arXiv 2402.13991).
+    """
+
+    def __init__(self, rows: Rows, end_of_text: int):
+        self.rows, self.end_of_text, self.num_rows = rows, end_of_text, len(rows)
+
+    def _read(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        """The rows of a batch, each with LongTensor[context_length] `position_ids`."""
+        return [row | {"position_ids": self._positions(row["input_ids"])} for row in self.rows.__getitems__(indices)]
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(len(ids))
+        starts = torch.where(ids == self.end_of_text, places, 0).cummax(0).values
+        return places - starts
+
+
+def documents_apart(rows: Rows, corpus, data) -> Rows:
+    """The rows, with their documents kept apart where the DataArguments ask for it."""
+    return SeparatedRows(rows, corpus.tokenizer.eos_token_id) if data.document_masking else rows
+
+
+def tell_flash_attention(model: nn.Module) -> None:
+    """Have each forward tell flash attention where documents begin, which it sees by itself in a single row only.
+
+    As transformers' FlashAttentionKwargs: the rows follow each other as one, and every row and document ends somewhere.
+    """
+
+    def add_ends(module, args, kwargs):
+        positions = kwargs.get("position_ids")
+        if positions is None or not str(module.config._attn_implementation).startswith("flash"):
+            return None
+        starts = nn.functional.pad(positions.flatten() == 0, (0, 1), value=True).nonzero().flatten().int()
+        longest = positions.shape[1]  # a bound, which no new batch changes
+        ends = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        return args, {**kwargs, **ends}
+
+    model.register_forward_pre_hook(add_ends, with_kwargs=True)
 
 
 class LaneRows(TokenRows):

@@ -40,6 +40,9 @@ def check_memory(config, data, args) -> int:
     name = "memory_length" if args.train_memory_length is None else "train_memory_length"
     length = config.memory_length if args.train_memory_length is None else args.train_memory_length
     what, in_lanes = f"{name}={length}", data.sampling == LANES
+    if data.document_masking and (length or in_lanes):
+        why = "rows in lanes go on from step to step, over the ends of documents"
+        raise UserError(f"document_masking=True: {why}; leave one of them out")
     if in_lanes and data.streaming:
         raise UserError("sampling='lanes': a stream is read in one order; leave --streaming out, or sampling")
     if not length and args.memory_reset_probability:

@@ -20,7 +20,7 @@ from .callbacks import ConsoleTable, StopOnSignal
 from .checkpointing import CheckpointingTrainer, ResumeCallback
 from .evaluation import evaluate_rows
 from .fast_dropout import use_fast_dropout
-from .lanes import StepSampler, training_rows
+from .lanes import StepSampler, documents_apart, tell_flash_attention, training_rows
 from .memory import CarriesMemory, check_memory
 from .push_while_training import PushesToHub
 
@@ -81,6 +81,8 @@ class GPTTrainer(PushesToHub, CarriesMemory, CheckpointingTrainer):
         )
         if args.device.type == "cpu":
             use_fast_dropout(model)
+        if data.document_masking:
+            tell_flash_attention(model)
         self._choose_callbacks()
         if args.compile_blocks is not None:
             for layer in self.blocks(model):
@@ -93,7 +95,8 @@ class GPTTrainer(PushesToHub, CarriesMemory, CheckpointingTrainer):
         args.count_steps(0 if is_endless else len(tokens) / self.tokens_per_step)
         rows = self.rows_per_step * args.max_steps
         training = training_rows(tokens, data, args, context, self.rows_per_step, rows)
-        return training, EvaluationRows(self.corpus.tokens("validation"), context)
+        evaluation = EvaluationRows(self.corpus.tokens("validation"), context)
+        return tuple(documents_apart(rows, self.corpus, data) for rows in (training, evaluation))
 
     def memory_in_training(self, model, args: GPTTrainingArguments, data: DataArguments) -> int:
         """How many tokens of memory each lane is trained with."""

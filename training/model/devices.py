@@ -1,6 +1,7 @@
 """What a device can do, and what a run makes of it: peak FLOP/s, memory, precision and compilation."""
 
 import functools
+import itertools
 import os
 import platform
 import re
@@ -54,6 +55,7 @@ GPUS = {
 OTHERS = {"mig", "laptop", "d", "ti"}
 ACCELERATE_NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # Accelerate's names for what it trains in
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURED_SECONDS = 0.2  # for what a device's matmuls reach
 PRECISIONS = ("auto", *DTYPES)
 PRECISION_KEYS = ("precision", "bf16", "fp16")  # of a recipe, for one thing: a flag for one replaces them all
 ACCELERATE_PRECISIONS = {ours: theirs for theirs, ours in ACCELERATE_NAMES.items()}  # our names to its
@@ -87,7 +89,9 @@ def known_gpu(name: str) -> GPU | None:
 
 
 def device_peak_flops(device: torch.device, precision: str, tf32: bool = True) -> float | None:
-    """Peak FLOP/s of the device in fp32, bf16 or fp16; None where it is not known (CPUs, unlisted GPUs)."""
+    """Peak FLOP/s in fp32, bf16 or fp16: a listed GPU's, what a CPU's own matmuls reach, or None of other devices."""
+    if device.type == "cpu":
+        return measured("cpu", DTYPES[precision]) * 1e9 if precision in DTYPES else None
     gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.peak(precision, tf32) if gpu else None
 
@@ -134,15 +138,17 @@ def _torch_says_so(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def measured(device_type: str, dtype: torch.dtype) -> float:
-    """GFLOP/s of a square matmul, the best of a few: a fifth of a second where the CPU emulates it, else far less."""
-    size = 256 if device_type == "cpu" else 2048
-    matrix = torch.ones(size, size, dtype=dtype, device=device_type)
-    best = float("inf")
-    for _ in range(4):  # the first one warms up
+    """GFLOP/s of square matmuls, the best of those that a fifth of a second has room for; a CPU's with its threads."""
+    sizes = (256, 512, 1024) if device_type == "cpu" else (2048,)
+    matrices = [torch.ones(size, size, dtype=dtype, device=device_type) for size in sizes]
+    best, end = 0.0, time.perf_counter() + MEASURED_SECONDS
+    for matrix in itertools.cycle(matrices):  # from small to large: where the CPU emulates the type, one takes long
         started = time.perf_counter()
-        (matrix @ matrix).sum().item()  # the item waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
+        (matrix @ matrix)[0, 0].item()  # which waits for the device
+        now = time.perf_counter()
+        best = max(best, 2 * len(matrix) ** 3 / (now - started) / 1e9)
+        if now > end:
+            return best
 
 
 def device_name(device_type: str) -> str:
@@ -242,10 +248,15 @@ def describe_precision(trainer) -> str:
     return f"{actual} ({args.precision_reason if actual == args.precision else 'as DeepSpeed is set'}{tf32})"
 
 
-def choose_attention(model, args) -> None:
-    """Train in bf16 on a CPU with plain matmuls: the backward pass of torch's fused attention is slower there."""
+def choose_attention(model, args, has_document_masks: bool = False) -> None:
+    """Train in bf16 on a CPU with plain matmuls: the backward pass of torch's fused attention is slower there.
+
+    On a GPU flex attention skips what document masks hide, where others would read a dense mask.
+    """
     if args.device.type == "cpu" and args.bf16:
         model.set_attn_implementation("eager")
+    elif args.device.type == "cuda" and has_document_masks:
+        model.set_attn_implementation("flex_attention")
 
 
 def newton_schulz_dtype(precision: str, device: torch.device) -> torch.dtype:
