@@ -81,8 +81,7 @@ def test_metrics_have_a_line_an_evaluation(grown) -> None:
     assert [list(row) for row in rows] == [METRICS_KEYS] * 2
     assert [(row["step"], row["tokens"]) for row in rows] == [(4, 4 * BATCH * CONTEXT), (8, 8 * BATCH * CONTEXT)]
     for row in rows:
-        assert row["mfu"] is None  # a CPU's peak is not known
-        assert all(math.isfinite(value) and value > 0 for key, value in row.items() if key != "mfu")
+        assert all(math.isfinite(value) and value > 0 for value in row.values())  # a CPU's peak is measured
 
 
 def test_mfu_from_a_given_peak(folder) -> None:

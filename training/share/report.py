@@ -96,6 +96,9 @@ def facts_of_run(run_dir: Path, directory: Path | None = None) -> CardFacts:
     if best:
         facts.metrics = metrics_of(best)
         when = f"Measured at step {best['step']:,}, after {best['tokens']:,} tokens and {best['seconds']:,.0f} seconds."
+        if best.get("mfu"):
+            speed, share = best["tokens_per_second"], best["mfu"]
+            when += f" Training took in {speed:,.0f} tokens a second, at {share:.1%} of the device's peak FLOP/s."
         facts.results = when + "\n\n![loss](loss.png)" * (run_dir / "loss.png").is_file()
     facts.command = recipe.command
     facts.limits.append(f"It was trained on {', '.join(f'`{source}`' for source in sources)} and knows nothing else.")
