@@ -155,8 +155,8 @@ class SegmentMemory(UnrotatedCache):
     (rotary, or none), not the paper's relative sinusoids with biases of their own.
 
     memory_length: tokens, in place of the configuration's. reach: how many before its segment a token may have seen in
-    training (default: the configuration's memory). With a longer memory each token sees as far back as the last one of
-    a segment did, and no further: distances that were never trained cost more than an older token is worth.
+    training (default: the configuration's memory). With a longer memory each token sees as far back as half of those of
+    a segment did, and no further: distances that few or none saw cost more than an older token is worth.
     """
 
     def __init__(self, config, memory_length: int | None = None, reach: int | None = None):
@@ -165,7 +165,7 @@ class SegmentMemory(UnrotatedCache):
         reach = config.memory_length if reach is None else reach
         super().__init__(layers=[MemoryLayer(length, segment) for _ in range(config.num_hidden_layers)])
         # Of how many tokens up to itself, itself among them, each sees no more; None: all that is held.
-        self.sight = reach + segment if 0 < reach < length else None
+        self.sight = reach + segment // 2 if 0 < reach < length else None
         # (batch,): how many of the tokens that are held a row has read since it began
         self.known: torch.Tensor | int = 0
 
