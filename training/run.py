@@ -100,6 +100,7 @@ class Run:
         self.check()
         from_main_process(self.args, lambda: refuse_used(self.directory))
         self.open_data()
+        self.recipe.settle_depth(self.args, self.corpus)
         self.train()
 
     def go_on(self, wanted: str = "last", fresh_state: bool = False) -> None:
@@ -260,10 +261,11 @@ class Run:
 
     def describe(self) -> str:
         """The model, the data and the plan, printed before the table."""
-        args, trainer, corpus = self.args, self.trainer, self.corpus
+        args, trainer, corpus, dial = self.args, self.trainer, self.corpus, self.recipe.dial
         return (
             f"{self.recipe.name}: {self.describe_model()}\n"
             f"{corpus.summary()}\n"
+            f"{f'{dial.words}{chr(10)}' if dial else ''}"
             f"{args.max_steps:,} steps of {trainer.tokens_per_step:,} tokens ({trainer.rows_per_step:,} sequences) on "
             f"{args.world_size} × {args.device.type}, {describe_precision(trainer)}"
             f"{', deterministic' if args.full_determinism else ''}, {args.optimizer}, "

@@ -19,6 +19,8 @@ SECTIONS = ("data", "training", "model", "adapter", "sample", "card")  # a flag 
 MODEL_HELP = {
     "preset": "Named architecture, such as gpt2; the other flags change it.",
     "model_name_or_path": "Acorn model whose weights to start from; the other flags change its architecture.",
+    "depth": "One dial for size: layers, of which each is 64 of width; sets steps, batch, learning rates and decay.",
+    "tokens_per_parameter": "With --depth: tokens to train on for each parameter in the blocks (default: 20).",
     "n_layer": "Number of layers.",
     "n_head": "Number of attention heads.",
     "n_embd": "Hidden size.",
@@ -88,6 +90,7 @@ def recipe_of(flags: argparse.Namespace, verb: str) -> Recipe:
     recipe = load_recipe_file(flags.recipe)
     given = given_values(flags)
     recipe.update(given, data_dir_is_source=verb != "prepare")
+    recipe.turn_dial()
     recipe.start_from_another(given.get("data", {}))
     recipe.check()
     return recipe

@@ -12,6 +12,7 @@ import yaml
 
 from modeling import GPTConfig
 
+from ..data.corpus import Corpus
 from ..data.preparation import DECIDED
 from ..data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
 from ..model.devices import PRECISION_KEYS
@@ -24,6 +25,7 @@ from ..system.files import check_hash, write_with_hash
 from ..system.flags import check_number
 from .arguments import CardArguments, DataArguments, GPTTrainingArguments, SampleArguments
 from .checks import NEEDS, REFUSED, RISING, check_name
+from .depth import HORIZON, REPLACED, Dial
 from .presets import PRESETS
 from .values import coerce, dump, load
 
@@ -39,6 +41,8 @@ TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 # Keys of the model section that are not fields of GPTConfig.
 MODEL_EXTRAS = {"preset": str, "model_name_or_path": str, "dropout": float, "attn_implementation": str}
+DIAL = {"depth": int | None, "tokens_per_parameter": float}
+NO_ARCHITECTURE = ("preset", "model_name_or_path", *DIAL)
 
 
 @dataclass
@@ -57,6 +61,8 @@ class Recipe:
     directory: typing.ClassVar[Path] = RECIPES_DIR
     sections: typing.ClassVar[dict[str, type]] = SECTIONS
     refused: typing.ClassVar[dict[str, dict[str, str]]] = {"training": REFUSED, "model": TOKEN_IDS}
+
+    dial: typing.ClassVar[Dial | None] = None  # of a recipe that has a depth, once it is turned
 
     @property
     def output_dir(self) -> Path:
@@ -99,7 +105,7 @@ class Recipe:
 
     def model_config(self, **overrides) -> GPTConfig:
         """The architecture: preset, then the recipe's keys, then what the tokenizer decides."""
-        keys = {key: value for key, value in self.model.items() if key not in ("preset", "model_name_or_path")}
+        keys = {key: value for key, value in self.model.items() if key not in NO_ARCHITECTURE}
         try:
             return GPTConfig(**{**PRESETS.get(self.model.get("preset"), {}), **keys, **overrides})
         except Exception as error:  # @strict wraps ValueError and TypeError in errors of its own
@@ -110,6 +116,7 @@ class Recipe:
 
         Prepared tokens are a source too, unless they are what is to be made.
         """
+        self._lift_dial(overrides.get("model", {}))
         named = overrides.get("data", {})
         names_source = any(key in named for key in SOURCE_KEYS)
         if names_source or ("data_dir" in named and data_dir_is_source):
@@ -120,11 +127,40 @@ class Recipe:
                 for key in ("tokenizer", *DECIDED):  # the tokens have their own
                     self.data.pop(key, None)
         if "model_name_or_path" in overrides.get("model", {}) and "model_name_or_path" not in self.model:
-            self.model.clear()  # the recipe's architecture is another model's
+            self.model = {key: self.model[key] for key in DIAL if key in self.model}  # the rest is another model's
         self._drop_size_of_another(overrides.get("data", {}), names_source)
         self._drop_what_goes_with_another(overrides.get("training", {}))
         for section, values in overrides.items():
             getattr(self, section).update(values)
+
+    def _lift_dial(self, flags: dict) -> None:
+        """Take back what the recipe's depth chose; a depth among the flags replaces what the recipe says of a size."""
+        if self.dial is not None:
+            self.dial.withdraw()
+            self.dial = None
+        depth = flags.get("depth", self.model.get("depth"))
+        if depth is not None and flags.get("preset"):
+            raise UserError(f"preset={flags['preset']!r}: depth={depth} sets the size; leave one of them out")
+        for section, keys in REPLACED.items() if flags.get("depth") is not None else ():
+            for key in keys:
+                getattr(self, section).pop(key, None)
+
+    def turn_dial(self) -> None:
+        """Where there is a depth, choose what follows from it and was not said, for a text that is long enough."""
+        if self.model.get("depth") is not None:
+            self.dial = Dial(self)
+            self.dial.turn()
+        elif "tokens_per_parameter" in self.model:
+            raise UserError("tokens_per_parameter: has no effect without depth; give --depth, or leave it out")
+
+    def settle_depth(self, args: GPTTrainingArguments, corpus: Corpus) -> None:
+        """Choose again now that the text is known (a stream has no end), in the arguments too."""
+        if self.dial is None:
+            return
+        tokens = None if corpus.directory is None else len(corpus.tokens("train"))
+        for key, value in self.dial.turn(tokens).items():
+            if key in HORIZON:
+                setattr(args, key, value)
 
     def start_from_another(self, flags: dict) -> None:
         """Where a model to start from is named, take over its architecture and its tokenizer; `flags`: of the data."""
@@ -168,7 +204,17 @@ def shipped_recipes(kind: type[Recipe] = Recipe) -> list[str]:
 
 
 def load_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
-    """Read and check one recipe of a kind; errors name the file."""
+    """Read and check one recipe of a kind, and turn its dial; errors name the file."""
+    recipe = read_recipe_file(name, kind)
+    try:
+        recipe.turn_dial()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return recipe
+
+
+def read_recipe_file(name: str, kind: type[Recipe] = Recipe) -> Recipe:
+    """Read and check what one file says."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else kind.directory / f"{name}.yaml"
     if not path.is_file():
         if path.parent != kind.directory:
@@ -209,7 +255,7 @@ def load_run_recipe(run_dir: Path, kind: type[Recipe] = Recipe) -> Recipe:
         made = "that `acorn pretrain` or `acorn finetune` made"
         raise UserError(f"{run_dir} {what}: name a directory {made}, such as runs/quickstart")
     check_hash(run_dir / "recipe.yaml")
-    recipe = load_recipe_file(str(run_dir / "recipe.yaml"), kind)
+    recipe = read_recipe_file(str(run_dir / "recipe.yaml"), kind)  # what its depth chose is written there
     if not recipe.training.keys() & set(PRECISION_KEYS):
         recipe.training["precision"] = "fp32"  # of a run that an Acorn began which took it without a word
     return recipe
@@ -229,7 +275,7 @@ def architecture_keys() -> dict[str, typing.Any]:
     """The keys of GPTConfig, under our names and nanoGPT's, and their types."""
     own = {name: hint for name, hint in inspect.get_annotations(GPTConfig).items() if name != "auto_map"}
     aliases = {alias: own[name] for alias, name in GPTConfig.attribute_map.items()}
-    return {**own, **aliases, **MODEL_EXTRAS}
+    return {**own, **aliases, **MODEL_EXTRAS, **DIAL}
 
 
 def read_section(section: str, values: dict[str, typing.Any], kind: type[Recipe] = Recipe) -> dict[str, typing.Any]:

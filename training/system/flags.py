@@ -44,7 +44,8 @@ _RANGES = {
     "shard_size validation_characters tokenizer_vocab_size block_size stride num_virtual_tokens length": _whole(1),
     "memory_length train_memory_length": _whole(0, 10**9),
     "ddp_timeout ddp_bucket_cap_mb": _whole(1, 10**9),
-    "num_train_epochs peak_flops lora_alpha loraplus_lr_ratio": Range(
+    "depth": _whole(1, 64),
+    "num_train_epochs peak_flops lora_alpha loraplus_lr_ratio tokens_per_parameter": Range(
         "a finite number above 0", lambda x: 0 < x < math.inf
     ),
     "learning_rate muon_learning_rate weight_decay max_grad_norm adam_epsilon eval_delay": Range(

@@ -1,0 +1,191 @@
+"""One dial for size: from `depth` follow a model's shape, its batch and steps, its learning rates and their decay.
+
+The shape is nanochat's: 64 of width a layer. Text: 20 tokens a parameter (arXiv 2203.15556), and none of it more than
+four times, after which repeated text teaches little (arXiv 2305.16264). Batch: arXiv 2503.04715. Weight decay: what is
+forgotten within a run depends on its tokens a parameter alone (arXiv 2505.13738). Muon's updates have a spectral norm
+that goes with the shape of the matrix, so their rate is the same at every width (arXiv 2310.17813); the rate of
+embeddings and head, which AdamW has together, falls with the root of the width: muP (arXiv 2203.03466) holds the
+first's, and divides the second's by the width.
+"""
+
+import math
+
+from modeling import GPTConfig
+
+from ..model.sizes import matrix_parameters
+from ..system.errors import UserError
+
+WIDTH = 64  # a layer, and a head
+TOKENS_PER_PARAMETER = 20.0
+MOST_EPOCHS = 4
+FEWEST_STEPS = 10  # fewer teach nothing
+MICRO_BATCH = 1 << 14  # tokens at once in one process: of a small model, as many as keep a GPU at work
+MUON_RATE, ADAMW_RATE = 0.03, 0.068
+# Shares of the run, so that they fit whatever number of steps it has.
+SCHEDULE = {
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": {"num_decay_steps": 0.75, "decay_type": "linear", "min_lr_ratio": 0.0},
+    "warmup_steps": 0.05,
+    "eval_steps": 0.25,
+    "logging_steps": 0.025,
+}
+# What a recipe says of another size, and a depth that comes by flag replaces.
+SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "intermediate_size")
+SHAPE += ("initializer_range",)
+HORIZON = ("max_steps", "tokens_per_step", "per_device_train_batch_size")
+HORIZON += ("learning_rate", "muon_learning_rate", "weight_decay")
+REPLACED = {"model": SHAPE, "training": (*HORIZON, *SCHEDULE, "gradient_accumulation_steps", "num_train_epochs")}
+REPLACED["training"] += ("save_steps",)
+
+
+def shape_of(depth: int) -> dict:
+    """GPTConfig arguments: layers, width, heads, and the standard deviation of weights of this width."""
+    width = WIDTH * depth
+    return {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "num_attention_heads": depth,
+        "initializer_range": _rounded(0.5 / width**0.5),
+    }
+
+
+def block_parameters(config: GPTConfig) -> int:
+    """Weights of the blocks' matrices: what the scaling laws count, whatever the vocabulary."""
+    return matrix_parameters(config) - config.vocab_size * config.hidden_size
+
+
+def batch_rows(tokens: float, context: int) -> int:
+    """Sequences a step of a run over so many tokens: 0.58 * tokens^0.571 tokens, as a power of two of sequences."""
+    return 2 ** max(0, round(math.log2(0.58 * tokens**0.571 / context)))
+
+
+def muon_rates(width: int) -> dict:
+    return {"muon_learning_rate": MUON_RATE, "learning_rate": _rounded(ADAMW_RATE / width**0.5)}
+
+
+def adamw_rates(width: int) -> dict:
+    """One rate for all weights: GPT-2 small's 6e-4, divided by the width as muP divides that of hidden matrices."""
+    return {"learning_rate": _rounded(6e-4 * 768 / width)}
+
+
+RATES = {"muon": muon_rates, "adamw": adamw_rates}
+RATES_OF = ("learning_rate", "muon_learning_rate")
+
+
+def weight_decay(rate: float, steps: int, tokens_per_parameter: float) -> float:
+    """The decay at whose peak rate a weight's memory is a share of the run, 1.084 * tokens_per_parameter^-0.527."""
+    return _rounded(tokens_per_parameter**0.527 / (1.084 * rate * steps))
+
+
+class Dial:
+    """The dial of one recipe: what the recipe and its flags say stays as they say it, and the rest follows.
+
+    It sets the shape at once, and the training with each `turn`; `words` says what it chose, and why.
+    """
+
+    def __init__(self, recipe):
+        self.recipe, self.words = recipe, ""
+        self.depth, self.ratio = recipe.model["depth"], recipe.model.get("tokens_per_parameter", TOKENS_PER_PARAMETER)
+        shape = shape_of(self.depth)
+        refuse_other_sizes(recipe.model, shape)
+        refuse_epochs(recipe.training, self.depth)
+        self.said = dict(recipe.training)
+        self.chosen = {"model": shape.keys() - recipe.model.keys(), "training": set()}
+        recipe.model.update({key: value for key, value in shape.items() if key in self.chosen["model"]})
+        config = recipe.model_config()
+        self.context, self.width, self.parameters = (
+            config.max_position_embeddings,
+            config.hidden_size,
+            block_parameters(config),
+        )
+
+    def turn(self, text: int | None = None) -> dict:
+        """Choose the training for a text of so many tokens (None: of as many as are wanted); return what was chosen."""
+        wanted = self.ratio * self.parameters
+        tokens = wanted if text is None else min(wanted, MOST_EPOCHS * text)
+        step = self.said.get("tokens_per_step") or self.context * batch_rows(tokens, self.context)
+        steps = self.said.get("max_steps", -1)
+        if steps < 1:
+            steps = round(tokens / step)
+            self._refuse_few(steps, step, text)
+        rates = self._rates() | self.said
+        rate = rates.get("muon_learning_rate", rates["learning_rate"])
+        values = {
+            "max_steps": steps,
+            "tokens_per_step": step,
+            "per_device_train_batch_size": micro_batch(step // self.context, self.context),
+            **{key: rates[key] for key in RATES_OF if key in rates},
+            "weight_decay": weight_decay(rate, steps, steps * step / self.parameters),
+            **SCHEDULE,
+        }
+        if "lr_scheduler_type" in self.said:  # whose settings are not those of ours
+            del values["lr_scheduler_kwargs"]
+        chosen = {key: value for key, value in values.items() if key not in self.said}
+        self.chosen["training"] = set(chosen)
+        self.recipe.training.update(chosen)
+        self.words = self._describe(self.recipe.training, rates, steps * step, text)
+        return chosen
+
+    def withdraw(self) -> None:
+        """Leave the recipe with what was said, as it was before."""
+        for section, keys in self.chosen.items():
+            for key in keys:
+                getattr(self.recipe, section).pop(key, None)
+
+    def _rates(self) -> dict:
+        optimizer = self.said.get("optimizer", "adamw")
+        if optimizer not in RATES:
+            known = " or ".join(RATES)
+            raise UserError(f"depth={self.depth}: knows no learning rates of optimizer={optimizer!r}; take {known}")
+        return RATES[optimizer](self.width)
+
+    def _refuse_few(self, steps: int, step: int, text: int | None) -> None:
+        if steps >= FEWEST_STEPS:
+            return
+        if text is None:
+            why = f"{self.ratio:g} tokens for each of {self.parameters:,} parameters are"
+        else:
+            epochs = self.ratio * self.parameters / text
+            why = f"would read the {text:,} tokens of this text {epochs:,.0f} times; {MOST_EPOCHS} times, the most, are"
+        mend = "lower depth or tokens_per_step, give more text, or say --max_steps"
+        raise UserError(f"depth={self.depth}: {why} {steps} steps of {step:,} tokens; {mend}")
+
+    def _describe(self, training: dict, rates: dict, tokens: int, text: int | None) -> str:
+        each = f"{tokens / self.parameters:.3g} tokens for each of {self.parameters:,} parameters in the blocks"
+        if text:
+            each += f", {tokens / text:.3g} epochs of the text"
+        if text and "max_steps" not in self.said and self.ratio * self.parameters > MOST_EPOCHS * text:
+            full = f"{self.ratio:g} a parameter would be {self.ratio * self.parameters / text:,.0f} epochs"
+            each += f" ({full}; after {MOST_EPOCHS} repeated text teaches little)"
+        named = [f"{key} {rates[key]:g}" for key in RATES_OF if key in rates]
+        return f"depth {self.depth}: {each}; {', '.join(named)}, weight_decay {training['weight_decay']:g}"
+
+
+def micro_batch(rows: int, context: int) -> int:
+    """Sequences at once: the largest power of two that divides a step's and is at most MICRO_BATCH tokens."""
+    return math.gcd(rows, 1 << max(0, (MICRO_BATCH // context).bit_length() - 1))
+
+
+def refuse_other_sizes(model: dict, shape: dict) -> None:
+    """Refuse what says another size than the depth does, or has one of its own."""
+    depth = model["depth"]
+    mend = "leave one of them out (--depth none, if it is the recipe's)"
+    if "model_name_or_path" in model:
+        raise UserError(f"depth={depth}: {model['model_name_or_path']} has a size of its own; {mend}")
+    for key, name in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")):
+        if model.get(key, shape[key]) != shape[key]:
+            raise UserError(f"{name}={model[key]}: depth={depth} makes it {shape[key]}; {mend}")
+
+
+def refuse_epochs(training: dict, depth: int) -> None:
+    """Refuse a number of epochs: how often the text is read follows from the depth."""
+    if training.get("num_train_epochs") is not None and training.get("max_steps", -1) < 1:
+        epochs = training["num_train_epochs"]
+        raise UserError(
+            f"num_train_epochs={epochs:g}: depth={depth} sets the steps; say --tokens_per_parameter instead"
+        )
+
+
+def _rounded(value: float) -> float:
+    """To the three digits that a person would write."""
+    return float(f"{value:.3g}")
