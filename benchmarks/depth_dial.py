@@ -1,11 +1,13 @@
 """Does one dial do for all sizes? Prints one JSON line.
 
     python benchmarks/depth_dial.py transfer --widths 64 128 256 [--factors 0.25 0.5 1 2 4] [--picture FILE.png]
+    python benchmarks/depth_dial.py predict --depths 1 2 3 4 [--ratio 1] [--picture FILE.png]
 
 `transfer` trains each width at the learning rates of its depth times each factor, the same steps for all, on the bytes
 of Python's standard library: how much worse than a width's own best is the factor that is best at the smallest width?
-The runs lie in --workspace, and those that are finished there are read, not run again: widths can be added one by one.
-Losses are means over the seeds, over the whole validation split.
+`predict` trains each depth on --ratio tokens a parameter: how far from the loss of the last depth is what
+`acorn estimate --from_runs` makes of the others? The runs lie in --workspace, and those that are finished there are
+read, not run again: sizes can be added one by one. Losses are means over the seeds, over the whole validation split.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 from training.config.command_line import load_recipe
 from training.config.depth import WIDTH
 from training.run import Run
+from training.scaling import draw_law, predict, read_point
 from training.share.metrics_file import read_metrics
 
 RECIPE = ["stdlib-depth", "--tokenizer", "byte", "--block_size", "64", "--eval_steps", "1.0", "--max_new_tokens", "0"]
@@ -64,6 +67,30 @@ def loss_at(flags: argparse.Namespace, width: int, factor: float) -> float:
     )
 
 
+def predict_last(flags: argparse.Namespace) -> dict:
+    """What the runs of all depths but the last say of the last one's loss, and what that is."""
+    names = {depth: [f"d{depth}-r{flags.ratio:g}-s{seed}" for seed in flags.seeds] for depth in flags.depths}
+    for depth in flags.depths:
+        for name, seed in zip(names[depth], flags.seeds, strict=True):
+            size = ["--depth", str(depth), "--tokens_per_parameter", str(flags.ratio)]
+            final_loss(flags.workspace, name, *size, "--seed", str(seed))
+    points = {depth: [read_point(flags.workspace / name) for name in names[depth]] for depth in flags.depths}
+    *smaller, last = flags.depths
+    known = [point for depth in smaller for point in points[depth]]
+    truth, compute = statistics.mean(point.loss for point in points[last]), points[last][0].compute
+    loss, low, high = predict(known, compute)
+    if flags.picture:
+        draw_law(known, compute, flags.picture, truth)
+    return {
+        "losses": {depth: [round(point.loss, 4) for point in points[depth]] for depth in flags.depths},
+        "compute": {depth: points[depth][0].compute for depth in flags.depths},
+        "predicted": round(loss, 4),
+        "between": [round(low, 4), round(high, 4)],
+        "measured": round(truth, 4),
+        "error": round(loss - truth, 4),
+    }
+
+
 def draw_transfer(factors: list[float], losses: dict[int, list[float]], place: int, path: Path) -> None:
     """Loss against the factor of the learning rates, a line a width."""
     from matplotlib.figure import Figure
@@ -82,6 +109,8 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--ratio", type=float, default=1.0, help="tokens a parameter")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
@@ -91,7 +120,7 @@ def main() -> None:
     print(json.dumps(PARTS[flags.part](flags)))
 
 
-PARTS = {"transfer": transfer}
+PARTS = {"transfer": transfer, "predict": predict_last}
 
 if __name__ == "__main__":
     main()

@@ -65,7 +65,7 @@ def test_commands_run(block, workplace, monkeypatch, capsys):
 def test_every_job_has_tested_commands():
     jobs = (
         "generate evaluate inspect pretrain prepare estimate launch finetune convert export push strategies caches lab "
-        "memory pool"
+        "memory pool depth"
     )
     assert set(BLOCKS) == set(jobs.split())
 

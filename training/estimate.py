@@ -1,12 +1,22 @@
 """`acorn estimate RECIPE [--gpu NAME] [--num_gpus N] [--sharding HOW] [--mfu SHARE]`: what a recipe will cost."""
 
+import math
+from pathlib import Path
+
 from .config.command_line import recipe_of, recipe_parser
+from .config.depth import block_parameters
 from .config.recipe import Recipe
 from .costs import SHARDED, Estimate, estimate_recipe
+from .data.corpus import MANIFEST
 from .model.devices import GPUS, fit_precision
-from .system.errors import run_main, unknown
+from .scaling import Point, draw_law, predict, read_points
+from .system.errors import UserError, run_main, unknown
+from .system.files import read_json
 
-EXAMPLES = "  acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8"
+EXAMPLES = (
+    "  acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8\n"
+    "  acorn estimate stdlib-depth --depth 4 --from_runs runs/d1 runs/d2 runs/d3 --picture fit.png"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,15 +26,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_gpus", type=int, default=1, help="number of GPUs")
     parser.add_argument("--mfu", type=float, default=0.3, help="model FLOPs utilization")
     parser.add_argument("--sharding", default="none", help=f"{', '.join(SHARDED)}")
+    parser.add_argument("--from_runs", nargs="+", help="finished runs of smaller sizes, to predict the loss from")
+    parser.add_argument("--picture", type=Path, help="PNG of that prediction's fit")
     flags = parser.parse_args(argv)
+    if flags.picture and not flags.from_runs:
+        raise UserError(f"--picture {flags.picture}: draws a fit to --from_runs; name some, or leave it out")
     if flags.gpu not in GPUS:
         raise unknown("gpu", flags.gpu, GPUS)
     if flags.sharding not in SHARDED:
         raise unknown("sharding", flags.sharding, SHARDED)
     recipe = recipe_of(flags, "estimate")
+    points = read_points(flags.from_runs or [])
+    if recipe.dial is not None:
+        recipe.dial.turn(training_tokens(recipe, points))
     fit_precision(recipe.training, GPUS[flags.gpu].has_bf16)
     estimate = estimate_recipe(recipe, flags.num_gpus, flags.sharding)
     print(report(recipe, estimate, flags.gpu, flags.num_gpus, flags.mfu))
+    if recipe.dial is not None:
+        print(f"  {recipe.dial.words}")
+    if flags.from_runs:
+        print(prediction(recipe, estimate, points, flags.picture))
 
 
 def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: float) -> str:
@@ -52,6 +73,31 @@ def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: flo
         "time": duration(seconds),
     }
     return "\n".join([recipe.name, *(f"  {name:<20} {value}" for name, value in lines.items())])
+
+
+def training_tokens(recipe: Recipe, points: list[Point]) -> int | None:
+    """Tokens of the prepared text of a recipe, or of the runs that it is compared with; None where nobody knows."""
+    for directory in [recipe.data.get("data_dir"), *(point.data_dir for point in points)]:
+        manifest = read_json(Path(directory, MANIFEST)) if directory else {}
+        if manifest:
+            return manifest["splits"]["train"]["tokens"]
+    return None
+
+
+def prediction(recipe: Recipe, estimate: Estimate, points: list[Point], picture: Path | None) -> str:
+    """The loss that a recipe will end with, as runs of smaller sizes foretell it."""
+    tokens = estimate.steps * estimate.tokens_per_step
+    target = Point(recipe.name, block_parameters(recipe.model_config()), tokens, math.nan)
+    loss, low, high = predict(points, target.compute)
+    reach = target.compute / max(point.compute for point in points)
+    lines = {
+        "loss at the end": f"{loss:.3f} ({low:.3f} to {high:.3f} with other exponents), by a power law in compute",
+        "from": f"{len(points)} runs; {reach:,.3g} times the compute of the largest of them",
+    }
+    if picture:
+        draw_law(points, target.compute, picture)
+        lines["picture"] = str(picture)
+    return "\n".join(f"  {name:<20} {value}" for name, value in lines.items())
 
 
 def duration(seconds: float) -> str:

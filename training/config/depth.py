@@ -152,8 +152,7 @@ class Dial:
 
     def _describe(self, training: dict, rates: dict, tokens: int, text: int | None) -> str:
         each = f"{tokens / self.parameters:.3g} tokens for each of {self.parameters:,} parameters in the blocks"
-        if text:
-            each += f", {tokens / text:.3g} epochs of the text"
+        each += f", {tokens / text:.3g} epochs of the text" if text else ", if the text is that long"
         if text and "max_steps" not in self.said and self.ratio * self.parameters > MOST_EPOCHS * text:
             full = f"{self.ratio:g} a parameter would be {self.ratio * self.parameters / text:,.0f} epochs"
             each += f" ({full}; after {MOST_EPOCHS} repeated text teaches little)"
