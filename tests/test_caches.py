@@ -239,7 +239,7 @@ def test_padded_rows_go_with_a_policy_that_drops_none(variant: str, ids: torch.T
         ("h2o", {"cache_budget": 9, "cache_seed": 1}, "cache_seed=1: has no effect with cache=h2o"),
         ("random", {"cache_budget": 9, "cache_seed": -1}, "cache_seed=-1: must be"),
         ("h2o+window", {"cache_budget": 9}, "one policy that drops tokens goes over one that quantizes"),
-        ("h2o+", {"cache_budget": 9}, "unknown cache ''"),
+        ("h2o+", {"cache_budget": 9}, "unknown cache 'h2o+'"),
         ("window", {"window": 8}, "did you mean 'cache_window'"),
     ],
 )

@@ -181,6 +181,7 @@ def test_another_context(folder, recipe_key: str, flag: str) -> None:
     "flags",
     [
         "--block_size 32",  # the recipe's positions are learned
+        "--block_size 8",  # and it was trained with more
         "--hidden_size 64",
         "--num_hidden_layers 3",
         "--position_encoding rope",

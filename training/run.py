@@ -37,7 +37,7 @@ from .loop.trainer import GPTTrainer
 from .model.devices import choose_attention, describe_precision, record_precision
 from .model.loading import load_model_tokenizer
 from .model.sampling import context_left, prompt_tensor, sample_text
-from .model.starting import model_to_start_from
+from .model.starting import model_to_start_from, refuse_context
 from .share.metrics_file import mend_metrics, read_metrics
 from .share.model_card import CardFacts, write_card
 from .share.report import draw_losses, facts_of_run, next_steps
@@ -173,11 +173,7 @@ class Run:
         with reading(checkpoint, "config.json"):
             config = GPTConfig.from_pretrained(checkpoint)
         context = changes.get("max_position_embeddings", config.max_position_embeddings)
-        if config.position_encoding == "learned" and context != config.max_position_embeddings:
-            raise UserError(
-                f"block_size={context}: learned positions are fixed at {config.max_position_embeddings}; "
-                "only rope, sinusoidal and none can change it"
-            )
+        refuse_context(str(self.directory), config, context)
         with reading(checkpoint, "weights"):
             return GPTForCausalLM.from_pretrained(checkpoint, **changes)
 

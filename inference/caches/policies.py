@@ -132,7 +132,7 @@ class Caches:
     def __init__(self, config, name: str, dtype: torch.dtype | None = None, **given):
         self.config, self.name, self.dtype = text_config(config), name, dtype
         self.eviction, self.storing, self.settings = settle(name, given)
-        refuse_model(self.config, name)
+        refuse_model(self.config, f"cache={name}")
         if self.storing is not None and self.config.kv_quantization is not None:
             held = self.config.kv_quantization
             raise UserError(f"cache={name}: the model's own cache holds {held} already; leave it out")
@@ -182,7 +182,7 @@ def find(name: str) -> tuple[Eviction | None, Storing | None]:
     parts = name.split("+")
     for part in parts:
         if part not in POLICIES:
-            raise unknown("cache", part, POLICIES)
+            raise unknown("cache", part or name, POLICIES)
     evictions = [POLICIES[part] for part in parts if isinstance(POLICIES[part], Eviction)]
     storings = [POLICIES[part] for part in parts if isinstance(POLICIES[part], Storing)]
     if len(evictions) > 1 or len(storings) > 1:
@@ -229,12 +229,15 @@ def settle_budget(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def refuse_model(config, name: str) -> None:
-    """Refuse models whose layers hold something else than keys and values, or do not hand them over un-rotated."""
+def refuse_model(config, asked: str) -> None:
+    """Refuse models whose layers hold something else than keys and values, or do not hand them over un-rotated.
+
+    asked: what is refused, as the message begins.
+    """
     if config.model_type != GPTConfig.model_type:
-        raise UserError(f"cache={name}: is for Acorn's models, not for model_type={config.model_type}")
+        raise UserError(f"{asked}: is for Acorn's models, not for model_type={config.model_type}")
     if config.kv_lora_rank is not None:
-        raise UserError(f"cache={name}: layers hold latents (kv_lora_rank={config.kv_lora_rank}), not keys of heads")
+        raise UserError(f"{asked}: layers hold latents (kv_lora_rank={config.kv_lora_rank}), not keys of heads")
     for index, layer_type in enumerate(config.layer_types):
         if layer_type not in HELD:
-            raise UserError(f"cache={name}: layer {index} is {layer_type}, and holds no keys that a policy could keep")
+            raise UserError(f"{asked}: layer {index} is {layer_type}, and holds no keys that a policy could keep")

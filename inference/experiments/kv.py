@@ -14,7 +14,7 @@ from training.model.sampling import context_left
 from training.model.sizes import text_config
 from training.system.errors import UserError, log
 
-from ..caches.policies import POLICIES, Eviction, build_cache, find
+from ..caches.policies import POLICIES, Eviction, build_cache, find, refuse_model
 from ..measuring.kv_report import Decoded, Streams, decode, own_cache, paired
 from ..measuring.recall import Probe, plant, recalled
 from .common import BAR, Output, add_model_flags, held_out_streams, load, next_command
@@ -71,6 +71,7 @@ def run(flags: argparse.Namespace, out: Output) -> None:
     """Measure the full cache and each other one; a table and a picture."""
     cases = chosen_cases(flags)
     model, tokenizer = load(flags)
+    refuse_model(text_config(model.config), flags.model)
     streams = held_out_streams(flags, model, tokenizer)
     smaller = load_smaller(flags, tokenizer, streams.length) if flags.smaller else None
     probe = plant(streams, SMOKE_PROBED if flags.smoke else PROBED)

@@ -9,11 +9,12 @@ from tqdm.auto import tqdm
 from transformers import Cache
 
 from training.model.sampling import context_left, continue_ids, decode_continuation, prompt_tensor, sampling_arguments
+from training.model.sizes import text_config
 from training.model.windows import has_learned_positions
 from training.system.errors import UserError
 from training.system.files import write_whole
 
-from ..caches.policies import build_cache
+from ..caches.policies import build_cache, refuse_model
 from ..decoding.prompts import read_prompt
 from ..measuring.by_position import binned
 from ..measuring.kv_report import cut_streams, decode
@@ -69,6 +70,7 @@ def check(flags: argparse.Namespace, model, context: int) -> int:
     """How many tokens the windows hold; refuses what shows nothing."""
     if has_learned_positions(model):
         raise UserError(f"{flags.model}: learned positions end with the context of {context}; take a rotary model")
+    refuse_model(text_config(model.config), flags.model)
     window = context - 1 if flags.cache_window is None else flags.cache_window
     if not flags.cache_sinks < window < context:
         raise UserError(
