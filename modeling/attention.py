@@ -1,14 +1,35 @@
-"""Softmax attention: full or sliding, grouped heads, keys and values shared between layers."""
+"""Softmax attention: full or sliding, grouped heads, keys and values shared between layers, gates, value embeddings."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat import CACHE_NAME, KVSharingDict
 from .kv_quantization import build_quantizer
+from .linear_attention import create_document_mask
 from .positions import POSITIONS
+
+MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "linear_attention": create_document_mask,
+}
+
+
+def build_masks(config, inputs_embeds, attention_mask, cache, position_ids) -> dict:
+    """One mask a layer type; masks that come ready (from generate) pass through."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    sight = getattr(cache, "sight", None)
+    more = {} if sight is None else {"and_mask_function": sliding_window_overlay(sight)}
+    return {  # by position, as the fourth argument has two names
+        layer_type: MASKS[layer_type](config, inputs_embeds, attention_mask, cache, position_ids, **more)
+        for layer_type in dict.fromkeys(config.layer_types)
+    }
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -27,6 +48,24 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)  # float32 inside, whatever goes in
     weights = module.drop(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class ValueEmbedding(nn.Embedding):
+    """A token's own part of its value in one layer, whatever its context: (batch, tokens) to (…, heads * head_dim).
+
+    The tables are modded-nanogpt's (https://github.com/KellerJordan/modded-nanogpt), in place of the first layer's
+    values that value residual learning carries on (arXiv 2410.17897).
+    """
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.num_key_value_heads * config.head_dim)
+        self.factor = nn.Parameter(torch.empty(1))
+
+    def init_weights(self) -> None:
+        init.constant_(self.factor, 0.5)  # of the size that values have where what they come from is normed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.factor * super().forward(input_ids)
 
 
 class SoftmaxAttention(nn.Module):
@@ -55,6 +94,8 @@ class SoftmaxAttention(nn.Module):
         has_own = self.kv_source is None
         self.key_quantizer, self.value_quantizer = (build_quantizer(config, has_own) for _ in range(2))
         self._build_projections(config)
+        heads = config.num_attention_heads
+        self.g_proj = nn.Linear(config.hidden_size, heads, bias=config.bias) if config.attention_gate else None
         self.o_proj.is_residual_projection = True  # read by _init_weights, which meets leaves only
 
     def _build_projections(self, config) -> None:
@@ -83,12 +124,13 @@ class SoftmaxAttention(nn.Module):
         attention_mask: of the backend's kind, or None for causal alone. position_embeddings: the angles of this kind of
         layer, see positions.py. shared_key_values: layer index to (key, value), (batch, kv_heads, keys, head_dim) each.
         rotate_keys: (keys, positions) to turned keys, where the cache holds them as they were, see segment_memory.py.
-        The cache comes by its name in the installed transformers, as their gradient checkpointing looks for it there.
+        Among the rest: value_embedding, (batch, tokens, kv_heads * head_dim), what is added to the values; and the
+        cache, by its name in the installed transformers, as their gradient checkpointing looks for it there.
         """
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         held = self._held(hidden_states, query, position_embeddings, shared_key_values, rotate_keys, kwargs)
         attended, weights = self._attend(*held, attention_mask, **kwargs)
-        return self.o_proj(attended.flatten(2)), weights
+        return self.o_proj(self._gated(attended, hidden_states).flatten(2)), weights
 
     def _held(self, hidden_states, query, angles, shared_key_values, rotate_keys, kwargs) -> tuple[torch.Tensor, ...]:
         """The turned queries, and the keys and values of the cache and of the new tokens: its own, or another layer's.
@@ -107,9 +149,11 @@ class SoftmaxAttention(nn.Module):
     def _own(self, hidden_states, query, angles, cache, rotate_keys, kwargs) -> tuple[torch.Tensor, ...]:
         """The turned queries, and the layer's own keys and values, of the cache and of the new tokens.
 
-        kwargs: attention's, which paged caches read and change.
+        kwargs: attention's, which paged caches read and change, and a value embedding, which is taken out of them.
         """
         key, value = self._keys_and_values(hidden_states)
+        if (embedding := kwargs.pop("value_embedding", None)) is not None:
+            value = value + self._split_heads(embedding).to(value.dtype)
         given = {}
         if getattr(cache, "holds_codes", False):
             given = {"quantizers": (self.key_quantizer, self.value_quantizer)}
@@ -145,6 +189,10 @@ class SoftmaxAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+
+    def _gated(self, attended: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the heads put out, (batch, tokens, heads, head_dim), each by a gate of its own (arXiv 2505.06708)."""
+        return attended if self.g_proj is None else attended * self.g_proj(hidden_states).sigmoid()[..., None]
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) to (batch, heads, tokens, head_dim)."""

@@ -55,6 +55,11 @@ class GPTConfig(PreTrainedConfig):
         attention, arXiv 2405.04434); its heads' sizes are `qk_nope_head_dim` and `v_head_dim` (default:
         `hidden_size / num_attention_heads`), beside a rotary part of keys that the heads share, `qk_rope_head_dim`
         (default: half of that); q_lora_rank: that of the queries' bottleneck (default: none).
+    value_embeddings: every other softmax layer with values of its own, the last among them, adds an embedding of its
+        tokens to them, by a learned factor (see ValueEmbedding in attention.py).
+    attention_gate: each head of a softmax layer has a sigmoid gate on its output (arXiv 2505.06708).
+    embedding_skip: the input of each block is a learned mix of the residual stream and of the first block's input (as
+        in modded-nanogpt; a case of DenseFormer, arXiv 2402.02622).
     memory_length: tokens before each segment of `max_position_embeddings` tokens that evaluation and generation keep
         in sight (Transformer-XL, see segment_memory.py); 0: none.
     bias: in all linear layers and LayerNorms but the head, which has `lm_head_bias`.
@@ -110,6 +115,9 @@ class GPTConfig(PreTrainedConfig):
     qk_rope_head_dim: int | None = None
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
+    value_embeddings: bool = False
+    attention_gate: bool = False
+    embedding_skip: bool = False
     memory_length: int = 0
     bias: bool = True
     lm_head_bias: bool = False
@@ -185,11 +193,13 @@ class GPTConfig(PreTrainedConfig):
         if self.kv_quantization is not None:
             return {}  # its biases are of all heads
         split = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
-        if "linear_attention" in self.layer_types:  # whose gates and convolution go with their heads
-            split = {}
+        if "linear_attention" in self.layer_types or self.value_embeddings:
+            split = {}  # what goes with the heads, gates and convolution or a table, is not split
         if self.kv_lora_rank is not None:  # every device has the latents
             into_heads = "q_proj" if self.q_lora_rank is None else "q_b_proj"
             split = {into_heads: "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
+        if self.attention_gate and split:
+            split["g_proj"] = "colwise"
         widened = {"up_proj": "colwise", "down_proj": "rowwise", **({"gate_proj": "colwise"} if self.gated_mlp else {})}
         attention = {f"layers.*.self_attn.{name}": how for name, how in split.items()}
         return attention | {f"layers.*.mlp.{name}": how for name, how in widened.items()}
@@ -300,6 +310,9 @@ class GPTConfig(PreTrainedConfig):
         for field, unset in (("linear_attention", "elu"), ("linear_conv_kernel_dim", None)):
             if getattr(self, field) != unset and "linear_attention" not in self.layer_types:
                 raise ValueError(f"{field}={getattr(self, field)!r}: no layer of layer_types is linear_attention")
+        for field in ("value_embeddings", "attention_gate"):
+            if getattr(self, field) and set(self.layer_types) == {"linear_attention"}:
+                raise ValueError(f"{field}=true: no layer of layer_types is softmax attention; leave it out")
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             # Of a window of 1 a cache keeps the last 0 tokens, which transformers slices as all of them.
             raise ValueError(f"sliding_window={self.sliding_window}: sliding_attention needs a window of at least 2")
@@ -331,6 +344,13 @@ class GPTConfig(PreTrainedConfig):
         own = self.layer_types[layer_idx]
         below = range(layer_idx - 1, -1, -1)
         return next((i for i in below if self.kv_sharing_modes[i] == "store" and self.layer_types[i] == own), None)
+
+    def value_embedding_layers(self) -> list[int]:
+        """The layers that `value_embeddings` means, from the last down."""
+        sharing = self.kv_sharing_modes or [None] * self.num_hidden_layers
+        layers = zip(self.layer_types, sharing, strict=True)
+        own = [i for i, (kind, mode) in enumerate(layers) if kind != "linear_attention" and mode != "reuse"]
+        return own[::-2] if self.value_embeddings else []
 
 
 __all__ = ["GPTConfig"]

@@ -9,18 +9,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    sliding_window_overlay,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import SoftmaxAttention
+from .attention import SoftmaxAttention, ValueEmbedding, build_masks
 from .compat import CACHE_NAME, KVSharingDict, given_cache, layers_name, warn_beyond_range
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .kv_quantization import KVQuantizer, build_cache
@@ -28,7 +23,6 @@ from .latent_attention import LatentAttention
 from .linear_attention import (
     ShortConvolution,
     build_linear_attention,
-    create_document_mask,
     forget_bias,
     with_state_layers,
 )
@@ -100,6 +94,27 @@ class PostNormBlock(PreNormBlock):
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
 
 
+class EmbeddingSkip(nn.Module):
+    """The input of each block, mixed of the residual stream and of the first block's input by two learned factors."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.of_stream, self.of_first = (nn.Parameter(torch.empty(config.num_hidden_layers)) for _ in range(2))
+
+    def init_weights(self) -> None:
+        init.ones_(self.of_stream)
+        init.zeros_(self.of_first)
+
+    def forward(self, hidden_states: torch.Tensor, first: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """hidden_states, first: (batch, tokens, hidden_size). Returns the same shape."""
+        return self.of_stream[layer_idx] * hidden_states + self.of_first[layer_idx] * first
+
+
+def no_skip(hidden_states: torch.Tensor, first: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    """The residual stream as it is."""
+    return hidden_states
+
+
 # What a config's names pick, once, at construction.
 NORMS = {"layer_norm": layer_norm, "rms_norm": rms_norm}
 BLOCKS = {"pre": PreNormBlock, "post": PostNormBlock}
@@ -109,11 +124,6 @@ ATTENTION = {
     "linear_attention": build_linear_attention,
 }
 LATENT_ATTENTION = {"full_attention": LatentAttention, "sliding_attention": LatentAttention}  # with kv_lora_rank
-MASKS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-    "linear_attention": create_document_mask,
-}
 # The same function of the same name, fused by torch; transformers' own is seven element-wise kernels.
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
@@ -148,12 +158,14 @@ class GPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             std = self.config.embedding_initializer_range
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range if std is None else std)
+            if isinstance(module, ValueEmbedding):
+                module.init_weights()
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             if module.weight is not None:
                 init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, NoPositions | ShortConvolution | KVQuantizer):
+        elif isinstance(module, NoPositions | ShortConvolution | KVQuantizer | EmbeddingSkip):
             module.init_weights()
 
     def _init_linear(self, linear: nn.Linear) -> None:
@@ -170,6 +182,15 @@ class GPTPreTrainedModel(PreTrainedModel):
             init.zeros_(linear.bias)
         if getattr(linear, "is_forget_gate", False):
             init.copy_(linear.bias, forget_bias(linear.out_features))
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers; value embeddings get as many rows, new ones of zeros."""
+        resized = super().resize_token_embeddings(*args, **kwargs)
+        for embedding in self.base_model.value_embeddings.values():
+            rows, old = resized.num_embeddings, embedding.weight
+            kept = nn.functional.pad(old.detach()[:rows], (0, 0, 0, max(0, rows - len(old))))
+            embedding.weight, embedding.num_embeddings = nn.Parameter(kept, old.requires_grad), rows
+        return resized
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """As in transformers, but not reentrant unless asked to: with shared keys and values gradients would be wrong.
@@ -208,6 +229,8 @@ class GPTModel(GPTPreTrainedModel):
         self.positions = build_positions(config)
         self.embed_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout)
+        self.value_embeddings = nn.ModuleDict({str(i): ValueEmbedding(config) for i in config.value_embedding_layers()})
+        self.skip = EmbeddingSkip(config) if config.embedding_skip else no_skip
         self.layers = nn.ModuleList(BLOCKS[config.norm_order](config, i) for i in range(config.num_hidden_layers))
         self.final_norm = NORMS[config.norm](config) if config.norm_order == "pre" else nn.Identity()
         self.gradient_checkpointing = False
@@ -237,27 +260,31 @@ class GPTModel(GPTPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        elif self.value_embeddings:
+            raise ValueError("inputs_embeds: value_embeddings look up the tokens in other layers too; give input_ids")
         cache = given_cache(cache, past_key_values)
         if use_cache and cache is None:
             cache = default_cache(self.config)
         refuse_padding(attention_mask, cache)
         cache = with_state_layers(cache, self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
-        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
+        masks = build_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         rotations = self.positions.key_rotations(cache, position_ids)
         if position_ids is None:
             position_ids = self.positions.next(inputs_embeds, cache)
-        hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
+        hidden_states = first = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
         angles = self.positions.angles(hidden_states, position_ids)
+        values = {int(i): {"value_embedding": embed(input_ids)} for i, embed in self.value_embeddings.items()}
         shared_key_values = KVSharingDict()
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        for i, (layer, layer_type) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             hidden_states = layer(
-                hidden_states,
+                self.skip(hidden_states, first, i),
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
                 position_embeddings=angles[layer_type],
                 shared_key_values=shared_key_values,
                 rotate_keys=rotations.get(layer_type),
+                **values.get(i, {}),
                 **{layers_name(cache): cache},
                 **kwargs,
             )
@@ -265,17 +292,6 @@ class GPTModel(GPTPreTrainedModel):
             last_hidden_state=self.final_norm(hidden_states),
             **{CACHE_NAME: cache if use_cache else None},
         )
-
-    def _masks(self, inputs_embeds, attention_mask, cache, position_ids) -> dict:
-        """One mask a layer type; masks that come ready (from generate) pass through."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        sight = getattr(cache, "sight", None)
-        more = {} if sight is None else {"and_mask_function": sliding_window_overlay(sight)}
-        return {  # by position, as the fourth argument has two names
-            layer_type: MASKS[layer_type](self.config, inputs_embeds, attention_mask, cache, position_ids, **more)
-            for layer_type in dict.fromkeys(self.config.layer_types)
-        }
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):

@@ -38,7 +38,12 @@ def pool_heads(model: GPTForCausalLM, num_key_value_heads: int) -> GPTForCausalL
 
 
 def mean_of_groups(name: str, weight: torch.Tensor, config: GPTConfig) -> torch.Tensor:
-    """A weight or bias of keys or values, (heads * head_dim, …), with fewer heads; any other as it is."""
+    """A weight or bias of keys or values, (heads * head_dim, …), with fewer heads; any other as it is.
+
+    A value embedding, (vocabulary, heads * head_dim), has them in its columns.
+    """
+    if ".value_embeddings." in name and name.endswith("weight"):
+        return mean_of_groups("v_proj.weight", weight.T, config).T.contiguous()
     if name.split(".")[-2] not in POOLED:
         return weight
     groups = weight.unflatten(0, (config.num_key_value_heads, -1, config.head_dim))
