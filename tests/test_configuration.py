@@ -73,6 +73,15 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
         {"kv_quantization": "int2", **LINEAR},
         "kv_quantization='int2': no layer of layer_types has keys and values",
     ),
+    "tables for values of no layer": (
+        {"value_embeddings": True, **LINEAR},
+        "value_embeddings=true: no layer of layer_types is softmax attention; leave it out",
+    ),
+    "tables for values that are latents": (
+        {"value_embeddings": True, "kv_lora_rank": 8, **ROPE},
+        "value_embeddings=True: does not go with kv_lora_rank",
+    ),
+    "gates on no layer": ({"attention_gate": True, **LINEAR}, "attention_gate=true: no layer of layer_types is soft"),
     "shared keys of a linear layer": (
         {"kv_sharing_modes": ["store", "reuse"], **LINEAR},
         r"kv_sharing_modes\[0\]='store': linear_attention has no keys to share",
