@@ -130,7 +130,7 @@ class SoftmaxAttention(nn.Module):
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         held = self._held(hidden_states, query, position_embeddings, shared_key_values, rotate_keys, kwargs)
         attended, weights = self._attend(*held, attention_mask, **kwargs)
-        return self.o_proj(self._gated(attended, hidden_states).flatten(2)), weights
+        return self._output(attended, hidden_states), weights
 
     def _held(self, hidden_states, query, angles, shared_key_values, rotate_keys, kwargs) -> tuple[torch.Tensor, ...]:
         """The turned queries, and the keys and values of the cache and of the new tokens: its own, or another layer's.
@@ -190,9 +190,16 @@ class SoftmaxAttention(nn.Module):
             **kwargs,
         )
 
-    def _gated(self, attended: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the heads put out, (batch, tokens, heads, head_dim), each by a gate of its own (arXiv 2505.06708)."""
-        return attended if self.g_proj is None else attended * self.g_proj(hidden_states).sigmoid()[..., None]
+    def _output(self, attended: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The projection of what the heads put out, each by a gate of its own (arXiv 2505.06708) where there are any.
+
+        attended: (batch, tokens, heads, head_dim), or flat already, as servers' attention functions give it.
+        """
+        attended = attended.flatten(2)
+        if self.g_proj is not None:
+            gates = self.g_proj(hidden_states).sigmoid()
+            attended = (attended.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(2)
+        return self.o_proj(attended)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) to (batch, heads, tokens, head_dim)."""

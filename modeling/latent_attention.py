@@ -94,7 +94,7 @@ class LatentAttention(SoftmaxAttention):
         )
         query, (key, value) = torch.cat((plain, rotary), dim=-1), self._expanded(key, latent)
         attended, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        return self.o_proj(self._gated(attended, hidden_states).flatten(2)), weights
+        return self._output(attended, hidden_states), weights
 
     def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary keys and latents, (batch, 1, tokens, rotary_dim) and (batch, 1, tokens, latent_dim)."""
