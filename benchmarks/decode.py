@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import string
 import sys
@@ -23,11 +22,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
+
 import torch
 import torch._inductor.config
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.contenders import processor
 from inference.decoding.compiled import compiled
 from inference.decoding.weights import quantized
 from inference.formats.gguf import write_gguf
@@ -178,13 +180,6 @@ def measure(shape: dict, flags: argparse.Namespace, bytes_a_second: float, folde
             name: round(limit / value, 2) for name, value in median.items() if name in ("acorn", "acorn_compiled")
         },
     }
-
-
-def processor() -> str:
-    """Its name, as Linux tells it."""
-    path = Path("/proc/cpuinfo")
-    names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def main() -> None:

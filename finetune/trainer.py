@@ -106,7 +106,7 @@ class FinetuneTrainer(GPTTrainer):
 
 def refuse_optimizer(args, adapter, model) -> None:
     """Muon is for the matrices of whole Acorn models alone."""
-    if args.optimizer == "muon" and (adapter.adapter != "full" or model.config.model_type not in OUR_TYPES):
-        raise UserError("optimizer='muon': only for adapter=full on an Acorn model; use adamw")
+    if args.optimizer != "adamw" and (adapter.adapter != "full" or model.config.model_type not in OUR_TYPES):
+        raise UserError(f"optimizer={args.optimizer!r}: only for adapter=full on an Acorn model; use adamw")
     if args.optimizer != "adamw" and adapter.adapter == "loraplus":
         raise UserError(f"optimizer={args.optimizer!r}: loraplus has groups for adamw; leave it out")

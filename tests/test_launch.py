@@ -83,6 +83,7 @@ def test_a_launch_that_would_be_another_is_refused(monkeypatch, variables, flags
     ("variables", "optimizer", "named"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "muon", "optimizer='muon': DeepSpeed's ZeRO cuts flat pieces"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "normuon", "optimizer='normuon': DeepSpeed's ZeRO cuts flat pieces"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "muon", "fsdp_version=1: makes one flat row"),
         ({"ACCELERATE_USE_FSDP": "true"}, "adamw", "fsdp_version=1"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "muon", None),

@@ -34,10 +34,14 @@ LAUNCHES = {
 STEPS, SAVED, KILLED = 8, 4, 6
 FLAGS = ["--tokens_per_step", "64", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "9"]
 FLAGS += ["--use_cpu", "true", "--sample_during_training", "true", "--save_total_limit", "9", "--temperature", "0"]
+# What else a step changes, all of it at once: it is kept, shared out and gone on with as the weights are.
+CHANGING = "--muon_momentum_warmup_steps 3 --weight_decay_schedule linear --average_decay 0.8 --average_start 1".split()
+CHANGING += ["--cautious_weight_decay", "true"]
 
 
 def pretrained(optimizer: str, name: str) -> list[str]:
-    return ["pretrain", *tiny_argv(*FLAGS, "--optimizer", optimizer, name=name)]
+    more = CHANGING if optimizer != "adamw" else []
+    return ["pretrain", *tiny_argv(*FLAGS, "--optimizer", optimizer, *more, name=name)]
 
 
 def finetuned(adapter: str, name: str) -> list[str]:
@@ -46,7 +50,7 @@ def finetuned(adapter: str, name: str) -> list[str]:
     return ["finetune", "base", *latest(*flags, "--adapter", adapter, "--output_dir", name)]
 
 
-KINDS = {"adamw": pretrained, "muon": pretrained, "full": finetuned, "lora": finetuned}
+KINDS = {"adamw": pretrained, "normuon": pretrained, "full": finetuned, "lora": finetuned}
 
 
 def train(kind: str, name: str) -> None:
@@ -115,7 +119,7 @@ def table(tmp_path_factory) -> Table:
 
 @pytest.fixture(scope="module")
 def muon(tmp_path_factory) -> Table:
-    return Table(tmp_path_factory.mktemp("muon"), "muon")
+    return Table(tmp_path_factory.mktemp("normuon"), "normuon")
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])

@@ -6,13 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from training.model.optimizers import OPTIMIZERS, Muon, build_optimizer, decay_groups, orthogonalize
+from training.model.optimizers import (
+    OPTIMIZERS,
+    Muon,
+    NorMuon,
+    build_optimizer,
+    decay_groups,
+    orthogonalize,
+    set_schedules,
+)
 
 ARGS = {
     "optimizer": "muon",
     "learning_rate": 3e-3,
     "muon_learning_rate": 0.02,
     "muon_momentum": 0.9,
+    "muon_beta2": 0.9,
+    "cautious_weight_decay": False,
     "weight_decay": 0.1,
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
@@ -36,10 +46,10 @@ def matrices(shapes=SHAPES) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
-def muon_over(parameters: list[nn.Parameter], **changes) -> Muon:
+def muon_over(parameters: list[nn.Parameter], kind: type[Muon] = Muon, **changes) -> Muon:
     group = {"params": parameters, "use_muon": True, "lr": 0.02, "momentum": 0.95, "weight_decay": 0.1, **changes}
     rest = {"params": [nn.Parameter(torch.ones(3))], "use_muon": False, "lr": 1e-3}
-    return Muon([group, rest], ADAMW)
+    return kind([group, rest], ADAMW)
 
 
 def take_steps(optimizer, parameters: list[nn.Parameter], steps: range) -> None:
@@ -168,6 +178,63 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     parameters[0].grad = torch.ones(8, 8)
     optimizer.step()
     assert torch.equal(parameters[1], before)
+
+
+# what NorMuon does otherwise, and what changes in a run
+
+
+def test_normuon_gives_each_neuron_a_step_of_one_size_and_the_whole_muons() -> None:
+    ours, theirs = matrices(), matrices()
+    before = matrices()
+    take_steps(muon_over(ours, NorMuon, weight_decay=0.0, beta2=0.9), ours, range(1))
+    take_steps(muon_over(theirs, weight_decay=0.0), theirs, range(1))
+    for even, uneven, start in zip(ours, theirs, before, strict=True):
+        step, muons = (even - start).detach(), (uneven - start).detach()
+        assert step.norm() == pytest.approx(muons.norm().item(), rel=1e-3)
+        rows = step.norm(dim=1)
+        assert rows.std() < 1e-3 * rows.mean()
+        assert muons.norm(dim=1).std() > 10 * rows.std()
+        assert nn.functional.cosine_similarity(step, muons).min() > 0.999  # each row keeps its direction
+
+
+def test_normuon_remembers_the_sizes_of_a_neurons_steps() -> None:
+    (parameter,) = ours = matrices([(8, 24)])
+    optimizer = muon_over(ours, NorMuon, beta2=0.5)
+    take_steps(optimizer, ours, range(2))
+    squares = optimizer.state[parameter]["row_squares"]
+    assert squares.shape == (8,) and (squares > 0).all()
+    take_steps(optimizer, ours, range(2, 3))
+    assert 0.25 * squares.sum() < optimizer.state[parameter]["row_squares"].sum() < 2 * squares.sum()
+
+
+def test_cautious_decay_shrinks_a_weight_only_where_its_step_does() -> None:
+    cautious, plain, bare = matrices([(8, 24)]), matrices([(8, 24)]), matrices([(8, 24)])
+    before = cautious[0].detach().clone()
+    for parameters, changes in ((cautious, {"cautious": True}), (plain, {}), (bare, {"weight_decay": 0.0})):
+        take_steps(muon_over(parameters, **{"weight_decay": 0.5} | changes), parameters, range(1))
+    step = bare[0] - before
+    shrinks = step * before < 0
+    assert 0.2 < shrinks.float().mean() < 0.8
+    assert torch.allclose(cautious[0][shrinks], plain[0][shrinks], atol=1e-7)
+    assert torch.equal(cautious[0][~shrinks], bare[0][~shrinks])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decays"),
+    [("constant", [0.1, 0.1, 0.1]), ("linear", [0.1, 0.05, 0.025]), ("learning_rate", [0.0, 0.05, 0.1])],
+)
+def test_decay_and_momentum_follow_the_step_alone(tiny_model, schedule: str, decays: list[float]) -> None:
+    args = arguments(weight_decay_schedule=schedule, muon_momentum_warmup_steps=4, max_steps=8)
+    optimizer = build_optimizer(tiny_model(), args)
+    for group in optimizer.param_groups:
+        group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
+    for step, rate, decay, momentum in zip((0, 4, 6), (0.0, 0.5, 1.0), decays, (0.85, 0.9, 0.9), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["initial_lr"]
+        set_schedules(optimizer, args, step)
+        hidden, rest = optimizer.param_groups
+        assert (hidden["weight_decay"], rest["weight_decay"]) == (pytest.approx(decay), 0.0)
+        assert hidden["momentum"] == pytest.approx(momentum)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

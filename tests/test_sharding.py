@@ -20,7 +20,7 @@ class Arguments:
     """What the optimizers read."""
 
     learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon = 1e-3, 0.1, 0.9, 0.95, 1e-8
-    muon_learning_rate, muon_momentum = 0.02, 0.95
+    muon_learning_rate, muon_momentum, muon_beta2, cautious_weight_decay = 0.02, 0.95, 0.9, True
 
     def __init__(self, optimizer: str):
         self.optimizer = optimizer
@@ -58,7 +58,7 @@ def train_both(rank: int, optimizer: str, overrides: dict) -> None:
         assert (a - b.full_tensor()).abs().max() <= 1e-6, name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 def test_a_sharded_model_trains_as_the_whole_one(tmp_path, optimizer) -> None:
     in_two(train_both, tmp_path, optimizer, {"tie_word_embeddings": True})
 

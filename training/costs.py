@@ -88,7 +88,7 @@ def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
     """
     parameters = model.num_parameters()
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    hidden = sum(p.numel() for p in matrices) if args.optimizer == "muon" else 0
+    hidden = sum(p.numel() for p in matrices) if args.optimizer != "adamw" else 0
     is_half = args.bf16 or args.fp16
     stacks = Counter()
     for p in matrices if hidden else []:
@@ -98,8 +98,9 @@ def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
     worked_on = copies + micro_batch * activation_bytes(model.config, is_half, args.gradient_checkpointing)
     worked_on += loss_bytes(micro_batch * model.config.vocab_size, 2 if is_half else 4)
     gradients = 4 * parameters
+    copies = 1 if args.average_decay is None else 3  # the average, and the weights themselves while it is evaluated
     return {
-        "weights": 4 * parameters,
+        "weights": 4 * parameters * copies,
         "gradients": gradients,
         "optimizer": 4 * hidden + 8 * (parameters - hidden),
         "activations": max(worked_on - (gradients if args.gradient_accumulation_steps == 1 else 0), step),

@@ -75,7 +75,8 @@ class Run:
     verb = "pretrain"
     recipe_type: type[Recipe] = Recipe
     changeable_model: tuple[str, ...] = ("max_position_embeddings", "attn_implementation")
-    fixed_training = ("optimizer", "seed", "data_seed", "output_dir")  # the state of a checkpoint belongs to these
+    # the state of a checkpoint belongs to these
+    fixed_training = ("optimizer", "seed", "data_seed", "output_dir", "average_decay", "average_start")
 
     trainer: GPTTrainer  # from `build_trainer` on
     corpus: Corpus  # from `open_data` on

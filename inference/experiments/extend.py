@@ -189,7 +189,7 @@ def training_of(run: Run, length: int, flags: argparse.Namespace) -> dict:
     tokens = flags.tokens_per_step or args.tokens_per_step
     rows = max(1, round(tokens / length))
     share = rate / args.learning_rate if args.learning_rate else 0.0
-    muon = {"muon_learning_rate": share * args.muon_learning_rate} if args.optimizer == "muon" else {}
+    muon = {"muon_learning_rate": share * args.muon_learning_rate} if args.optimizer != "adamw" else {}
     return muon | {
         "learning_rate": rate,
         "lr_scheduler_type": "constant_with_warmup",

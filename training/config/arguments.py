@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..model.devices import ACCELERATE_PRECISIONS, choose_precision, plan_compilation
-from ..model.optimizers import OPTIMIZERS
+from ..model.optimizers import DECAY_SCHEDULES, OPTIMIZERS
 from ..system.errors import UserError
 from .checks import check_installed, check_needs, check_schedule, settle_metric
 from .publishing import check_hub_arguments, check_language, check_license
@@ -90,10 +90,16 @@ class GPTTrainingArguments(TrainingArguments):
     learning_rate: float = help_field("Peak learning rate of AdamW.", 6e-4)
     muon_learning_rate: float = help_field("Peak learning rate of the hidden matrices under muon.", 0.02)
     muon_momentum: float = 0.95
+    muon_momentum_warmup_steps: float = help_field("Steps (below 1: share) in which momentum rises from 0.85.", 0)
+    muon_beta2: float = help_field("Under normuon: decay of the mean square of a neuron's steps.", 0.95)
     lr_scheduler_type: str = help_field("Learning rate schedule, as in transformers.", "cosine_with_min_lr")
     lr_scheduler_kwargs: dict | None = help_field("Arguments of the schedule, such as {min_lr_rate: 0.1}.")
     warmup_steps: float = help_field("Steps of linear warmup; below 1, the fraction of all steps.", 100)
     weight_decay: float = help_field("Weight decay of matrices (under muon: of the hidden matrices).", 0.1)
+    weight_decay_schedule: str = help_field(f"Weight decay in a run: {', '.join(DECAY_SCHEDULES)}.", "constant")
+    cautious_weight_decay: bool = help_field("Under muon: decay a weight only where its step shrinks it too.", False)
+    average_decay: float | None = help_field("Evaluate and save an average of the weights: EMA's decay, or 1 for SWA.")
+    average_start: float = help_field("Steps (below 1: share) before the average begins.", 0)
     adam_beta2: float = 0.95
     max_grad_norm: float = help_field("Maximum gradient norm; 0 does not clip.", 1.0)
     precision: str = help_field("auto (bf16 if the device supports it, else fp32), fp32, bf16 or fp16.", "auto")
@@ -203,6 +209,9 @@ class GPTTrainingArguments(TrainingArguments):
                     raise UserError(f"{what}_strategy='epoch': a stream has no end; use steps and {what}_steps")
                 setattr(self, f"{what}_strategy", IntervalStrategy.STEPS if what != "save" else SaveStrategy.STEPS)
                 setattr(self, f"{what}_steps", min(self.max_steps, math.ceil(steps_an_epoch)))
+        for name in ("muon_momentum_warmup_steps", "average_start"):
+            value = getattr(self, name)
+            setattr(self, name, round(value * self.max_steps) if 0 < value < 1 else int(value))
         decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps")
         if decay is not None and 0 < decay < 1:
             self.lr_scheduler_kwargs = {**self.lr_scheduler_kwargs, "num_decay_steps": round(decay * self.max_steps)}

@@ -21,7 +21,7 @@ from transformers.utils import import_utils
 from ..data.dataset import LANES, SAMPLERS
 from ..data.sources import SPLITTERS
 from ..model.loading import DTYPES
-from ..model.optimizers import OPTIMIZERS
+from ..model.optimizers import DECAY_SCHEDULES, OPTIMIZERS
 from ..system.errors import UserError, one_line, unknown
 from .presets import PRESETS
 
@@ -30,6 +30,7 @@ RISING = {"loss": False, "perplexity": False, "bits_per_byte": False, "token_acc
 CHOICES = {
     "preset": PRESETS,
     "optimizer": OPTIMIZERS,
+    "weight_decay_schedule": DECAY_SCHEDULES,
     "compile_scope": ("blocks", "model"),
     "eval_strategy": [choice.value for choice in IntervalStrategy],
     "logging_strategy": [choice.value for choice in IntervalStrategy],
@@ -72,7 +73,7 @@ _REFUSED = {
     "torchrun and accelerate launch number the processes": "local_rank",
     "a loss that is not a number stops the run": "logging_nan_inf_filter",
     "nothing here adds noise to embeddings; leave it out": "neftune_noise_alpha",
-    "use optimizer (adamw, muon) and its own flags": "optim optim_args optim_target_modules",
+    "use optimizer (adamw, muon, normuon) and its own flags": "optim optim_args optim_target_modules",
     "use `accelerate launch --config_file training/launch/…`": "parallelism_config",
     "rows have only the columns that the model takes": "remove_unused_columns",
     "a resumed run always restores them": "restore_callback_states_from_checkpoint",
@@ -85,7 +86,7 @@ REFUSED = {name: place for place, names in _REFUSED.items() for name in names.sp
 
 
 class Need(NamedTuple):
-    """Another argument without which one does nothing, the value that it must have, and the test of that."""
+    """Another argument without which one does nothing, the values that it may have, and the test of that."""
 
     argument: str
     value: str
@@ -101,7 +102,11 @@ def _checkpoints_activations(args) -> object:
 
 
 _NEEDS = {
-    "muon_learning_rate muon_momentum": Need("optimizer", "muon", lambda args: args.optimizer == "muon"),
+    "muon_learning_rate muon_momentum muon_momentum_warmup_steps cautious_weight_decay": Need(
+        "optimizer", "muon or normuon", lambda args: args.optimizer != "adamw"
+    ),
+    "muon_beta2": Need("optimizer", "normuon", lambda args: args.optimizer == "normuon"),
+    "average_start": Need("average_decay", "a number", lambda args: args.average_decay is not None),
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context": Need(
         "dataloader_num_workers", "at least 1", lambda args: args.dataloader_num_workers
     ),

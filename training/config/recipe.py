@@ -186,9 +186,9 @@ class Recipe:
     def _drop_what_goes_with_another(self, flags: dict) -> None:
         """Settings that go with the recipe's schedule, optimizer and so on are not those of another one."""
         for key in [key for key in self.training if key in GOES_WITH and key not in flags]:
-            other, wanted = GOES_WITH[key], NEEDS[key].value if key in NEEDS else None
+            other, wanted = GOES_WITH[key], NEEDS[key].value.split(" or ") if key in NEEDS else ()
             before = self.training.get(other, getattr(self.sections["training"], other))
-            if other in flags and str(flags[other]).lower() != wanted and flags[other] != before:
+            if other in flags and str(flags[other]).lower() not in wanted and flags[other] != before:
                 del self.training[key]
         for key in PRECISION_KEYS if flags.keys() & set(PRECISION_KEYS) else ():  # three keys for one thing
             self.training.pop(key, None)

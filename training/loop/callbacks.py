@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..model.devices import ACCELERATE_NAMES, device_peak_flops
+from ..model.optimizers import set_schedules
 from ..model.sampling import sample_text
 from ..share.metrics_file import append_metrics
 from ..system.distributed import max_over_processes
@@ -29,6 +30,13 @@ COLUMNS = {  # of the table: header, width, format
     "seconds_left": ("left", 9, ""),
 }
 HANGUP = getattr(signal, "SIGHUP", None)  # comes when the terminal is closed; Windows has none
+
+
+class OptimizerSchedules(TrainerCallback):
+    """Before each step: what of the optimizer changes in the course of a run, beside the learning rate."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        set_schedules(optimizer, args, state.global_step)
 
 
 class StopOnSignal(TrainerCallback):

@@ -16,7 +16,8 @@ from ..data.dataset import IGNORED, EvaluationRows, Rows, collate_rows
 from ..model.devices import allow_tf32
 from ..model.optimizers import build_optimizer
 from ..model.sizes import flops_per_token
-from .callbacks import ConsoleTable, StopOnSignal
+from .averaging import AverageCallback, AveragesWeights
+from .callbacks import ConsoleTable, OptimizerSchedules, StopOnSignal
 from .checkpointing import CheckpointingTrainer, ResumeCallback
 from .evaluation import evaluate_rows
 from .fast_dropout import use_fast_dropout
@@ -42,7 +43,7 @@ PRIVATE_METHODS = {
 }
 
 
-class GPTTrainer(PushesToHub, CarriesMemory, CheckpointingTrainer):
+class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrainer):
     """The only training loop.
 
     model: a GPTForCausalLM. corpus: prepared tokens, train and validation. data, sample: DataArguments (how training
@@ -123,6 +124,9 @@ class GPTTrainer(PushesToHub, CarriesMemory, CheckpointingTrainer):
         self.stop_on_signal = StopOnSignal()
         self.console = ConsoleTable(self)
         self.add_callback(ResumeCallback(self))
+        self.add_callback(OptimizerSchedules())
+        if self.args.average_decay is not None:
+            self.add_callback(AverageCallback(self))
         self.add_callback(self.stop_on_signal)
         self.add_callback(self.console)
 
@@ -157,6 +161,8 @@ class GPTTrainer(PushesToHub, CarriesMemory, CheckpointingTrainer):
         """Our table's optimizer instead of transformers' `optim`."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_weight_decay", group["weight_decay"])  # its schedule's, as `initial_lr` is
         return self.optimizer
 
     def train(self, *args, **kwargs):
@@ -205,7 +211,11 @@ class GPTTrainer(PushesToHub, CarriesMemory, CheckpointingTrainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The whole validation split; the results are logged as `eval_loss` and so on."""
+        """The whole validation split, read by the average of the weights if there is one; logged as `eval_loss` …"""
+        with self.averaged():
+            return self._evaluate_weights(eval_dataset, metric_key_prefix)
+
+    def _evaluate_weights(self, eval_dataset, metric_key_prefix: str) -> dict[str, float]:
         results = evaluate_rows(
             self.model_wrapped if self.is_sharded else self.model,
             eval_dataset or self.eval_dataset,

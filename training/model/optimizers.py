@@ -1,6 +1,7 @@
-"""Optimizer name to builder: AdamW with nanoGPT's decay groups, and Muon for the hidden matrices."""
+"""Optimizer name to builder: AdamW with nanoGPT's decay groups, Muon and NorMuon; and what changes in a run."""
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -45,11 +46,13 @@ class Muon(torch.optim.Optimizer):
     Momentum of the hidden matrices is orthogonalised before it is applied (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/); matrices of equal shape, transposed ones too, go through one stacked
     Newton–Schulz. The step is scaled by sqrt(max(1, rows / columns)) as in the original. precision: the run's; under
-    auto Newton–Schulz is in what the parameters' device multiplies natively.
+    auto Newton–Schulz is in what the parameters' device multiplies natively. A group marked `cautious` decays a weight
+    only where the step moves it towards zero anyway (Chen et al. 2025, arXiv 2510.12402).
     """
 
     def __init__(self, groups: list[dict], adamw_kwargs: dict, precision: str = "auto"):
-        super().__init__(groups, {"weight_decay": 0.0, "momentum": 0.95, "use_muon": False})
+        defaults = {"weight_decay": 0.0, "momentum": 0.95, "use_muon": False, "cautious": False}
+        super().__init__(groups, defaults)
         self._adamw = torch.optim.AdamW([g for g in self.param_groups if not g["use_muon"]], **adamw_kwargs)
         self._dtype = newton_schulz_dtype(precision, self.param_groups[0]["params"][0].device)
         for group, filled in zip(self._adamw_groups(), self._adamw.param_groups, strict=True):
@@ -86,15 +89,23 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov: look ahead along the momentum
 
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        decay = group["lr"] * group["weight_decay"]
+        if decay and not group["cautious"]:
+            torch._foreach_mul_(parameters, 1 - decay)
         for indices in self._same_shape(updates).values():
             stacked = orthogonalize(torch.stack([_wide(_whole(updates[i])) for i in indices]), dtype=self._dtype)
             for i, update in zip(indices, stacked, strict=True):
-                rows, columns = parameters[i].shape
+                parameter, (rows, columns) = parameters[i], parameters[i].shape
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
-                update = update.mT if rows > columns else update
-                parameters[i].add_(shard_like(update.to(parameters[i].dtype), parameters[i]), alpha=-step_size)
+                update = self._evened(parameter, (update.mT if rows > columns else update).to(parameter.dtype), group)
+                update = shard_like(update, parameter)
+                if decay and group["cautious"]:
+                    parameter.sub_(parameter * (parameter * update > 0), alpha=decay)
+                parameter.add_(update, alpha=-step_size)
+
+    def _evened(self, parameter: nn.Parameter, update: torch.Tensor, group: dict) -> torch.Tensor:
+        """What a subclass makes of the whole orthogonalised update."""
+        return update
 
     @staticmethod
     def _same_shape(updates: list[torch.Tensor]) -> dict[tuple, list[int]]:
@@ -103,6 +114,23 @@ class Muon(torch.optim.Optimizer):
         for i, update in enumerate(updates):
             groups[(*sorted(update.shape), update.device)].append(i)
         return groups
+
+
+class NorMuon(Muon):
+    """Muon whose steps are evened out over the neurons (Li et al. 2025, arXiv 2510.05491).
+
+    Each row of an orthogonalised update, the weights into one neuron, is divided by the root of its running mean
+    square, of decay `beta2`; the whole keeps the norm that it had, so that Muon's learning rate fits.
+    """
+
+    def _evened(self, parameter: nn.Parameter, update: torch.Tensor, group: dict) -> torch.Tensor:
+        state, squares = self.state[parameter], update.square().mean(1)
+        if "row_squares" not in state:
+            state["row_squares"] = torch.zeros_like(squares)
+        state["row_squares"].lerp_(squares, 1 - group["beta2"])
+        factors = (state["row_squares"] + 1e-16).rsqrt()
+        norm_ratio = (squares.sum() / (squares * factors.square()).sum().clamp(min=1e-16)).sqrt()
+        return update * (factors * norm_ratio)[:, None]
 
 
 def _whole(matrix: torch.Tensor) -> torch.Tensor:
@@ -126,30 +154,60 @@ def build_adamw(model: nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, **_adamw_kwargs(args))
 
 
-def build_muon(model: nn.Module, args) -> torch.optim.Optimizer:
+def build_muon(model: nn.Module, args, kind: type[Muon] = Muon, **more) -> torch.optim.Optimizer:
     """Muon at `muon_learning_rate` for the matrices inside the blocks, AdamW at `learning_rate` for the rest.
 
-    `weight_decay` is the hidden matrices'; embeddings, head, gains and biases are not decayed.
+    `weight_decay` is the hidden matrices'; embeddings, head, gains and biases are not decayed. more: of their group.
     """
     inside = {id(p) for layer in model.get_decoder().layers for p in layer.parameters() if p.dim() == 2}
     parameters = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in parameters if id(p) in inside]
     rest = [p for p in parameters if id(p) not in inside]
-    muon = {"use_muon": True, "lr": args.muon_learning_rate, "momentum": args.muon_momentum}
+    muon = {"use_muon": True, "lr": args.muon_learning_rate, "momentum": args.muon_momentum, **more}
+    muon["cautious"] = getattr(args, "cautious_weight_decay", False)
     groups = [
         {"params": hidden, "weight_decay": args.weight_decay, **muon},
         {"params": rest, "weight_decay": 0.0, "lr": args.learning_rate, "use_muon": False},
     ]
-    return Muon([group for group in groups if group["params"]], _adamw_kwargs(args), getattr(args, "precision", "auto"))
+    return kind([group for group in groups if group["params"]], _adamw_kwargs(args), getattr(args, "precision", "auto"))
+
+
+def build_normuon(model: nn.Module, args) -> torch.optim.Optimizer:
+    """NorMuon in Muon's place; `muon_beta2` is the decay of its rows' mean squares."""
+    return build_muon(model, args, NorMuon, beta2=args.muon_beta2)
 
 
 def _adamw_kwargs(args) -> dict:
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
 
 
-OPTIMIZERS = {"adamw": build_adamw, "muon": build_muon}
+OPTIMIZERS = {"adamw": build_adamw, "muon": build_muon, "normuon": build_normuon}
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     """The optimizer that `args.optimizer` names, over the trainable parameters of `model`."""
     return OPTIMIZERS[args.optimizer](model, args)
+
+
+# ---- what changes in the course of a run, beside the learning rate: each a function of the step alone
+
+FIRST_MOMENTUM = 0.85
+# Name to the share of the weight decay, from the share of the run that is done and that of the peak learning rate.
+# The decay of a step is multiplied by the rate in any case: under learning_rate it falls with its square.
+DECAY_SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda done, rate: 1.0,
+    "linear": lambda done, rate: 1.0 - done,
+    "learning_rate": lambda done, rate: rate,
+}
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, args, step: int) -> None:
+    """Set the weight decay and Muon's momentum of the step after so many."""
+    schedule, warm_up = DECAY_SCHEDULES[args.weight_decay_schedule], args.muon_momentum_warmup_steps
+    for group in optimizer.param_groups:
+        peak = group.get("initial_lr", 0.0)
+        rate = group["lr"] / peak if peak else 1.0
+        group["weight_decay"] = group["initial_weight_decay"] * schedule(step / args.max_steps, rate)
+        if group.get("use_muon") and warm_up:
+            share = min(1.0, step / warm_up)
+            group["momentum"] = (1 - share) * min(FIRST_MOMENTUM, args.muon_momentum) + share * args.muon_momentum

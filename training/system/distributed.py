@@ -94,9 +94,12 @@ def check_partitions(args) -> None:
     if (by_launcher or args.fsdp) and str(version) != "2":
         why = "makes one flat row of a block's weights, from which neither Muon nor a checkpoint has its matrices"
         raise UserError(f"fsdp_version={version}: {why}; use 2, as training/launch/fsdp.yaml does")
-    if args.optimizer == "muon" and _is_zero(args):
+    if args.optimizer != "adamw" and _is_zero(args):
         why = "DeepSpeed's ZeRO cuts flat pieces of all weights, and Muon orthogonalises whole matrices"
-        raise UserError(f"optimizer='muon': {why}; use adamw, or shard by training/launch/fsdp.yaml")
+        raise UserError(f"optimizer={args.optimizer!r}: {why}; use adamw, or shard by training/launch/fsdp.yaml")
+    if args.average_decay is not None and _is_zero(args):
+        mend = "leave it out, or shard by training/launch/fsdp.yaml"
+        raise UserError(f"average_decay={args.average_decay}: ZeRO keeps the weights in flat pieces; {mend}")
 
 
 def shares_weights_out(args) -> bool:

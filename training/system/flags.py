@@ -37,7 +37,7 @@ def _or_share(steps: Range) -> Range:
 _RANGES = {
     "max_steps": _or("-1", lambda n: n == -1, _whole(1)),
     "eval_steps save_steps logging_steps": _or_share(_whole(1)),
-    "warmup_steps": _or_share(_whole(0)),
+    "warmup_steps muon_momentum_warmup_steps average_start": _or_share(_whole(0)),
     "seed data_seed validation_seed cache_seed": _whole(0, 2**32 - 1),
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps tokens_per_step": _whole(1),
     "save_total_limit early_stopping_patience dataloader_prefetch_factor torch_empty_cache_steps": _whole(1),
@@ -51,11 +51,10 @@ _RANGES = {
     "learning_rate muon_learning_rate weight_decay max_grad_norm adam_epsilon eval_delay": Range(
         "a finite number of at least 0", lambda x: 0 <= x < math.inf
     ),
-    "adam_beta1 adam_beta2 muon_momentum lora_dropout label_smoothing_factor memory_reset_probability": Range(
-        "at least 0 and below 1", lambda x: 0 <= x < 1
-    ),
+    "adam_beta1 adam_beta2 muon_momentum muon_beta2 lora_dropout label_smoothing_factor "
+    "memory_reset_probability": Range("at least 0 and below 1", lambda x: 0 <= x < 1),
     "validation_fraction": Range("above 0 and below 1", lambda x: 0 < x < 1),
-    "mfu top_p top_h typical_p": Range("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "average_decay mfu top_p top_h typical_p": Range("above 0 and at most 1", lambda x: 0 < x <= 1),
     "dataloader_num_workers": _whole(0, 1024),
     "num_proc": _whole(1, 1024),
     "num_gpus": _whole(1, 10**6),

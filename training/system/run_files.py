@@ -46,6 +46,7 @@ FILES = [
     ("optimizer state", STATE_USES | Use.OPENED, "optimizer.pt"),
     ("schedule", STATE_USES | Use.OPENED, "scheduler.pt"),
     ("random state", STATE_USES | Use.OPENED, "rng_state*.pth"),
+    ("weights behind the average, which training goes on with", STATE_USES | Use.OPENED, "raw_weights.pt"),
     ("memory of each lane", STATE_USES | Use.OPENED, "memory.pt"),
     ("scale of fp16", STATE_USES | Use.OPENED, "scaler.pt"),
     ("resume state", STATE_USES, STATE),

@@ -1,0 +1,109 @@
+"""A Trainer that evaluates and saves an average of the weights, and trains on with the weights themselves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..model.optimizers import shard_like
+from ..system.checkpoints import read_state, reading
+from ..system.errors import UserError
+from ..system.run_files import missing_state
+from .sharding import whole_weights
+
+RAW_WEIGHTS = "raw_weights.pt"
+
+
+class AverageCallback(TrainerCallback):
+    """After each step: take its weights into the average."""
+
+    def __init__(self, trainer: "AveragesWeights"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.take_into_average(state.global_step)
+
+
+class AveragesWeights(Trainer):
+    """Trainer whose model, for whoever evaluates or loads it, is the average of its weights after each step.
+
+    From `average_start` on each step's weights count 1 - `average_decay`, and no less than their share of the steps so
+    far: with a decay below 1 it is an exponential moving average without the weights of the start (EMA; Polyak and
+    Juditsky 1992), with 1 the mean of all (SWA; Izmailov et al. 2018, arXiv 1803.05407). A checkpoint's model is the
+    average, as the root's is; the weights that training goes on with are a file of its state.
+    """
+
+    average: dict[str, torch.Tensor] | None = None  # of the trained weights, sharded as they are; none before the start
+    _is_shown = False  # whether the model holds the average just now
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+
+    @torch.no_grad()
+    def take_into_average(self, step: int) -> None:
+        """Count the weights after so many steps in."""
+        taken = step - self.args.average_start
+        if taken < 1:
+            return
+        if self.average is None:
+            self.average = {name: weight.detach().clone() for name, weight in self._trained()}
+            return
+        share = max(1 - self.args.average_decay, 1 / taken)
+        for name, weight in self._trained():
+            self.average[name].lerp_(weight.detach(), share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model hold the average; afterwards it has its own weights again, bit for bit."""
+        if self.average is None or self._is_shown:
+            yield
+            return
+        own = {name: weight.detach().clone() for name, weight in self._trained()}
+        self._fill(self.average)
+        self._is_shown = True
+        try:
+            yield
+        finally:
+            self._fill(own)
+            self._is_shown = False
+
+    @torch.no_grad()
+    def _fill(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in self._trained():
+            weight.copy_(shard_like(weights[name].to(weight.device), weight))
+
+    # ---- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, the average in the place of the weights."""
+        with self.averaged():
+            super().save_model(output_dir, _internal_call)
+
+    def _write_checkpoint(self, aside: Path) -> None:
+        if self.average is not None and not self.args.save_only_model:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            whole = whole_weights(model, is_kept=self.args.should_save)
+            if self.args.should_save:
+                torch.save({name: whole[name].clone() for name, _ in self._trained()}, aside / RAW_WEIGHTS)
+        super()._write_checkpoint(aside)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.average = None  # auto_find_batch_size begins more than once
+        if checkpoint is not None and self.args.average_decay is not None and not missing_state(Path(checkpoint)):
+            self._load_raw_weights(Path(checkpoint))
+
+    def _load_raw_weights(self, checkpoint: Path) -> None:
+        """Take the model, which is the average, for it, and give the model its own weights."""
+        if read_state(checkpoint)["global_step"] <= self.args.average_start:
+            return
+        if not (checkpoint / RAW_WEIGHTS).is_file():
+            why = "the run was made without average_decay, or the file was removed"
+            raise UserError(f"{checkpoint} holds no {RAW_WEIGHTS}: {why}; leave average_decay out, or choose another")
+        self.average = {name: weight.detach().clone() for name, weight in self._trained()}
+        with reading(str(checkpoint), "weights behind the average"):
+            self._fill(torch.load(checkpoint / RAW_WEIGHTS, map_location="cpu", weights_only=True))
