@@ -1,0 +1,69 @@
+"""The arithmetic of benchmarks/frontier.py, and a screen of one ingredient end to end."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import frontier
+from training.system.errors import UserError
+
+from .tiny_runs import TEXT, TINY, refused
+
+FLAGS = " ".join(TINY).replace("--max_steps 8 ", "--max_steps 2 ")
+
+
+def test_a_later_flag_takes_the_place_of_an_earlier_one() -> None:
+    lines = "--a 1 --kwargs {x: 1, y: 2}", "", "--b true --a 2 3"
+    assert frontier.merged(*lines) == "--a 2 3 --kwargs {x: 1, y: 2} --b true"
+
+
+def test_p_is_students() -> None:
+    """Against the tables: with 7 degrees of freedom t = -2.998 leaves 1 %, with 2 degrees t = -2.920 leaves 5 %."""
+    for size, t, p in ((8, -2.998, 0.01), (3, -2.920, 0.05), (8, 0.0, 0.5), (8, 2.998, 0.99)):
+        losses = [2.0 + (-1) ** i for i in range(size - size % 2)] + [2.0] * (size % 2)
+        error = torch.tensor(losses).std().item() / size**0.5
+        assert frontier.p_value(losses, 2.0 - t * error) == pytest.approx(p, abs=2e-4)
+
+
+def test_steps_lie_on_a_line_over_their_logarithm() -> None:
+    assert frontier.steps_to(1.5, [100, 400], [2.0, 1.0]) == 200
+    assert frontier.steps_to(1.5, [100, 200, 400], [2.0, 1.6, 1.5]) == 400
+    assert frontier.steps_to(0.9, [100, 400], [2.0, 1.0]) is None
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    assert frontier.paired([1.0, 3.0], [1.1, 2.9]) == {"difference": 0.0, "standard_error": 0.1}
+    assert frontier.paired([1.0, 3.0], [1.1, 3.1]) == {"difference": -0.1, "standard_error": 0.0}
+
+
+def test_a_name_needs_flags() -> None:
+    assert frontier.named(["a: --b 1"]) == {"a": "--b 1"}
+    for line in ("a", "a:", "a: b", "--b 1"):
+        with pytest.raises(UserError, match="give a name and flags"):
+            frontier.named([line])
+
+
+def test_a_screen_trains_on_the_training_part_and_each_run_once(tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    argv = ["screen", "--text", str(tmp_path / "text.txt"), "--runs", str(tmp_path / "runs"), "--seeds", "2"]
+    argv += ["--recipe", "shakespeare-char-cpu", "--flags", FLAGS]
+    frontier.main([*argv, "--try", "average: --average_decay 0.5", "--try", "same: --seed 1"])
+    line = json.loads(capsys.readouterr().out)
+    found = line["ingredients"]
+    assert found["same"]["difference"] == 0 != found["average"]["difference"]
+    assert found["average"]["losses"] != line["base"]["losses"]
+    assert (tmp_path / "runs" / "training-part-1.0.txt").read_text() == TEXT[: int(0.9 * len(TEXT))]
+    runs = sorted(path for path in (tmp_path / "runs").glob("shakespeare-char-cpu-*"))
+    assert len(runs) == 4, "a run of the same flags and seed is found, and not trained again"
+    tokens = next((tmp_path / "runs").glob("tokens-*"))
+    first, second, both = (frontier.ensemble_loss(chosen, tokens) for chosen in (runs[:1], runs[1:2], runs[:2]))
+    assert math.isfinite(first) and both < max(first, second)
+
+
+@pytest.mark.parametrize(("flags", "named"), [("--seeds 1", "seeds=1"), ("--text nowhere.txt", "text='nowhere.txt'")])
+def test_bad_input_is_one_line(tmp_path, flags: str, named: str) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    argv = [] if "--text" in flags else ["--text", str(tmp_path / "text.txt")]
+    assert named in refused(frontier.main, "time", *argv, *flags.split())
