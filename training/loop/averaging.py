@@ -40,7 +40,7 @@ class AveragesWeights(Trainer):
     _is_shown = False  # whether the model holds the average just now
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained weights, each once; a state dict has a sharded model's in shards, and by the names on the disk."""
+        """The trained weights, each once: a state dict has them in shards, and by their names on the disk."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         names = {weight: name for name, weight in model.state_dict(keep_vars=True).items() if weight.requires_grad}
         return ((name, weight) for weight, name in names.items())
