@@ -5,13 +5,35 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sliding_window_overlay
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat import CACHE_NAME, KVSharingDict
 from .kv_quantization import build_quantizer
-from .linear_attention import create_document_mask
 from .positions import POSITIONS
+
+
+def create_document_mask(config, inputs_embeds, attention_mask, cache=None, position_ids=None):
+    """Which document each token belongs to, (batch, tokens), from 1, and 0 for padding; None: all to one.
+
+    Documents are told apart by positions that start anew, where neither mask nor cache is given. Raises ValueError for
+    masks of another kind.
+    """
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask of shape {shape}: linear_attention takes (batch, tokens), ones and zeros")
+        return create_recurrent_attention_mask(config, inputs_embeds, attention_mask, cache)
+    if position_ids is None or cache is not None or inputs_embeds.shape[1] == 1:
+        return None
+    starts_anew = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    return (1 + starts_anew.cumsum(dim=-1)).expand(inputs_embeds.shape[0], -1)
+
 
 MASKS = {
     "full_attention": create_causal_mask,

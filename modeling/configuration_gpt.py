@@ -55,6 +55,8 @@ class GPTConfig(PreTrainedConfig):
         attention, arXiv 2405.04434); its heads' sizes are `qk_nope_head_dim` and `v_head_dim` (default:
         `hidden_size / num_attention_heads`), beside a rotary part of keys that the heads share, `qk_rope_head_dim`
         (default: half of that); q_lora_rank: that of the queries' bottleneck (default: none).
+    bigram_vocab_size: rows of a table of hashed pairs, the token before and this one, that is added to the embeddings
+        (default: none; see BigramEmbedding in positions.py).
     value_embeddings: every other softmax layer with values of its own, the last among them, adds an embedding of its
         tokens to them, by a learned factor (see ValueEmbedding in attention.py).
     attention_gate: each head of a softmax layer has a sigmoid gate on its output (arXiv 2505.06708).
@@ -115,6 +117,7 @@ class GPTConfig(PreTrainedConfig):
     qk_rope_head_dim: int | None = None
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
+    bigram_vocab_size: int | None = None
     value_embeddings: bool = False
     attention_gate: bool = False
     embedding_skip: bool = False
@@ -281,6 +284,8 @@ class GPTConfig(PreTrainedConfig):
     def validate_sizes(self):
         """Refuse sizes, rates and ranges outside their range."""
         self.refuse_below_one("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+        if self.bigram_vocab_size is not None:
+            self.refuse_below_one("bigram_vocab_size")
         for field in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
-from transformers.masking_utils import create_recurrent_attention_mask
 from transformers.utils.generic import maybe_autocast
 
 from .compat import CACHE_NAME
@@ -176,18 +175,49 @@ class StateLayer(HoldsRows, CacheLayerMixin):
     lazy_initialization = update
 
 
+class TokenLayer(StateLayer):
+    """The tokens that were seen, of which embeddings of pairs need the last; a static cache holds that one alone."""
+
+    is_croppable = property(lambda self: not self.is_compileable)
+
+    def last(self) -> torch.Tensor | None:
+        """(batch, 1), or None before the first."""
+        return self.tensors["ids"][:, -1:] if self.tensors else None
+
+    def put_ids(self, ids: torch.Tensor) -> None:
+        """Hold (batch, tokens) more."""
+        held = [] if self.is_compileable or not self.tensors else [self.tensors["ids"]]
+        self.put(ids.shape[1], ids=ids[:, -1:] if self.is_compileable else torch.cat((*held, ids), dim=1))
+
+    def reset(self) -> None:
+        self.seen = self.seen * 0  # the next token is the first of a text, which asks for none before it
+        self.tensors = self.tensors if self.is_compileable else {}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; as in transformers, their number comes negative, or as the length to keep."""
+        if self.is_compileable:
+            raise ValueError("bigram_vocab_size: a static cache holds the last token alone, which cannot be taken back")
+        self.seen = min(self.seen, tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove)
+        self.change_rows(lambda ids: ids[:, : self.seen])
+
+
 def with_state_layers(cache: Cache | None, config) -> Cache | None:
     """The same cache, with a StateLayer in place of what transformers provides for linear layers.
 
-    That knows no sequence length, which a model of linear layers alone is asked for. Raises ValueError for a cache that
-    holds something else there.
+    That knows no sequence length, which a model of linear layers alone is asked for. For embeddings of pairs a
+    TokenLayer follows all layers. Raises ValueError for a cache that holds something else there.
     """
-    if cache is None or "linear_attention" not in config.layer_types:
+    if cache is None or not (config.bigram_vocab_size or "linear_attention" in config.layer_types):
         return cache
     if not isinstance(cache, Cache):
-        raise ValueError("linear_attention: has a state and no keys, which a paged cache could hold")
+        what = (
+            "bigram_vocab_size: needs the last token" if config.bigram_vocab_size else "linear_attention: has a state"
+        )
+        raise ValueError(f"{what}, and a paged cache holds keys and values alone; use generate() for each prompt")
     if not cache.layers:
         cache.layers.extend(DynamicCache(config=config).layers)
+    if config.bigram_vocab_size and not isinstance(cache.layers[-1], TokenLayer):
+        cache.layers.append(TokenLayer(is_static=isinstance(cache, StaticCache)))
     guide = next((cache.layers[i] for i, kind in enumerate(config.layer_types) if kind == "full_attention"), None)
     for i in (i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"):
         if isinstance(cache.layers[i], LinearAttentionLayer):
@@ -198,23 +228,6 @@ def with_state_layers(cache: Cache | None, config) -> Cache | None:
                 "leave that cache to the softmax layers"
             )
     return cache
-
-
-def create_document_mask(config, inputs_embeds, attention_mask, cache=None, position_ids=None):
-    """Which document each token belongs to, (batch, tokens), from 1, and 0 for padding; None: all to one.
-
-    Documents are told apart by positions that start anew, where neither mask nor cache is given. Raises ValueError for
-    masks of another kind.
-    """
-    if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask of shape {shape}: linear_attention takes (batch, tokens), ones and zeros")
-        return create_recurrent_attention_mask(config, inputs_embeds, attention_mask, cache)
-    if position_ids is None or cache is not None or inputs_embeds.shape[1] == 1:
-        return None
-    starts_anew = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
-    return (1 + starts_anew.cumsum(dim=-1)).expand(inputs_embeds.shape[0], -1)
 
 
 # ---- the layers
@@ -383,4 +396,4 @@ def build_linear_attention(config, layer_idx: int) -> LinearAttention:
     return LINEAR_ATTENTION[config.linear_attention](config, layer_idx)
 
 
-__all__ = ["StateLayer", "build_linear_attention", "create_document_mask", "with_state_layers"]
+__all__ = ["StateLayer", "TokenLayer", "build_linear_attention", "with_state_layers"]

@@ -20,14 +20,9 @@ from .compat import CACHE_NAME, KVSharingDict, given_cache, layers_name, warn_be
 from .configuration_gpt import AUTO_MAP, GPTConfig
 from .kv_quantization import KVQuantizer, build_cache
 from .latent_attention import LatentAttention
-from .linear_attention import (
-    ShortConvolution,
-    build_linear_attention,
-    forget_bias,
-    with_state_layers,
-)
+from .linear_attention import ShortConvolution, build_linear_attention, forget_bias, with_state_layers
 from .loss import causal_lm_loss
-from .positions import NoPositions, build_positions
+from .positions import BigramEmbedding, NoPositions, build_positions, no_bigrams
 from .segment_memory import SegmentMemory, refuse_padding
 
 
@@ -158,7 +153,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             std = self.config.embedding_initializer_range
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range if std is None else std)
-            if isinstance(module, ValueEmbedding):
+            if isinstance(module, ValueEmbedding | BigramEmbedding):
                 module.init_weights()
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             if module.weight is not None:
@@ -226,6 +221,7 @@ class GPTModel(GPTPreTrainedModel):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.bigrams = BigramEmbedding(config) if config.bigram_vocab_size else no_bigrams
         self.positions = build_positions(config)
         self.embed_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout)
@@ -260,8 +256,8 @@ class GPTModel(GPTPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        elif self.value_embeddings:
-            raise ValueError("inputs_embeds: value_embeddings look up the tokens in other layers too; give input_ids")
+        elif self.value_embeddings or self.config.bigram_vocab_size:
+            raise ValueError("inputs_embeds: this model looks up its tokens in other tables too; give input_ids")
         cache = given_cache(cache, past_key_values)
         if use_cache and cache is None:
             cache = default_cache(self.config)
@@ -272,6 +268,7 @@ class GPTModel(GPTPreTrainedModel):
         rotations = self.positions.key_rotations(cache, position_ids)
         if position_ids is None:
             position_ids = self.positions.next(inputs_embeds, cache)
+        inputs_embeds = self.bigrams(inputs_embeds, input_ids, position_ids, cache)
         hidden_states = first = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
         angles = self.positions.angles(hidden_states, position_ids)
         values = {int(i): {"value_embedding": embed(input_ids)} for i, embed in self.value_embeddings.items()}

@@ -75,6 +75,43 @@ class NoPositions(nn.Module):
         """Fill what a checkpoint does not hold; nothing here."""
 
 
+class BigramEmbedding(nn.Embedding):
+    """A vector for each token and the one before it, by a hash of the two, that is added to the token's embedding.
+
+    As in modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt/pull/201): pairs share the rows there are. The
+    first token of a text, at position 0, has none before it, and gets nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__(config.bigram_vocab_size, config.hidden_size)
+
+    def init_weights(self) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self, hidden_states, input_ids, position_ids, cache: Cache | None) -> torch.Tensor:
+        """The embeddings with those of the pairs. cache: its last layer, a TokenLayer, knows and learns the tokens."""
+        held = None if cache is None else cache.layers[-1]
+        last = None if held is None else held.last()
+        has_one = position_ids > 0
+        if last is None:
+            last = torch.zeros_like(input_ids[:, :1])
+            has_one = torch.cat((torch.zeros_like(has_one[:, :1]), has_one[:, 1:]), dim=1)
+        before = torch.cat((last, input_ids[:, :-1]), dim=1)
+        if held is not None:
+            held.put_ids(input_ids)  # after: a static cache writes over what `last` shows
+        return hidden_states + super().forward(self.rows(before, input_ids)) * has_one[..., None]
+
+    def rows(self, before: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """The row of each pair: a multiplicative hash's upper bits (Knuth, volume 3, section 6.4)."""
+        hashed = (before * 1_000_003 + input_ids) * 2_654_435_761 & 0xFFFF_FFFF
+        return hashed * self.num_embeddings >> 32
+
+
+def no_bigrams(hidden_states, input_ids, position_ids, cache) -> torch.Tensor:
+    """The embeddings as they are."""
+    return hidden_states
+
+
 class LearnedPositions(NoPositions):
     """One trained vector a position (GPT-2); positions end at `max_position_embeddings`."""
 

@@ -118,6 +118,8 @@ def memory_obstacle(config) -> str:
         return f"position_encoding={config.position_encoding!r} {how}; set it to rope or none"
     if "linear_attention" in config.layer_types:
         return "layer_types has 'linear_attention', which keeps a state of its own; use other layers"
+    if config.bigram_vocab_size:
+        return "a memory does not hold the tokens that bigram_vocab_size needs; leave that out"
     return "a memory is not held in codes; leave kv_quantization out" if config.kv_quantization else ""
 
 

@@ -81,6 +81,11 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
         {"value_embeddings": True, "kv_lora_rank": 8, **ROPE},
         "value_embeddings=True: does not go with kv_lora_rank",
     ),
+    "a table of no pairs": ({"bigram_vocab_size": 0}, "bigram_vocab_size=0: must be at least 1"),
+    "pairs beside a memory": (
+        {"bigram_vocab_size": 9, "memory_length": 8, **ROPE},
+        "memory_length=8: a memory does not hold the tokens that bigram_vocab_size needs",
+    ),
     "gates on no layer": ({"attention_gate": True, **LINEAR}, "attention_gate=true: no layer of layer_types is soft"),
     "shared keys of a linear layer": (
         {"kv_sharing_modes": ["store", "reuse"], **LINEAR},

@@ -46,4 +46,7 @@ def test_a_batch_of_requests_generates_what_each_alone_does(name: str, backend: 
     if name in HOLDS_LATENTS:
         assert all("kv_lora_rank: a paged cache" in output.error for output in outputs.values())
         return
+    if name == "bigrams":
+        assert all("bigram_vocab_size: needs earlier tokens" in output.error for output in outputs.values())
+        return
     assert [outputs[name].generated_tokens for name in sorted(outputs)] == alone

@@ -24,6 +24,7 @@ REFUSED = {  # variant: the field that stands in the way
     "latent": "kv_lora_rank",
     "latent_shared_sliding": "kv_lora_rank",
     "memory": "memory_length",
+    "bigrams": "bigram_vocab_size",
     "sliding_window_two": "sliding_window",
     **dict.fromkeys(sorted(WITHOUT_KEYS), "layer_types"),
 }

@@ -49,8 +49,52 @@ def test_a_value_embedding_is_added_to_the_values(model, ids) -> None:
 
 
 def test_embeddings_instead_of_ids_are_refused_where_ids_are_looked_up_again(model) -> None:
-    with pytest.raises(ValueError, match=r"inputs_embeds: value_embeddings look up the tokens.*; give input_ids"):
+    with pytest.raises(ValueError, match="inputs_embeds: this model looks up its tokens in other tables too; give"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
+
+
+@pytest.fixture
+def pairs() -> GPTForCausalLM:
+    """A model that knows the order of tokens by its pairs alone."""
+    none = {"position_encoding": "none", "num_hidden_layers": 1, "bigram_vocab_size": 10_000}
+    return random_model(tiny_config(**none))
+
+
+@torch.no_grad()
+def test_a_pair_has_a_row_of_its_own_where_there_are_enough(pairs) -> None:
+    table = pairs.model.bigrams
+    before, here = torch.arange(61).repeat_interleave(61), torch.arange(61).repeat(61)
+    rows = table.rows(before, here)
+    assert rows.min() >= 0 and rows.max() < 10_000
+    assert len(set(rows.tolist())) > 0.75 * 61 * 61  # by chance 0.84 of them
+    table.weight.zero_()
+    table.weight[rows[7 * 61 + 5]] = 1.0
+    looked_up = table(torch.zeros(1, 4, 32), torch.tensor([[5, 7, 5, 5]]), torch.arange(4)[None], None)
+    assert looked_up.sum(-1).tolist() == [[0.0, 0.0, 32.0, 0.0]]
+
+
+@torch.no_grad()
+def test_the_token_before_ends_where_a_text_does(pairs, ids) -> None:
+    expected = pairs(ids[:1, 6:]).logits
+    packed = torch.cat((torch.arange(6), torch.arange(10)))[None]
+    found = pairs(ids[:1], position_ids=packed, use_cache=False).logits[:, 6:]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert (pairs(ids[:1]).logits[:, 6:7] - expected[:, :1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_token_before_is_in_the_cache_whatever_becomes_of_it(pairs, ids) -> None:
+    whole = pairs(ids, use_cache=False).logits
+    cache = pairs(ids[:, :9], use_cache=True).past_key_values
+    cache.crop(-2)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    found = pairs(ids[[2, 0, 1], 7:], past_key_values=cache).logits
+    torch.testing.assert_close(found, whole[[2, 0, 1], 7:], **CLOSE)
+    beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(pairs.generate(ids, **beams), pairs.generate(ids, use_cache=False, **beams))
+    drafts = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    greedy = pairs.generate(ids[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(pairs.generate(ids[:1], **drafts), greedy)
 
 
 def test_muon_takes_the_gates_and_adamw_the_tables_and_factors(model) -> None:

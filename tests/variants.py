@@ -141,6 +141,7 @@ VARIANTS: dict[str, dict] = {
         "attention_gate": True,
         "embedding_skip": True,
     },
+    "bigrams": {"bigram_vocab_size": 50, "position_encoding": "rope", "num_key_value_heads": 1},
     "memory": {"position_encoding": "rope", "memory_length": 16, "max_position_embeddings": 8},
     "no_bias": {"bias": False},
     "head_bias": {"lm_head_bias": True},

@@ -133,6 +133,10 @@ def attention(model: GPTForCausalLM) -> Iterator[Line]:
         why = "the layers hold latents, and a backend's attention keys and values of one width"
         yield (MISSING, f"kv_lora_rank={config.kv_lora_rank}: {why}")
         return
+    if config.bigram_vocab_size is not None:
+        why = "the token before is in the model's own cache, which a backend does not keep"
+        yield (MISSING, f"bigram_vocab_size={config.bigram_vocab_size}: {why}")
+        return
     yield (GOOD if type(base).is_backend_compatible() else MISSING, "GPTModel._supports_attention_backend")
     length = min(TEXT_TOKENS, config.max_position_embeddings)
     ids = (torch.arange(2 * length) * 7 % config.vocab_size).view(2, length)

@@ -111,6 +111,7 @@ OBSTACLES: dict[str, Obstacle] = {
     "kv_sharing_modes": (lambda c: "reuse" in (c.kv_sharing_modes or ()), "every layer has its own keys and values"),
     "kv_quantization": (lambda c: c.kv_quantization is not None, "it does not quantize keys and values"),
     "kv_lora_rank": (lambda c: c.kv_lora_rank is not None, "every head has keys and values of its own"),
+    "bigram_vocab_size": (lambda c: c.bigram_vocab_size is not None, "it embeds no pairs of tokens"),
     "value_embeddings": (lambda c: c.value_embeddings, "tokens are embedded once"),
     "attention_gate": (lambda c: c.attention_gate, "its heads have no gates"),
     "embedding_skip": (lambda c: c.embedding_skip, "its blocks read the residual stream alone"),

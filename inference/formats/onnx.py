@@ -49,6 +49,10 @@ OBSTACLES: dict[str, Obstacle] = {
         lambda c: "linear_attention" in c.layer_types,
         "linear layers hold a state, and the exporter knows caches of keys and values",
     ),
+    "bigram_vocab_size": (
+        lambda c: c.bigram_vocab_size is not None,
+        "its cache holds the tokens too, and the exporter knows caches of keys and values",
+    ),
     "kv_quantization": (
         lambda c: c.kv_quantization is not None,
         "its cache holds codes, and the exporter knows those of keys and values",

@@ -75,9 +75,8 @@ _RANGES = {
     # of the model GPTConfig knows the low end; more layers than these would not even be counted in a minute
     "num_hidden_layers": Range("at most 10,000", lambda n: n <= 10_000),
     "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size kv_lora_rank "
-    "q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim max_position_embeddings sliding_window": Range(
-        f"at most {MOST:,}", lambda n: n <= MOST
-    ),
+    "bigram_vocab_size q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim max_position_embeddings "
+    "sliding_window": Range(f"at most {MOST:,}", lambda n: n <= MOST),
 }
 RANGES = {name: range_ for names, range_ in _RANGES.items() for name in names.split()}
 
