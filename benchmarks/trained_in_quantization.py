@@ -61,13 +61,14 @@ def main() -> None:
 
 def train(out: Output, seed: int, kind: str | None, steps: int) -> Path:
     """The run of one seed, with or without quantization."""
+    training = {"seed": seed, "max_steps": steps, "eval_steps": steps}
     return grow(
         out,
         f"{kind or 'plain'}-{seed}",
         RECIPE,
         model={"kv_quantization": kind},
         data={"data_dir": str(out.directory / "runs" / "data")},
-        training={"seed": seed, "max_steps": steps, "eval_steps": steps},
+        training=training if kind else training | {"kv_quantization_start": 0},
         sample={"max_new_tokens": 0},
     )
 

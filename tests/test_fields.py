@@ -39,7 +39,7 @@ TAKES_EFFECT = frozenset(
     logging_strategy logging_steps logging_first_step metric_for_best_model greater_is_better disable_tqdm log_level
     log_level_replica report_to dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context ddp_timeout
-    train_memory_length memory_reset_probability
+    train_memory_length memory_reset_probability kv_quantization_start
     push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push
     """.split()
 )

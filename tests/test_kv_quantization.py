@@ -1,12 +1,17 @@
 """A model that is trained with quantized keys and values, and its cache of codes: the same numbers, in few bits."""
 
+import shutil
+from shlex import split as words
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
 from modeling.compat import CACHE_NAME
 from modeling.kv_quantization import CodedCache, CodedLayer, KVQuantizer, build_cache, hadamard, pack, unpack
+from training import pretrain
 
+from .tiny_runs import go_on, grow, metrics, refused, same_weights, tiny_argv, write_text
 from .variants import random_model, tiny_config
 
 KINDS = {"int2": 9.2, "int3": 14.0, "int4": 19.0}  # and the least that each reaches on normal numbers, in decibels
@@ -70,6 +75,49 @@ def test_the_gradient_goes_straight_through_and_leads_the_bias_to_the_mean() -> 
         made(given).sum().backward()
         optimizer.step()
     torch.testing.assert_close(made.bias.detach(), given.detach().mean((0, 2)).flatten(), rtol=0, atol=0.1)
+
+
+def test_training_may_begin_without_it_and_leads_the_bias_all_the_same() -> None:
+    given, made = (states() + 3).requires_grad_(), quantizer("int2", 64)
+    made.begins_later = True
+    read = made(given)
+    assert torch.equal(read, given)
+    read.sum().backward()
+    assert given.grad.eq(1).all() and made.bias.grad.lt(0).all()
+    made.eval()  # what is evaluated is the model that will be loaded
+    assert not torch.equal(made(given), given)
+
+
+def test_a_run_begins_with_it_at_its_step_whether_it_was_stopped_or_not(tmp_path) -> None:
+    flags = [
+        *words("--position_encoding rope --kv_quantization int2 --n_head 1 --save_steps 2 --seed 3"),
+        "--max_steps",
+    ]
+    never = grow(tmp_path, *flags, "8", "--kv_quantization", "none", name="never")
+    later = grow(tmp_path, *flags, "8", "--kv_quantization_start", "0.875", name="later")
+    whole = grow(tmp_path, *flags, "8", name="whole")
+    losses = {run.name: [row["train_loss"] for row in metrics(run)] for run in (never, later, whole)}
+    assert losses["later"][0] == losses["never"][0] != losses["whole"][0]
+    assert losses["later"][1] != losses["never"][1]
+    again = shutil.copytree(later, tmp_path / "again")
+    go_on(again, "--checkpoint", "checkpoint-6")
+    assert same_weights(again / "checkpoint-8", later / "checkpoint-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--kv_quantization none --kv_quantization_start 4", "kv_quantization_start=4: has no effect without"),
+        ("--kv_quantization_start 8", "kv_quantization_start=8: the run ends at max_steps=8; begin earlier"),
+        ("--kv_quantization_start -1", "kv_quantization_start=-1"),
+    ],
+)
+def test_starts_that_cannot_be(tmp_path, monkeypatch, flags: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    asked = ["--position_encoding", "rope", "--kv_quantization", "int2", "--n_head", "1", *words(flags)]
+    assert message in refused(pretrain.main, *tiny_argv(*asked))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_tokens_have_in_common_costs_no_bits() -> None:

@@ -86,6 +86,7 @@ class GPTTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = help_field("Sequences per device in one forward pass of evaluation.", 32)
     train_memory_length: int | None = help_field("Tokens of memory in training (default: memory_length).")
     memory_reset_probability: float = help_field("Probability that a lane's memory is emptied at a step.", 0.0)
+    kv_quantization_start: float = help_field("Steps (below 1: share) before kv_quantization begins in training.", 0)
     optimizer: str = help_field(f"Optimizer: {' or '.join(OPTIMIZERS)}.", "adamw")
     learning_rate: float = help_field("Peak learning rate of AdamW.", 6e-4)
     muon_learning_rate: float = help_field("Peak learning rate of the hidden matrices under muon.", 0.02)
@@ -209,7 +210,7 @@ class GPTTrainingArguments(TrainingArguments):
                     raise UserError(f"{what}_strategy='epoch': a stream has no end; use steps and {what}_steps")
                 setattr(self, f"{what}_strategy", IntervalStrategy.STEPS if what != "save" else SaveStrategy.STEPS)
                 setattr(self, f"{what}_steps", min(self.max_steps, math.ceil(steps_an_epoch)))
-        for name in ("muon_momentum_warmup_steps", "average_start"):
+        for name in ("muon_momentum_warmup_steps", "average_start", "kv_quantization_start"):
             value = getattr(self, name)
             setattr(self, name, round(value * self.max_steps) if 0 < value < 1 else int(value))
         decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps")

@@ -10,12 +10,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from modeling.kv_quantization import KVQuantizer
+
 from ..model.devices import ACCELERATE_NAMES, device_peak_flops
 from ..model.optimizers import set_schedules
 from ..model.sampling import sample_text
 from ..share.metrics_file import append_metrics
 from ..system.distributed import max_over_processes
-from ..system.errors import detach_closed_terminal
+from ..system.errors import UserError, detach_closed_terminal
 
 COLUMNS = {  # of the table: header, width, format
     "step": ("step", 8, ","),
@@ -37,6 +39,24 @@ class OptimizerSchedules(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         set_schedules(optimizer, args, state.global_step)
+
+
+def check_quantization_start(config, args) -> None:
+    """Refuse a start of what the model does not have, and one that the run does not come to."""
+    what = f"kv_quantization_start={args.kv_quantization_start:g}"
+    if args.kv_quantization_start and getattr(config, "kv_quantization", None) is None:
+        raise UserError(f"{what}: has no effect without kv_quantization")
+    if args.kv_quantization_start >= args.max_steps:
+        raise UserError(f"{what}: the run ends at max_steps={args.max_steps}; begin earlier")
+
+
+class QuantizationStart(TrainerCallback):
+    """Train without the model's kv_quantization until its step has come."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for module in model.modules():
+            if isinstance(module, KVQuantizer):
+                module.begins_later = state.global_step < args.kv_quantization_start
 
 
 class StopOnSignal(TrainerCallback):

@@ -17,7 +17,7 @@ from ..model.devices import allow_tf32
 from ..model.optimizers import build_optimizer
 from ..model.sizes import flops_per_token
 from .averaging import AverageCallback, AveragesWeights
-from .callbacks import ConsoleTable, OptimizerSchedules, StopOnSignal
+from .callbacks import ConsoleTable, OptimizerSchedules, QuantizationStart, StopOnSignal, check_quantization_start
 from .checkpointing import CheckpointingTrainer, ResumeCallback
 from .evaluation import evaluate_rows
 from .fast_dropout import use_fast_dropout
@@ -71,6 +71,7 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
         data = data or DataArguments()
         self.train_memory_length = self.memory_in_training(model, args, data)
         training_rows, evaluation_rows = self.build_rows(args, data)
+        check_quantization_start(model.config, args)
         self.flops_per_token = self.count_flops(model)
         super().__init__(
             model=model,
@@ -121,6 +122,8 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
             self.remove_callback(default)
         if self.args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        if self.args.kv_quantization_start:
+            self.add_callback(QuantizationStart())
         self.stop_on_signal = StopOnSignal()
         self.console = ConsoleTable(self)
         self.add_callback(ResumeCallback(self))

@@ -37,7 +37,7 @@ def _or_share(steps: Range) -> Range:
 _RANGES = {
     "max_steps": _or("-1", lambda n: n == -1, _whole(1)),
     "eval_steps save_steps logging_steps": _or_share(_whole(1)),
-    "warmup_steps muon_momentum_warmup_steps average_start": _or_share(_whole(0)),
+    "warmup_steps muon_momentum_warmup_steps average_start kv_quantization_start": _or_share(_whole(0)),
     "seed data_seed validation_seed cache_seed": _whole(0, 2**32 - 1),
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps tokens_per_step": _whole(1),
     "save_total_limit early_stopping_patience dataloader_prefetch_factor torch_empty_cache_steps": _whole(1),
