@@ -11,7 +11,7 @@ from torch import nn
 from transformers import cache_utils
 
 from modeling import GPTForCausalLM, GPTModel
-from training.loop.fast_dropout import use_fast_dropout
+from training.loop.fast_on_cpu import FastRMSNorm, FastRMSNormOfMatmuls, use_fast_dropout, use_fast_norms
 
 from .variants import VARIANTS, random_model, tiny_config
 
@@ -186,7 +186,32 @@ def test_prompt_lookup_generates_the_same(name: str, ids: torch.Tensor) -> None:
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), model.generate(prompt, **options))
 
 
-# Dropout
+# What is cheap on a CPU
+
+
+@pytest.mark.parametrize("is_half", [False, True], ids=["fp32", "bf16"])
+def test_fast_norms_and_activations_train_alike_and_evaluate_the_same(is_half: bool, ids: torch.Tensor) -> None:
+    plain, fast = build("modern").train(), build("modern").train()
+    use_fast_norms(fast)
+    changed = [type(norm) for norm in fast.modules() if isinstance(norm, torch.nn.RMSNorm)]
+    assert (changed.count(FastRMSNormOfMatmuls), changed.count(FastRMSNorm), len(changed)) == (4, 6, 10)
+    losses = []
+    for model in (plain, fast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            losses.append(model(ids, labels=ids).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, atol=2e-5, rtol=2e-2 if is_half else 1e-5)
+    for one, other in zip(plain.parameters(), fast.parameters(), strict=True):
+        distance = (one.grad - other.grad).norm() / one.grad.norm()
+        assert distance < (0.05 if is_half else 1e-5)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(ids).logits, fast.eval()(ids).logits)
+
+
+def test_a_norm_with_a_gain_stays_torchs() -> None:
+    model = build("rms_norm")
+    use_fast_norms(model)
+    assert {type(norm) for norm in model.modules() if isinstance(norm, torch.nn.RMSNorm)} == {torch.nn.RMSNorm}
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])

@@ -14,7 +14,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from training.config.arguments import DataArguments, GPTTrainingArguments
 from training.data.dataset import IGNORED, TrainingRows
 from training.data.preparation import prepare
-from training.loop.fast_dropout import FastDropout, fast_dropout
+from training.loop.fast_on_cpu import FastDropout, fast_dropout
 from training.loop.lanes import StepSampler
 from training.loop.trainer import PRIVATE_METHODS, GPTTrainer
 from training.share.metrics_file import read_metrics

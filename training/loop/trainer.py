@@ -20,7 +20,7 @@ from .averaging import AverageCallback, AveragesWeights
 from .callbacks import ConsoleTable, OptimizerSchedules, QuantizationStart, StopOnSignal, check_quantization_start
 from .checkpointing import CheckpointingTrainer, ResumeCallback
 from .evaluation import evaluate_rows
-from .fast_dropout import use_fast_dropout
+from .fast_on_cpu import use_fast_dropout, use_fast_norms
 from .lanes import StepSampler, documents_apart, tell_flash_attention, training_rows
 from .memory import CarriesMemory, check_memory
 from .push_while_training import PushesToHub
@@ -83,6 +83,8 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
         )
         if args.device.type == "cpu":
             use_fast_dropout(model)
+            if args.compile_blocks is None and not args.torch_compile:
+                use_fast_norms(model)
         if data.document_masking:
             tell_flash_attention(model)
         self._choose_callbacks()
