@@ -23,7 +23,9 @@ from training.run import Run
 from training.scaling import draw_law, predict, read_point
 from training.share.metrics_file import read_metrics
 
-RECIPE = ["stdlib-depth", "--tokenizer", "byte", "--block_size", "64", "--eval_steps", "1.0", "--max_new_tokens", "0"]
+RECIPE = "stdlib-depth --dataset python-stdlib --tokenizer byte --block_size 64 --max_new_tokens 0".split()
+
+ONCE = str(10**9)  # beyond the end: then there is one evaluation, the last
 
 
 def final_loss(workspace: Path, name: str, *flags: str) -> float:
@@ -32,7 +34,7 @@ def final_loss(workspace: Path, name: str, *flags: str) -> float:
     if not (directory / "README.md").is_file():  # written last
         place = ["--data_dir", str(workspace / "bytes"), "--output_dir", str(directory), "--save_total_limit", "1"]
         with contextlib.redirect_stdout(sys.stderr):
-            Run(load_recipe("pretrain", [*RECIPE, *place, *flags])).start()
+            Run(load_recipe("pretrain", [*RECIPE, *place, "--eval_steps", ONCE, *flags])).start()
     return read_metrics(directory)[-1]["eval_loss"]
 
 
