@@ -54,10 +54,10 @@ def test_the_memory_of_a_weight_is_a_share_of_the_run_that_falls_with_the_tokens
 
 
 @pytest.mark.parametrize("depth", [1, 4, 64])
-def test_rates_of_embeddings_fall_with_the_width_and_muons_do_not(depth: int) -> None:
+def test_muons_rate_falls_with_the_layers_and_the_others_with_the_width(depth: int) -> None:
     first, other = (recipe_of("stdlib-depth", "--depth", str(count)).training for count in (1, depth))
-    assert other["muon_learning_rate"] == first["muon_learning_rate"]
-    assert other["learning_rate"] == pytest.approx(first["learning_rate"] / depth**0.5, rel=0.01)
+    assert other["muon_learning_rate"] == pytest.approx(first["muon_learning_rate"] / depth**0.5, rel=0.01)
+    assert other["learning_rate"] == pytest.approx(first["learning_rate"] / depth, rel=0.01)
     adamw = recipe_of("stdlib-depth", "--depth", str(depth), "--optimizer", "adamw").training
     assert adamw["learning_rate"] == pytest.approx(6e-4 * 12 / depth, rel=0.01)
     assert "muon_learning_rate" not in adamw
@@ -81,7 +81,7 @@ def test_flags_are_heard_and_what_follows_from_them_follows() -> None:
     assert (training["learning_rate"], training["max_steps"], training["tokens_per_step"]) == (1e-3, 70, 256)
     assert (training["per_device_train_batch_size"], recipe.model_config().num_attention_heads) == (2, 1)
     assert "lr_scheduler_kwargs" not in training
-    assert training["weight_decay"] == weight_decay(0.03, 70, 70 * 256 / 393_216)
+    assert training["weight_decay"] == weight_decay(training["muon_learning_rate"], 70, 70 * 256 / 393_216)
     assert recipe_of("stdlib-depth", "--depth", "none", "--n_layer", "3").model_config().num_hidden_layers == 3
 
 
@@ -145,6 +145,7 @@ def test_a_resumed_run_does_not_choose_again(run_dir, tmp_path, monkeypatch) -> 
     after = load_run_recipe(tmp_path / "run").training
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {"max_steps"}
+    assert before["muon_learning_rate"] == after["muon_learning_rate"] == 0.085
     assert "--depth cannot change" in refusal(go_on, tmp_path / "run", "--depth", "2")
 
 

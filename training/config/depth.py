@@ -3,9 +3,9 @@
 The shape is nanochat's: 64 of width a layer. Text: 20 tokens a parameter (arXiv 2203.15556), and none of it more than
 four times, after which repeated text teaches little (arXiv 2305.16264). Batch: arXiv 2503.04715. Weight decay: what is
 forgotten within a run depends on its tokens a parameter alone (arXiv 2505.13738). Muon's updates have a spectral norm
-that goes with the shape of the matrix, so their rate is the same at every width (arXiv 2310.17813); the rate of
-embeddings and head, which AdamW has together, falls with the root of the width: muP (arXiv 2203.03466) holds the
-first's, and divides the second's by the width.
+that goes with the shape of the matrix, so their rate is the same at every width (arXiv 2310.17813), and falls with the
+root of the layers, whose updates add up (arXiv 2310.02244). That of embeddings and head, which AdamW has together,
+falls with the width, as muP's does for a head (arXiv 2203.03466). Both are measured at depths 1 and 2.
 """
 
 import math
@@ -20,7 +20,7 @@ TOKENS_PER_PARAMETER = 20.0
 MOST_EPOCHS = 4
 FEWEST_STEPS = 10  # fewer teach nothing
 MICRO_BATCH = 1 << 14  # tokens at once in one process: of a small model, as many as keep a GPU at work
-MUON_RATE, ADAMW_RATE = 0.03, 0.068
+MUON_RATE, ADAMW_RATE = 0.085, 1.57
 # Shares of the run, so that they fit whatever number of steps it has.
 SCHEDULE = {
     "lr_scheduler_type": "warmup_stable_decay",
@@ -59,13 +59,17 @@ def batch_rows(tokens: float, context: int) -> int:
     return 2 ** max(0, round(math.log2(0.58 * tokens**0.571 / context)))
 
 
-def muon_rates(width: int) -> dict:
-    return {"muon_learning_rate": MUON_RATE, "learning_rate": _rounded(ADAMW_RATE / width**0.5)}
+def muon_rates(depth: int) -> dict:
+    """That of the blocks' matrices, and that of the rest."""
+    return {
+        "muon_learning_rate": _rounded(MUON_RATE / depth**0.5),
+        "learning_rate": _rounded(ADAMW_RATE / (WIDTH * depth)),
+    }
 
 
-def adamw_rates(width: int) -> dict:
+def adamw_rates(depth: int) -> dict:
     """One rate for all weights: GPT-2 small's 6e-4, divided by the width as muP divides that of hidden matrices."""
-    return {"learning_rate": _rounded(6e-4 * 768 / width)}
+    return {"learning_rate": _rounded(6e-4 * 768 / (WIDTH * depth))}
 
 
 RATES = {"muon": muon_rates, "adamw": adamw_rates}
@@ -93,11 +97,7 @@ class Dial:
         self.chosen = {"model": shape.keys() - recipe.model.keys(), "training": set()}
         recipe.model.update({key: value for key, value in shape.items() if key in self.chosen["model"]})
         config = recipe.model_config()
-        self.context, self.width, self.parameters = (
-            config.max_position_embeddings,
-            config.hidden_size,
-            block_parameters(config),
-        )
+        self.context, self.parameters = config.max_position_embeddings, block_parameters(config)
 
     def turn(self, text: int | None = None) -> dict:
         """Choose the training for a text of so many tokens (None: of as many as are wanted); return what was chosen."""
@@ -137,7 +137,7 @@ class Dial:
         if optimizer not in RATES:
             known = " or ".join(RATES)
             raise UserError(f"depth={self.depth}: knows no learning rates of optimizer={optimizer!r}; take {known}")
-        return RATES[optimizer](self.width)
+        return RATES[optimizer](self.depth)
 
     def _refuse_few(self, steps: int, step: int, text: int | None) -> None:
         if steps >= FEWEST_STEPS:
