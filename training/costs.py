@@ -179,6 +179,7 @@ def refuse_too_large(recipe: Recipe, args) -> None:
     what = (
         f"per_device_train_batch_size={args.per_device_train_batch_size}, block_size={config.max_position_embeddings}, "
         f"n_layer={config.num_hidden_layers}, n_embd={config.hidden_size}, vocab_size={config.vocab_size}"
+        + (f", bigram_vocab_size={config.bigram_vocab_size}" if config.bigram_vocab_size else "")
     )
     try:
         with torch.device("meta"):
