@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from finetune.adapters import prompt
 from modeling import GPTForCausalLM
 from training.model.optimizers import build_muon
 from training.model.pooling import pool_heads
+from training.system.errors import UserError
 
 from .test_optimizers import arguments, names_of
 from .variants import VARIANTS, random_model, tiny_config
@@ -51,6 +53,8 @@ def test_a_value_embedding_is_added_to_the_values(model, ids) -> None:
 def test_embeddings_instead_of_ids_are_refused_where_ids_are_looked_up_again(model) -> None:
     with pytest.raises(ValueError, match="inputs_embeds: this model looks up its tokens in other tables too; give"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
+    with pytest.raises(UserError, match="adapter=prompt: its virtual tokens are none that value_embeddings looks up"):
+        prompt(None, model)
 
 
 @pytest.fixture
