@@ -6,6 +6,8 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import acorn
@@ -21,10 +23,13 @@ TINY = ["--n_layer", "1", "--n_embd", "32", "--n_head", "2", "--max_steps", "4",
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A directory with the README's texts and a tiny runs/quickstart."""
+    """A directory with the README's texts, as parquet too, and a tiny runs/quickstart."""
     directory = tmp_path_factory.mktemp("readme")
     for name in ("README.md", "CONTRIBUTING.md"):
         shutil.copyfile(ROOT / name, directory / name)
+    (directory / "shards").mkdir()
+    table = pyarrow.table({"text": README.split("\n## ")})
+    pyarrow.parquet.write_table(table, directory / "shards" / "0.parquet")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         acorn.main(["pretrain", "quickstart", "--text_files", "README.md", *TINY])
@@ -65,7 +70,7 @@ def test_commands_run(block, workplace, monkeypatch, capsys):
 def test_every_job_has_tested_commands():
     jobs = (
         "generate evaluate inspect pretrain prepare estimate launch finetune convert export push strategies caches lab "
-        "memory pool depth"
+        "memory pool depth onegpu"
     )
     assert set(BLOCKS) == set(jobs.split())
 
