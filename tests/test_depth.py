@@ -82,6 +82,9 @@ def test_flags_are_heard_and_what_follows_from_them_follows() -> None:
     assert (training["per_device_train_batch_size"], recipe.model_config().num_attention_heads) == (2, 1)
     assert "lr_scheduler_kwargs" not in training
     assert training["weight_decay"] == weight_decay(training["muon_learning_rate"], 70, 70 * 256 / 393_216)
+    assert recipe_of("stdlib-depth", "--muon_learning_rate", "0").training["weight_decay"] == 0
+    unsaid = recipe_of("stdlib-depth", "--tokens_per_step", "none")
+    assert unsaid.training == recipe_of("stdlib-depth").training
     assert recipe_of("stdlib-depth", "--depth", "none", "--n_layer", "3").model_config().num_hidden_layers == 3
 
 
@@ -100,6 +103,7 @@ def test_flags_are_heard_and_what_follows_from_them_follows() -> None:
         ("quickstart --depth 4 --model_name_or_path there", "depth=4: there has a size of its own"),
         ("quickstart --tokens_per_parameter 3", "tokens_per_parameter: has no effect without depth"),
         ("stdlib-depth --tokens_per_parameter 0", "tokens_per_parameter=0.0: must be a finite number above 0"),
+        ("stdlib-depth --tokens_per_parameter 3 --max_steps 9", "tokens_per_parameter=3: max_steps=9 sets the steps"),
         ("stdlib-depth --num_train_epochs 2", "num_train_epochs=2: depth=2 sets the steps"),
         ("stdlib-depth --tokens_per_parameter 0.001", "0.001 tokens for each of 393,216 parameters are 3 steps"),
         ("stdlib-depth --n_head 3", "hidden_size=128 is not divisible by num_attention_heads=3"),

@@ -72,13 +72,13 @@ def adamw_rates(depth: int) -> dict:
     return {"learning_rate": _rounded(6e-4 * 768 / (WIDTH * depth))}
 
 
-RATES = {"muon": muon_rates, "adamw": adamw_rates}
+RATES = {"muon": muon_rates, "normuon": muon_rates, "adamw": adamw_rates}
 RATES_OF = ("learning_rate", "muon_learning_rate")
 
 
 def weight_decay(rate: float, steps: int, tokens_per_parameter: float) -> float:
     """The decay at whose peak rate a weight's memory is a share of the run, 1.084 * tokens_per_parameter^-0.527."""
-    return _rounded(tokens_per_parameter**0.527 / (1.084 * rate * steps))
+    return _rounded(tokens_per_parameter**0.527 / (1.084 * rate * steps)) if rate else 0.0
 
 
 class Dial:
@@ -93,7 +93,7 @@ class Dial:
         shape = shape_of(self.depth)
         refuse_other_sizes(recipe.model, shape)
         refuse_epochs(recipe.training, self.depth)
-        self.said = dict(recipe.training)
+        self.said = {key: value for key, value in recipe.training.items() if value is not None}
         self.chosen = {"model": shape.keys() - recipe.model.keys(), "training": set()}
         recipe.model.update({key: value for key, value in shape.items() if key in self.chosen["model"]})
         config = recipe.model_config()

@@ -116,7 +116,7 @@ class Recipe:
 
         Prepared tokens are a source too, unless they are what is to be made.
         """
-        self._lift_dial(overrides.get("model", {}))
+        self._lift_dial(overrides.get("model", {}), overrides.get("training", {}))
         named = overrides.get("data", {})
         names_source = any(key in named for key in SOURCE_KEYS)
         if names_source or ("data_dir" in named and data_dir_is_source):
@@ -133,15 +133,19 @@ class Recipe:
         for section, values in overrides.items():
             getattr(self, section).update(values)
 
-    def _lift_dial(self, flags: dict) -> None:
+    def _lift_dial(self, flags: dict, training: dict) -> None:
         """Take back what the recipe's depth chose; a depth among the flags replaces what the recipe says of a size."""
         if self.dial is not None:
             self.dial.withdraw()
             self.dial = None
-        depth = flags.get("depth", self.model.get("depth"))
+        depth, ratio = flags.get("depth", self.model.get("depth")), flags.get("tokens_per_parameter")
         if depth is not None and flags.get("preset"):
             raise UserError(f"preset={flags['preset']!r}: depth={depth} sets the size; leave one of them out")
-        for section, keys in REPLACED.items() if flags.get("depth") is not None else ():
+        if ratio is not None and training.get("max_steps", -1) > 0:
+            raise UserError(
+                f"tokens_per_parameter={ratio:g}: max_steps={training['max_steps']} sets the steps; give one"
+            )
+        for section, keys in REPLACED.items() if flags.get("depth") is not None or ratio is not None else ():
             for key in keys:
                 getattr(self, section).pop(key, None)
 
