@@ -223,6 +223,14 @@ def test_epochs_become_steps() -> None:
         arguments(eval_strategy="epoch").count_steps(0)
 
 
+def test_an_average_begins_within_the_run() -> None:
+    args = arguments(average_decay=1.0, average_start=0.75)
+    args.count_steps(10)
+    assert args.average_start == 6
+    with pytest.raises(UserError, match="average_start=8: the run ends with step 8"):
+        arguments(average_decay=0.9, average_start=8).count_steps(10)
+
+
 def test_the_order_has_a_seed_of_its_own() -> None:
     assert (arguments(seed=3).order_seed, arguments(seed=3, data_seed=5).order_seed) == (3, 5)
 

@@ -210,4 +210,4 @@ def set_schedules(optimizer: torch.optim.Optimizer, args, step: int) -> None:
         group["weight_decay"] = group["initial_weight_decay"] * schedule(step / args.max_steps, rate)
         if group.get("use_muon") and warm_up:
             share = min(1.0, step / warm_up)
-            group["momentum"] = (1 - share) * min(FIRST_MOMENTUM, args.muon_momentum) + share * args.muon_momentum
+            group["momentum"] = (1 - share) * FIRST_MOMENTUM + share * args.muon_momentum
