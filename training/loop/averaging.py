@@ -9,8 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..model.optimizers import shard_like
-from ..system.checkpoints import read_state, reading
-from ..system.errors import UserError
+from ..system.checkpoints import reading
 from ..system.run_files import missing_state
 from .sharding import whole_weights
 
@@ -37,6 +36,7 @@ class AveragesWeights(Trainer):
     """
 
     average: dict[str, torch.Tensor] | None = None  # of the trained weights, sharded as they are; none before the start
+    _taken = 0  # steps that it is the average of
     _is_shown = False  # whether the model holds the average just now
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -48,13 +48,13 @@ class AveragesWeights(Trainer):
     @torch.no_grad()
     def take_into_average(self, step: int) -> None:
         """Count the weights after so many steps in."""
-        taken = step - self.args.average_start
-        if taken < 1:
+        if step <= self.args.average_start and self.average is None:
             return
+        self._taken += 1
         if self.average is None:
             self.average = {name: weight.detach().clone() for name, weight in self._trained()}
             return
-        share = max(1 - self.args.average_decay, 1 / taken)
+        share = max(1 - self.args.average_decay, 1 / self._taken)
         for name, weight in self._trained():
             self.average[name].lerp_(weight.detach(), share)
 
@@ -90,22 +90,20 @@ class AveragesWeights(Trainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             whole = whole_weights(model, is_kept=self.args.should_save)
             if self.args.should_save:
-                torch.save({name: whole[name].clone() for name, _ in self._trained()}, aside / RAW_WEIGHTS)
+                weights = {name: whole[name].clone() for name, _ in self._trained()}
+                torch.save({"taken": self._taken, "weights": weights}, aside / RAW_WEIGHTS)
         super()._write_checkpoint(aside)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.average = None  # auto_find_batch_size begins more than once
-        if checkpoint is not None and self.args.average_decay is not None and not missing_state(Path(checkpoint)):
+        self.average, self._taken = None, 0  # auto_find_batch_size begins more than once
+        if checkpoint is not None and Path(checkpoint, RAW_WEIGHTS).is_file() and not missing_state(Path(checkpoint)):
             self._load_raw_weights(Path(checkpoint))
 
     def _load_raw_weights(self, checkpoint: Path) -> None:
         """Take the model, which is the average, for it, and give the model its own weights."""
-        if read_state(checkpoint)["global_step"] <= self.args.average_start:
-            return
-        if not (checkpoint / RAW_WEIGHTS).is_file():
-            why = "the run was made without average_decay, or the file was removed"
-            raise UserError(f"{checkpoint} holds no {RAW_WEIGHTS}: {why}; leave average_decay out, or choose another")
         self.average = {name: weight.detach().clone() for name, weight in self._trained()}
         with reading(str(checkpoint), "weights behind the average"):
-            self._fill(torch.load(checkpoint / RAW_WEIGHTS, map_location="cpu", weights_only=True))
+            saved = torch.load(checkpoint / RAW_WEIGHTS, map_location="cpu", weights_only=True)
+            self._taken = saved["taken"]
+            self._fill(saved["weights"])
