@@ -126,7 +126,8 @@ class FinetuneRun(Run):
             base = in_native_dtype(base, args.device.type)
         known = None if adapter == "qlora" or is_whole_again else fingerprint(base)
         if not model.attn_implementation:
-            choose_attention(base, args)
+            is_masked = self.recipe.data_arguments().packing and args.device.type == "cpu"  # not every base has flex
+            choose_attention(base, args, self.block_size, is_masked)
         return base, name, known
 
     def claim(self, checkpoint: Path | None) -> bool:

@@ -107,6 +107,26 @@ def test_what_is_chosen(tmp_path, native, asked: dict, is_native: bool, expected
     assert args.mixed_precision == {"fp32": "no", "bf16": "bf16"}[expected]
 
 
+@pytest.mark.parametrize(
+    ("device", "bf16", "dropout", "context", "masks", "expected"),
+    [
+        ("cpu", True, 0.0, 256, False, "eager"),
+        ("cpu", True, 0.0, 1024, False, "sdpa"),
+        ("cpu", True, 0.0, 1024, True, "eager"),
+        ("cpu", True, 0.1, 1024, False, "eager"),
+        ("cpu", False, 0.1, 64, False, "eager"),
+        ("cpu", False, 0.0, 64, True, "sdpa"),
+        ("cuda", True, 0.1, 64, False, "sdpa"),
+        ("cuda", True, 0.0, 1024, True, "flex_attention"),
+    ],
+)
+def test_attention_follows_a_rule(tiny_model, device, bf16, dropout, context, masks, expected) -> None:
+    model = tiny_model(attention_dropout=dropout)
+    model.set_attn_implementation("sdpa")
+    devices.choose_attention(model, SimpleNamespace(device=torch.device(device), bf16=bf16), context, masks)
+    assert model.config._attn_implementation == expected
+
+
 @pytest.mark.parametrize("asked", [{"bf16": True}, {"precision": "bf16"}])
 def test_what_is_only_emulated_is_refused_with_its_speed(tmp_path, native, asked: dict) -> None:
     native(False)

@@ -162,7 +162,7 @@ class Run:
         if sample.max_new_tokens:  # a prompt that cannot be read is refused now, not after all of training
             prompt_tensor(tokenizer, sample.prompt, context_length)
         if "attn_implementation" not in recipe.model:
-            choose_attention(model, args, recipe.data_arguments().document_masking)
+            choose_attention(model, args, context_length, recipe.data_arguments().document_masking)
         trainer = GPTTrainer(model, args, self.corpus, context_length, recipe.data_arguments(), sample)
         if is_streamed(recipe.data_arguments()):
             trainer.add_callback(StreamPosition(trainer))
