@@ -20,7 +20,7 @@ from pathlib import Path
 from training.config.command_line import load_recipe
 from training.config.depth import WIDTH
 from training.run import Run
-from training.scaling import draw_law, predict, read_point
+from training.scaling import EXPONENTS, draw_law, fit, misfit, predict, read_point
 from training.share.metrics_file import read_metrics
 
 RECIPE = "stdlib-depth --dataset python-stdlib --tokenizer byte --block_size 64 --max_new_tokens 0".split()
@@ -88,6 +88,8 @@ def predict_last(flags: argparse.Namespace) -> dict:
         "compute": {depth: points[depth][0].compute for depth in flags.depths},
         "predicted": round(loss, 4),
         "between": [round(low, 4), round(high, 4)],
+        "by_exponent": {exponent: round(float(fit(known, exponent).loss(compute)), 4) for exponent in EXPONENTS},
+        "runs_within": round(misfit(known), 4),
         "measured": round(truth, 4),
         "error": round(loss - truth, 4),
     }

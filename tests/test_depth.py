@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from training import estimate, pretrain
 from training.config.command_line import load_recipe
 from training.config.depth import MOST_EPOCHS, batch_rows, block_parameters, micro_batch, shape_of, weight_decay
 from training.config.recipe import load_recipe_file, load_run_recipe
-from training.scaling import Point, fit, predict, read_points
+from training.scaling import Point, fit, misfit, predict, read_points
 from training.system.errors import UserError
 
 from .tiny_runs import TEXT, go_on, latest, write_text
@@ -178,6 +179,7 @@ LAW = [
 def test_a_law_is_found_again_and_what_it_foretells_is_within_its_bounds() -> None:
     law, compute = fit(LAW[:3]), LAW[4].compute
     assert (law.floor, law.scale) == (pytest.approx(1.1), pytest.approx(90))
+    assert misfit(LAW[:3]) < 1e-6 < misfit([*LAW[:3], replace(LAW[3], loss=9.0)])
     loss, low, high = predict(LAW[:3], compute)
     assert loss == pytest.approx(LAW[4].loss)
     assert low < loss < high

@@ -9,7 +9,7 @@ from .config.recipe import Recipe
 from .costs import SHARDED, Estimate, estimate_recipe
 from .data.corpus import MANIFEST
 from .model.devices import GPUS, fit_precision
-from .scaling import Point, draw_law, predict, read_points
+from .scaling import Point, draw_law, misfit, predict, read_points
 from .system.errors import UserError, run_main, unknown
 from .system.files import read_json
 
@@ -92,7 +92,8 @@ def prediction(recipe: Recipe, estimate: Estimate, points: list[Point], picture:
     reach = target.compute / max(point.compute for point in points)
     lines = {
         "loss at the end": f"{loss:.3f} ({low:.3f} to {high:.3f} with other exponents), by a power law in compute",
-        "from": f"{len(points)} runs; {reach:,.3g} times the compute of the largest of them",
+        "from": f"{len(points)} runs that lie within {misfit(points):.3f} of the law; "
+        f"{reach:,.3g} times the compute of the largest",
     }
     if picture:
         draw_law(points, target.compute, picture)

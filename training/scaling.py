@@ -64,6 +64,12 @@ def predict(points: list[Point], compute: float) -> tuple[float, float, float]:
     return float(fit(points).loss(compute)), min(losses), max(losses)
 
 
+def misfit(points: list[Point]) -> float:
+    """How far the runs lie from the law at most: far, where the smallest are too small for it."""
+    law = fit(points)
+    return max(abs(float(law.loss(point.compute)) - point.loss) for point in points)
+
+
 def read_points(run_dirs: list[str]) -> list[Point]:
     """The runs that a law is fitted to; refuses those that are not finished, or not of one text and tokenizer."""
     points = [read_point(Path(name)) for name in run_dirs]
