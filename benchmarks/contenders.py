@@ -74,6 +74,11 @@ class Acorn:
     def __init__(self, text: Path, workspace: Path):
         self.text, self.workspace, self.runs = text, workspace, 0
 
+    def prepare(self, recipe: str) -> None:
+        """Write the recipe's characters as tokens, which its runs then find."""
+        command = [sys.executable, str(ROOT / "acorn.py"), "prepare", recipe, "--text_files", str(self.text)]
+        run(command, self.workspace)
+
     def pretrain(self, recipe: str, flags: str = "", kept: Path | None = None) -> tuple[list[dict], float]:
         """The lines of metrics.jsonl, and the seconds of the whole process.
 

@@ -43,7 +43,7 @@ from training.system.errors import UserError, quiet_libraries, run_main
 MARK = 1.8983  # nanoGPT's CPU recipe on the full validation split
 FIRST_SEED = 1337  # nanoGPT's
 QUIET = "--max_new_tokens 0"
-# What a tuned contender of the optimizer track changes in shakespeare-char-cpu-fast.
+# What a contender of the optimizer track changes in the recipe; with --contender come its tuned rates.
 CONTENDERS = {"adamw": "--optimizer adamw", "muon": "", "normuon": "--optimizer normuon"}
 
 
@@ -158,7 +158,7 @@ def time_track(flags: argparse.Namespace, workspace: Path) -> dict:
     """Wall seconds of whole processes, nanoGPT's beside ours, and how sure it is that the mean loss is at the mark."""
     acorn, losses = Acorn(flags.text, workspace), []
     seeds = iter(range(FIRST_SEED, FIRST_SEED + flags.seeds))
-    acorn.pretrain(flags.recipe, f"--max_steps 2 {QUIET}")  # prepares the characters, as nanoGPT's prepare.py has
+    acorn.prepare(flags.recipe)  # as nanoGPT's prepare.py has
 
     def ours() -> float:
         rows, seconds = acorn.pretrain(flags.recipe, merged(flags.flags, f"--seed {next(seeds)}"))
