@@ -5,7 +5,7 @@ four times, after which repeated text teaches little (arXiv 2305.16264). Batch: 
 forgotten within a run depends on its tokens a parameter alone (arXiv 2505.13738). Muon's updates have a spectral norm
 that goes with the shape of the matrix, so their rate is the same at every width (arXiv 2310.17813), and falls with the
 root of the layers, whose updates add up (arXiv 2310.02244). That of embeddings and head, which AdamW has together,
-falls with the width, as muP's does for a head (arXiv 2203.03466). Both are measured at depths 1 and 2.
+falls with the width, as muP's does for a head (arXiv 2203.03466). Both were found at depths 1 and 2, and tried at 4.
 """
 
 import math
