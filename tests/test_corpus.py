@@ -126,6 +126,7 @@ def test_manifest_and_shards():
     assert [path.name for path in Path("corpora").iterdir()] == [corpus.directory.name]
 
 
+@pytest.mark.slow
 def test_large_vocabularies_take_four_bytes():
     letters = "".join(map(chr, range(0x20000, 0x20000 + 66_000)))  # added tokens would each be looked for
     tokenizer = build_tokenizer("char", lambda: iter(["0123456789" + letters]))

@@ -64,6 +64,7 @@ def test_a_prompt_of_one_token_is_no_step(tiny_model) -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_models_in_one_process_keep_their_steps(tiny_model, prompt) -> None:
     """Though a step's guards do not look at the model."""
     models = [tiny_model(), tiny_model(num_hidden_layers=3), tiny_model(hidden_act="relu")]

@@ -154,6 +154,7 @@ def test_a_resumed_run_does_not_choose_again(run_dir, tmp_path, monkeypatch) -> 
     assert "--depth cannot change" in refusal(go_on, tmp_path / "run", "--depth", "2")
 
 
+@pytest.mark.slow
 def test_a_short_text_is_read_four_times_and_no_more(tmp_path, monkeypatch, capsys) -> None:
     write_text(tmp_path, TEXT[:2000])
     monkeypatch.chdir(tmp_path)
