@@ -22,6 +22,7 @@ from training.config.depth import WIDTH
 from training.run import Run
 from training.scaling import EXPONENTS, draw_law, fit, misfit, predict, read_point
 from training.share.metrics_file import read_metrics
+from training.system.files import write_picture
 
 RECIPE = "stdlib-depth --dataset python-stdlib --tokenizer byte --block_size 64 --max_new_tokens 0".split()
 
@@ -105,7 +106,7 @@ def draw_transfer(factors: list[float], losses: dict[int, list[float]], place: i
     axes.axvline(factors[place], color="grey", linewidth=0.5)
     axes.set(xscale="log", xlabel="learning rates, times those of the dial", ylabel="validation loss (nats a byte)")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)
 
 
 def main() -> None:

@@ -252,12 +252,7 @@ class GPTModel(GPTPreTrainedModel):
         attended to. cache, or past_key_values: what the layers keep of earlier tokens. Raises ValueError for both or
         neither kind of input, and for learned positions past the context.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        elif self.value_embeddings or self.config.bigram_vocab_size:
-            raise ValueError("inputs_embeds: this model looks up its tokens in other tables too; give input_ids")
+        inputs_embeds = self._embedded(input_ids, inputs_embeds)
         cache = given_cache(cache, past_key_values)
         if use_cache and cache is None:
             cache = default_cache(self.config)
@@ -289,6 +284,16 @@ class GPTModel(GPTPreTrainedModel):
             last_hidden_state=self.final_norm(hidden_states),
             **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def _embedded(self, input_ids, inputs_embeds) -> torch.Tensor:
+        """The embeddings of the tokens, or those that were given in place of them; ValueError as `forward` has it."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            return self.embed_tokens(input_ids)
+        if self.value_embeddings or self.config.bigram_vocab_size:
+            raise ValueError("inputs_embeds: this model looks up its tokens in other tables too; give input_ids")
+        return inputs_embeds
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):

@@ -13,7 +13,7 @@ from .data.corpus import INPUTS
 from .share.metrics_file import read_metrics
 from .system.checkpoints import reading
 from .system.errors import UserError
-from .system.files import read_json, replace_whole
+from .system.files import read_json, write_picture
 from .system.shell import shell
 
 FEWEST_SIZES = 3  # two unknowns, and one size more to see whether they fit
@@ -117,4 +117,4 @@ def draw_law(points: list[Point], compute: float, path: Path, truth: float | Non
         axes.plot([compute], [truth], "*", markersize=12, label=f"measured {truth:.4f}")
     axes.set(xscale="log", xlabel="FLOPs in the blocks", ylabel="validation loss (nats a token)")
     axes.legend()
-    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_picture(path, figure)

@@ -18,7 +18,7 @@ from training.model.loading import add_loading_flags, load_model_and_tokenizer, 
 from training.model.sampling import context_left
 from training.run import Run, open_run
 from training.system.errors import UserError, log
-from training.system.files import making, replace_whole
+from training.system.files import making, write_picture
 from training.system.shell import shell
 
 from ..decoding.batches import has_virtual_tokens
@@ -73,7 +73,7 @@ class Output:
         yield figure
         path = self.directory / f"{name}.png"
         self.directory.mkdir(parents=True, exist_ok=True)
-        replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        write_picture(path, figure)
         self.pictures.append(path)
 
     def finish(self) -> None:

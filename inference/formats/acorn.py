@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from modeling import GPTConfig, GPTForCausalLM
 from training.model.loading import OUR_TYPES
 
@@ -21,6 +23,9 @@ class Acorn(Format):
 
     def config(self, theirs: GPTForCausalLM, tokenizer=None) -> GPTConfig:
         return theirs.config
+
+    def weights(self, theirs: GPTForCausalLM) -> dict[str, torch.Tensor]:
+        return theirs.state_dict()
 
     def to_acorn(self, theirs: GPTForCausalLM, tokenizer=None) -> GPTForCausalLM:
         return theirs

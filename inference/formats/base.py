@@ -1,5 +1,6 @@
 """What a format is, what a name on the command line leads to, and the check of a file's tensors."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class Source:
 Obstacle = tuple[Callable[[GPTConfig], bool], str]  # when a field stands in the way, and why
 
 
-class Format:
+class Format(ABC):
     """A way to keep a GPT. Our own GPTForCausalLM is what every format is turned into and made from.
 
     `title` names it in messages; `is_written` says that `--to` takes it. `theirs` is a model in the format's own terms,
@@ -45,30 +46,30 @@ class Format:
     is_written = True
     obstructing: dict[str, Obstacle] = {}  # by field
 
+    @abstractmethod
     def recognises(self, source: Source) -> bool:
         """Whether the source is of this format."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, source: Source):
         """Read the weights; UserError where they are not just those of the architecture."""
-        raise NotImplementedError
 
     def logits(self, theirs, ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, tokens, vocabulary) of ids (batch, tokens), as the format itself defines them."""
         with torch.no_grad():
             return theirs(ids, use_cache=False).logits
 
+    @abstractmethod
     def config(self, theirs, tokenizer: PreTrainedTokenizerFast | None = None) -> GPTConfig:
         """The architecture in our terms; UserError where we have none for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, theirs) -> dict[str, torch.Tensor]:
         """The weights under our names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, model: GPTForCausalLM, tokenizer, directory: Path, destination: Path) -> list[str]:
         """Write our model into `directory`, which will be renamed to `destination`; lines to tell the person."""
-        raise NotImplementedError
 
     def obstacles(self, config: GPTConfig) -> list[str]:
         """What of an architecture of ours the format cannot hold: one `field=value (why)` each."""

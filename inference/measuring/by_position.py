@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from training.loop.evaluation import PositionSums
-from training.system.files import replace_whole
+from training.system.files import write_picture
 
 FINE = 160  # points of the picture's thin line: beyond them neighbours are drawn as one
 
@@ -66,4 +66,4 @@ def draw_positions(sums: PositionSums, path: Path, title: str) -> None:
     axes.set(xlabel="tokens of context before the predicted one", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.25)
     axes.legend()
-    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_picture(path, figure)

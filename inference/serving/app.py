@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import uuid
+from abc import ABC, abstractmethod
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -92,7 +93,7 @@ class State(GenerationState):
         self._cb_manager = served.generator if served.is_batched else None
 
 
-class Handler:
+class Handler(ABC):
     """What transformers' handlers do with a request, for the one served model: checked, drawn, and answered by them."""
 
     kind: str
@@ -121,8 +122,9 @@ class Handler:
         )
         return in_protocol(answered) if is_streamed else await answered
 
+    @abstractmethod
     def prompt_ids(self, given: dict, tokenizer) -> list[int]:
-        raise NotImplementedError
+        """The tokens that the answer to a request goes on from."""
 
 
 class Completions(Handler, CompletionHandler):

@@ -30,12 +30,24 @@ SCHEDULE = {
     "logging_steps": 0.025,
 }
 # What a recipe says of another size, and a depth that comes by flag replaces.
-SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "intermediate_size")
-SHAPE += ("initializer_range",)
-HORIZON = ("max_steps", "tokens_per_step", "per_device_train_batch_size")
-HORIZON += ("learning_rate", "muon_learning_rate", "weight_decay")
-REPLACED = {"model": SHAPE, "training": (*HORIZON, *SCHEDULE, "gradient_accumulation_steps", "num_train_epochs")}
-REPLACED["training"] += ("save_steps",)
+SHAPE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "intermediate_size",
+    "initializer_range",
+)
+HORIZON = (
+    "max_steps",
+    "tokens_per_step",
+    "per_device_train_batch_size",
+    "learning_rate",
+    "muon_learning_rate",
+    "weight_decay",
+)
+OTHER_WORDS = ("gradient_accumulation_steps", "num_train_epochs", "save_steps")  # that say the same in another way
+REPLACED = {"model": SHAPE, "training": (*HORIZON, *SCHEDULE, *OTHER_WORDS)}
 
 
 def shape_of(depth: int) -> dict:

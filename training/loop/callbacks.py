@@ -53,10 +53,12 @@ def check_quantization_start(config, args) -> None:
 class QuantizationStart(TrainerCallback):
     """Train without the model's kv_quantization until its step has come."""
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        for module in model.modules():
-            if isinstance(module, KVQuantizer):
-                module.begins_later = state.global_step < args.kv_quantization_start
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.quantizers = [module for module in model.modules() if isinstance(module, KVQuantizer)]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for quantizer in self.quantizers:
+            quantizer.begins_later = state.global_step < args.kv_quantization_start
 
 
 class StopOnSignal(TrainerCallback):

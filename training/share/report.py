@@ -14,7 +14,7 @@ from ..model.sizes import context_of
 from ..system.addresses import public_name
 from ..system.checkpoints import run_of, step_of
 from ..system.errors import UserError, one_line
-from ..system.files import read_json, replace_whole
+from ..system.files import read_json, write_picture
 from ..system.shell import shell
 from .metrics_file import read_metrics
 from .model_card import CardFacts, model_card
@@ -45,7 +45,7 @@ def draw_losses(rows: list[dict], path: Path, title: str) -> None:
     losses.set_ylabel("loss (nats a token)")
     losses.legend()
     rate.set(xlabel="step", ylabel="learning rate")
-    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_picture(path, figure)
 
 
 # ---- the facts of a model card, read from the directory itself: at the end of a run, amid it, or long after it

@@ -65,6 +65,11 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
+def write_picture(path: Path, figure) -> None:
+    """Write a matplotlib Figure as a whole PNG file."""
+    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes so that no reader, and no power cut, ever meets half of it."""
     raw = content.encode("utf-8") if isinstance(content, str) else content
