@@ -1,11 +1,14 @@
 """One dial for size: from `depth` follow a model's shape, its batch and steps, its learning rates and their decay.
 
 The shape is nanochat's: 64 of width a layer. Text: 20 tokens a parameter (arXiv 2203.15556), and none of it more than
-four times, after which repeated text teaches little (arXiv 2305.16264). Batch: arXiv 2503.04715. Weight decay: what is
-forgotten within a run depends on its tokens a parameter alone (arXiv 2505.13738). Muon's updates have a spectral norm
-that goes with the shape of the matrix, so their rate is the same at every width (arXiv 2310.17813), and falls with the
-root of the layers, whose updates add up (arXiv 2310.02244). That of embeddings and head, which AdamW has together,
-falls with the width, as muP's does for a head (arXiv 2203.03466). Both were found at depths 1 and 2, and tried at 4.
+four times, up to which repeated text is worth about what new text is (arXiv 2305.16264). Batch: arXiv 2503.04715.
+Weight decay: the share of a run that a weight remembers, 1 / (rate * decay * steps), follows from the tokens a
+parameter alone; that was found with AdamW and a linear decay to zero (arXiv 2505.13738), and is taken for Muon's
+matrices too. Muon's updates have a spectral norm that goes with the shape of the matrix, so their rate is the same at
+every width (arXiv 2310.17813), and falls with the root of the layers, whose updates add up, as depth-muP's does (arXiv
+2310.02244; it also divides the blocks' outputs by that root, which our blocks do not). That of embeddings and head,
+which AdamW has together, falls with the width, as muP's does for a head (arXiv 2203.03466). Both were found at depths
+1 and 2, and tried at 4.
 """
 
 import math
@@ -80,7 +83,7 @@ def muon_rates(depth: int) -> dict:
 
 
 def adamw_rates(depth: int) -> dict:
-    """One rate for all weights: GPT-2 small's 6e-4, divided by the width as muP divides that of hidden matrices."""
+    """One rate for all weights: GPT-3 small's 6e-4 (arXiv 2005.14165), by the width as muP's of hidden matrices."""
     return {"learning_rate": _rounded(6e-4 * 768 / (WIDTH * depth))}
 
 
@@ -167,7 +170,7 @@ class Dial:
         each += f", {tokens / text:.3g} epochs of the text" if text else ", if the text is that long"
         if text and "max_steps" not in self.said and self.ratio * self.parameters > MOST_EPOCHS * text:
             full = f"{self.ratio:g} a parameter would be {self.ratio * self.parameters / text:,.0f} epochs"
-            each += f" ({full}; after {MOST_EPOCHS} repeated text teaches little)"
+            each += f" ({full}; after {MOST_EPOCHS} repeated text teaches less and less)"
         named = [f"{key} {rates[key]:g}" for key in RATES_OF if key in rates]
         return f"depth {self.depth}: {each}; {', '.join(named)}, weight_decay {training['weight_decay']:g}"
 
