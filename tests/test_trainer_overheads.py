@@ -228,7 +228,7 @@ def test_what_was_trained_is_gone_before_the_best_model_is_loaded(tmp_path, monk
         left.extend(type(held()) for held in known if held() is not None)
 
     monkeypatch.setattr(GPTTrainer, "free_device_memory", spied)
-    run_dir = grow(tmp_path) if verb == "pretrain" else None
+    run_dir = grow(tmp_path, "--average_decay", "0.9") if verb == "pretrain" else None
     if verb == "finetune":
         save(stock_model(), tmp_path / "base")
         write_text(tmp_path)

@@ -36,6 +36,7 @@ class AveragesWeights(Trainer):
     """
 
     average: dict[str, torch.Tensor] | None = None  # of the trained weights, sharded as they are; none before the start
+    _sources: list[nn.Parameter]  # the weights that it is the average of, in its order
     _taken = 0  # steps that it is the average of
     _is_shown = False  # whether the model holds the average just now
 
@@ -45,6 +46,12 @@ class AveragesWeights(Trainer):
         names = {weight: name for name, weight in model.state_dict(keep_vars=True).items() if weight.requires_grad}
         return ((name, weight) for weight, name in names.items())
 
+    def _begin_average(self) -> None:
+        """Take the weights as they are; at each step they are then at hand, as gathering them takes its time."""
+        trained = dict(self._trained())
+        self.average = {name: weight.detach().clone() for name, weight in trained.items()}
+        self._sources = list(trained.values())
+
     @torch.no_grad()
     def take_into_average(self, step: int) -> None:
         """Count the weights after so many steps in."""
@@ -52,11 +59,10 @@ class AveragesWeights(Trainer):
             return
         self._taken += 1
         if self.average is None:
-            self.average = {name: weight.detach().clone() for name, weight in self._trained()}
-            return
-        share = max(1 - self.args.average_decay, 1 / self._taken)
-        for name, weight in self._trained():
-            self.average[name].lerp_(weight.detach(), share)
+            self._begin_average()
+        else:
+            share = max(1 - self.args.average_decay, 1 / self._taken)
+            torch._foreach_lerp_(list(self.average.values()), self._sources, share)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -78,6 +84,10 @@ class AveragesWeights(Trainer):
         for name, weight in self._trained():
             weight.copy_(shard_like(weights[name].to(weight.device), weight))
 
+    def let_go_of_average(self) -> None:
+        """Be as before its start, and hold none of the model's weights."""
+        self.average, self._sources, self._taken = None, [], 0
+
     # ---- checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -96,13 +106,13 @@ class AveragesWeights(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.average, self._taken = None, 0  # auto_find_batch_size begins more than once
+        self.let_go_of_average()  # auto_find_batch_size begins more than once
         if checkpoint is not None and Path(checkpoint, RAW_WEIGHTS).is_file() and not missing_state(Path(checkpoint)):
             self._load_raw_weights(Path(checkpoint))
 
     def _load_raw_weights(self, checkpoint: Path) -> None:
         """Take the model, which is the average, for it, and give the model its own weights."""
-        self.average = {name: weight.detach().clone() for name, weight in self._trained()}
+        self._begin_average()
         with reading(str(checkpoint), "weights behind the average"):
             saved = torch.load(checkpoint / RAW_WEIGHTS, map_location="cpu", weights_only=True)
             self._taken = saved["taken"]

@@ -258,6 +258,7 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
     def free_device_memory(self) -> None:
         """Let go of model, gradients and optimizer, so that the device need not hold them beside the next model."""
         self.model = self.model_wrapped = self.deepspeed = self.optimizer = self.lr_scheduler = None
+        self.let_go_of_average()
         for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
             setattr(self.callback_handler, name, None)
         self.accelerator.free_memory()
