@@ -108,7 +108,7 @@ def test_a_run_begins_with_it_at_its_step_whether_it_was_stopped_or_not(tmp_path
     ("flags", "message"),
     [
         ("--kv_quantization none --kv_quantization_start 4", "kv_quantization_start=4: has no effect without"),
-        ("--kv_quantization_start 8", "kv_quantization_start=8: the run ends at max_steps=8; begin earlier"),
+        ("--kv_quantization_start 8", "kv_quantization_start=8: the run ends with step 8; lower it"),
         ("--kv_quantization_start -1", "kv_quantization_start=-1"),
     ],
 )

@@ -213,8 +213,9 @@ class GPTTrainingArguments(TrainingArguments):
         for name in ("muon_momentum_warmup_steps", "average_start", "kv_quantization_start"):
             value = getattr(self, name)
             setattr(self, name, round(value * self.max_steps) if 0 < value < 1 else int(value))
-        if self.average_decay is not None and self.average_start >= self.max_steps:
-            raise UserError(f"average_start={self.average_start}: the run ends with step {self.max_steps}; lower it")
+        for name in ("average_start", "kv_quantization_start"):
+            if (start := getattr(self, name)) >= self.max_steps > 0:
+                raise UserError(f"{name}={start}: the run ends with step {self.max_steps}; lower it")
         decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps")
         if decay is not None and 0 < decay < 1:
             self.lr_scheduler_kwargs = {**self.lr_scheduler_kwargs, "num_decay_steps": round(decay * self.max_steps)}
