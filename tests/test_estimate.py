@@ -74,6 +74,17 @@ def test_evaluation_is_counted_where_it_is_the_peak():
     assert in_evaluation.peak() == held + in_evaluation.evaluation > sum(in_evaluation.memory.values())
 
 
+def test_evaluations_are_a_share_of_the_work_that_is_said_where_it_is_known(tmp_path, capsys):
+    main(["gpt2-one-gpu", "--gpu", "h100"])
+    assert "10 times 5,000,000 characters: 1.4% of the work, were each a token" in capsys.readouterr().out
+    (tmp_path / "manifest.json").write_text('{"splits": {"validation": {"tokens": 76800}, "train": {"tokens": 1}}}')
+    words = ["shakespeare-char-cpu", "--max_steps", "100", "--data_dir", str(tmp_path)]  # steps of 768 tokens
+    main([*words, "--eval_steps", "60"])
+    assert "evaluation           2 times 76,800 tokens: 40.0% of the work" in capsys.readouterr().out
+    main([*words, "--eval_strategy", "epoch"])
+    assert "of the work" not in capsys.readouterr().out
+
+
 def test_evaluation_holds_one_chunk_of_logits_whatever_its_batch():
     """32 x 1,024 x 50,304 logits in bf16 and in float32 were 10 GB."""
     args, config = load_recipe_file("shakespeare-char-cpu").training_arguments(), GPTConfig(vocab_size=50304)

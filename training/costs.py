@@ -1,5 +1,6 @@
 """What a recipe costs, before it runs: parameters, FLOPs, steps and memory; what no memory holds is refused."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Estimate:
     steps: int
     memory: dict[str, float]
     evaluation: float  # beside weights and optimizer state, when there are no gradients
+    evaluations: int | None  # None where it depends on the text
 
     def peak(self) -> float:
         """Most bytes that a device holds, in training or in evaluation."""
@@ -46,6 +48,11 @@ class Estimate:
 
     def seconds(self, peak_flops: float, mfu: float, num_gpus: int) -> float:
         return self.steps * self.tokens_per_step * self.flops_per_token / (peak_flops * mfu * num_gpus)
+
+    def evaluated_share(self, tokens: int) -> float:
+        """The share of the run's FLOPs that evaluations of so many tokens take, a forward being a third of a step."""
+        evaluated = self.evaluations * tokens / 3
+        return evaluated / (evaluated + self.steps * self.tokens_per_step)
 
 
 def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none", device: str = "cuda") -> Estimate:
@@ -68,7 +75,16 @@ def estimate_recipe(recipe: Recipe, num_gpus: int = 1, sharding: str = "none", d
         steps=args.max_steps,
         memory={name: size / (num_gpus if name in SHARDED[sharding] else 1) for name, size in figures.items()},
         evaluation=evaluation_bytes(config, args, torch.device(device)),
+        evaluations=number_of_evaluations(args),
     )
+
+
+def number_of_evaluations(args) -> int | None:
+    """How often a run of `max_steps` is evaluated, at its end too; None where that depends on the text."""
+    if args.eval_strategy != "steps":
+        return 1 if args.eval_strategy == "no" else None
+    every = math.ceil(args.max_steps * args.eval_steps) if args.eval_steps < 1 else args.eval_steps
+    return math.ceil(args.max_steps / every) + args.eval_on_start
 
 
 def config_of(recipe: Recipe) -> GPTConfig:

@@ -8,6 +8,7 @@ from .config.depth import block_parameters
 from .config.recipe import Recipe
 from .costs import SHARDED, Estimate, estimate_recipe
 from .data.corpus import MANIFEST
+from .data.streaming import held_out_characters, is_streamed
 from .model.devices import GPUS, fit_precision
 from .scaling import Point, draw_law, misfit, predict, read_points
 from .system.errors import UserError, run_main, unknown
@@ -71,17 +72,37 @@ def report(recipe: Recipe, estimate: Estimate, gpu: str, num_gpus: int, mfu: flo
         "tokens a second": f"{tokens / seconds:,.0f} on {num_gpus} × {gpu} at {mfu:.0%} MFU (assumed) "
         f"of {peak / 1e12:,.4g} TFLOP/s in {'half precision' if is_half else 'fp32'}",
         "time": duration(seconds),
+        **evaluation_line(recipe, estimate),
     }
     return "\n".join([recipe.name, *(f"  {name:<20} {value}" for name, value in lines.items())])
 
 
+def evaluation_line(recipe: Recipe, estimate: Estimate) -> dict[str, str]:
+    """The share of the work that evaluations are, beside the time of training; empty where nobody knows what they read.
+
+    A stream holds out characters, which are as many tokens at most, as a rule.
+    """
+    data = recipe.data_arguments()
+    if is_streamed(data):
+        tokens, what, condition = held_out_characters(data), "characters", ", were each a token"
+    else:
+        tokens, what, condition = prepared_tokens(data.data_dir, "validation"), "tokens", ""
+    if tokens is None or estimate.evaluations is None:
+        return {}
+    share = f"{estimate.evaluated_share(tokens):.1%} of the work{condition}"
+    return {"evaluation": f"{estimate.evaluations} times {tokens:,} {what}: {share}"}
+
+
 def training_tokens(recipe: Recipe, points: list[Point]) -> int | None:
     """Tokens of the prepared text of a recipe, or of the runs that it is compared with; None where nobody knows."""
-    for directory in [recipe.data.get("data_dir"), *(point.data_dir for point in points)]:
-        manifest = read_json(Path(directory, MANIFEST)) if directory else {}
-        if manifest:
-            return manifest["splits"]["train"]["tokens"]
-    return None
+    directories = [recipe.data.get("data_dir"), *(point.data_dir for point in points)]
+    return next(filter(None, (prepared_tokens(directory, "train") for directory in directories)), None)
+
+
+def prepared_tokens(directory: str | None, split: str) -> int | None:
+    """Tokens of a split that lies prepared in a directory; None where none does."""
+    manifest = read_json(Path(directory, MANIFEST)) if directory else {}
+    return manifest["splits"][split]["tokens"] if manifest else None
 
 
 def prediction(recipe: Recipe, estimate: Estimate, points: list[Point], picture: Path | None) -> str:

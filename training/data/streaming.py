@@ -37,6 +37,11 @@ def is_streamed(data) -> bool:
     return bool(data.streaming and not data.data_dir)
 
 
+def held_out_characters(data) -> int:
+    """How many characters at the beginning of a stream validate."""
+    return VALIDATION_CHARACTERS if data.validation_characters is None else data.validation_characters
+
+
 def refuse_stream_options(data) -> None:
     """Refuse, where text is prepared, what only a stream would read."""
     if data.validation_characters is not None:
@@ -103,7 +108,7 @@ class HeldOut:
 
 def hold_out(data, tokenizer) -> HeldOut:
     """Read and encode the first `validation_characters`; the document that is cut there goes on in training."""
-    wanted = VALIDATION_CHARACTERS if data.validation_characters is None else data.validation_characters
+    wanted = held_out_characters(data)
     if wanted < 2:
         raise UserError(f"validation_characters={wanted}: must be at least 2, to predict one from the other")
     heads, room, position = [], wanted, START
