@@ -13,17 +13,22 @@ of a step's CPU time by torch's profiler, by kind, and the largest others by nam
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, installed or not
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.contenders import setting
 from modeling import GPTForCausalLM
 from training.config.command_line import load_recipe
 from training.costs import config_of
 from training.loop.fast_on_cpu import use_fast_dropout, use_fast_norms
-from training.model.devices import DTYPES, device_name, measured
+from training.model.devices import DTYPES, measured
 from training.model.optimizers import build_optimizer
 from training.model.sizes import flops_per_token
 
@@ -112,8 +117,8 @@ def main() -> None:
         for kind, steps in kinds.items():
             clock, processor = steps.timed(flags.steps)
             rounds[kind].append((peak, clock, flops / clock / peak, flops / processor / peak_of_cpu))
-    figures = {"benchmark": "cpu_share", "recipe": flags.recipe, "processor": device_name("cpu")}
-    figures |= {"threads": flags.threads, "precision": args.precision, "tflop_a_step": round(flops / 1e12, 4)}
+    figures = {"benchmark": "cpu_share", "recipe": flags.recipe} | setting()
+    figures |= {"precision": args.precision, "tflop_a_step": round(flops / 1e12, 4)}
     for kind, steps in kinds.items():
         peak, clock, share, share_of_cpu = map(statistics.median, zip(*rounds[kind], strict=True))
         count = flags.rounds * flags.steps

@@ -11,15 +11,13 @@ read, not run again: sizes can be added one by one. Losses are means over the se
 """
 
 import argparse
-import contextlib
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from training.config.command_line import load_recipe
 from training.config.depth import WIDTH
-from training.run import Run
+from training.grown import grown
 from training.scaling import EXPONENTS, draw_law, fit, misfit, predict, read_point
 from training.share.metrics_file import read_metrics
 from training.system.files import write_picture
@@ -30,13 +28,9 @@ ONCE = str(10**9)  # beyond the end: then there is one evaluation, the last
 
 
 def final_loss(workspace: Path, name: str, *flags: str) -> float:
-    """The validation loss at the end of a run of this name, which is made if it is not there."""
-    directory = workspace / name
-    if not (directory / "README.md").is_file():  # written last
-        place = ["--data_dir", str(workspace / "bytes"), "--output_dir", str(directory), "--save_total_limit", "1"]
-        with contextlib.redirect_stdout(sys.stderr):
-            Run(load_recipe("pretrain", [*RECIPE, *place, "--eval_steps", ONCE, *flags])).start()
-    return read_metrics(directory)[-1]["eval_loss"]
+    """The validation loss at the end of a run of this name."""
+    argv = [*RECIPE, "--data_dir", str(workspace / "bytes"), "--save_total_limit", "1", "--eval_steps", ONCE, *flags]
+    return read_metrics(grown(workspace / name, lambda: load_recipe("pretrain", argv)))[-1]["eval_loss"]
 
 
 def transfer(flags: argparse.Namespace) -> dict:

@@ -13,13 +13,10 @@ training part alone, and are measured on its last tenth. A run that is finished 
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import itertools
 import json
 import math
-import shutil
 import statistics
 import sys
 import tempfile
@@ -35,8 +32,8 @@ from benchmarks.contenders import WHOLE, Acorn, NanoGPT, alternate, setting
 from training.config.command_line import load_recipe
 from training.data.corpus import load_corpus
 from training.data.dataset import IGNORED, EvaluationRows, collate_rows
+from training.grown import grown
 from training.model.loading import load_causal_lm
-from training.run import Run
 from training.share.metrics_file import read_metrics
 from training.system.errors import UserError, quiet_libraries, run_main
 
@@ -62,13 +59,8 @@ class Board:
         """The directory of a finished run with these flags: evaluated once, at its end."""
         flags = merged(QUIET, "--eval_steps 1000000", flags, f"--seed {seed}")
         place = self.runs / f"{self.recipe}-{hash_of(f'{self.tokens.name} {flags}')}"
-        if not (place / "README.md").is_file():  # a run's last file
-            argv = [self.recipe, "--text_files", str(self.text), "--data_dir", str(self.tokens), *flags.split()]
-            if (place / "recipe.yaml").is_file():  # stopped on its way
-                shutil.rmtree(place)
-            with contextlib.redirect_stdout(io.StringIO()):
-                Run(load_recipe("pretrain", [*argv, "--output_dir", str(place)])).start()
-        return place
+        argv = [self.recipe, "--text_files", str(self.text), "--data_dir", str(self.tokens), *flags.split()]
+        return grown(place, lambda: load_recipe("pretrain", argv))
 
     def losses(self, flags: str) -> list[float]:
         """The loss of each seed at the end of its run."""

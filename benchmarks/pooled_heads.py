@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.config.recipe import load_recipe_file
+from training.config.command_line import load_recipe
+from training.config.recipe import Recipe, load_recipe_file
+from training.grown import grown
 from training.share.metrics_file import read_metrics
 
 ACORN = Path(__file__).parents[1] / "acorn.py"
@@ -37,7 +39,7 @@ def main() -> None:
     for heads in flags.heads:
         starts[str(heads)] = flags.work / f"pooled-{heads}"
         if not starts[str(heads)].is_dir():
-            acorn("convert", flags.run, starts[str(heads)], "--to", "acorn", "--num_key_value_heads", heads)
+            pool(flags.run, starts[str(heads)], heads)
     for name, start in tqdm(starts.items(), file=sys.stderr, disable=None):
         rows[name] = {steps: round(loss_after(flags, name, start, steps), 4) for steps in flags.steps}
     print(json.dumps({"run": str(flags.run), "loss_by_kv_heads_and_steps": rows}))
@@ -45,23 +47,21 @@ def main() -> None:
 
 def loss_after(flags: argparse.Namespace, name: str, start: Path, steps: int) -> float:
     """The held-out loss after so many steps from `start`."""
-    directory = flags.work / f"{name}-{steps}"
-    if not (directory / "README.md").is_file():  # written last
-        train(flags, start, directory, steps)
-    rows = read_metrics(directory)
+    rows = read_metrics(grown(flags.work / f"{name}-{steps}", lambda: recipe_from(flags, start, steps)))
     return rows[0]["eval_loss"] if steps == 0 else rows[-1]["eval_loss"]
 
 
-def train(flags: argparse.Namespace, start: Path, directory: Path, steps: int) -> None:
-    """Train so many steps from `start`, evaluated at their end; for 0 of them before the first."""
+def recipe_from(flags: argparse.Namespace, start: Path, steps: int) -> Recipe:
+    """The recipe of so many steps from `start`, evaluated at their end; for 0 of them before the first."""
     recipe = load_recipe_file(flags.recipe).training
     rates = ("learning_rate", "muon_learning_rate")
     settings = {name: recipe[name] / 2 for name in rates if name in recipe}
-    settings |= {"model_name_or_path": start, "output_dir": directory, "seed": flags.seed, "max_new_tokens": 0}
+    settings |= {"model_name_or_path": start, "seed": flags.seed, "max_new_tokens": 0}
     settings |= {"max_steps": max(steps, 1), "eval_steps": max(steps, 1), "warmup_steps": 0}
     settings |= {"eval_on_start": "true"} if steps == 0 else {}
     settings |= {"lr_scheduler_type": "linear", "data_dir": data_of(flags.run)}
-    acorn("pretrain", flags.recipe, *(word for name, value in settings.items() for word in (f"--{name}", value)))
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return load_recipe("pretrain", [flags.recipe, *words])
 
 
 def data_of(run: Path) -> str:
@@ -69,8 +69,9 @@ def data_of(run: Path) -> str:
     return load_recipe_file(str(run / "recipe.yaml")).data["data_dir"]
 
 
-def acorn(*words: object) -> None:
-    """Run a verb; what it prints goes to stderr."""
+def pool(run: Path, pooled: Path, heads: int) -> None:
+    """Convert a run into a model with fewer key and value heads; what it prints goes to stderr."""
+    words = ["convert", run, pooled, "--to", "acorn", "--num_key_value_heads", heads]
     subprocess.run([sys.executable, str(ACORN), *map(str, words)], check=True, stdout=sys.stderr)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/smaller_state.py --runs DIR [--only NAME …] [--seeds 1 2 3] [--max_steps N]
 
-Each architecture is grown from its recipe with each seed, on the same tokens, into DIR/NAME-SEED, unless it lies there.
+Each architecture is grown from its recipe with each seed, on the same tokens, into DIR/NAME-SEED, or found there.
 Losses are of the whole held-out text in streams of 1,024 tokens: of all their tokens, and of their last halves alone,
 where a model knows the most past. The percentages are against `multi-head` of the same seed; the interval is the paired
 bootstrap of `acorn lab`, over the streams of all seeds. The state is what the model's own cache holds after 1,024
@@ -13,7 +13,6 @@ keys and values nothing.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from inference.experiments.common import validation_ids
 from inference.measuring.kv_report import Streams, cut_streams, held_bits, paired
 from modeling.compat import CACHE_NAME
+from training.config.command_line import load_recipe
 from training.config.recipe import load_recipe_file
 from training.data.corpus import load_corpus
+from training.grown import grown
 from training.model.loading import load_causal_lm
 
-ACORN = Path(__file__).parents[1] / "acorn.py"
 LENGTH, MOST_STREAMS = 1024, 1000
 BASELINE = "multi-head"
 SMALL = load_recipe_file("stdlib-small-state").model
@@ -70,17 +70,13 @@ def main() -> None:
 
 
 def grow(flags: argparse.Namespace, name: str, seed: int) -> Path:
-    """Train an architecture unless it lies there; return where."""
-    directory, (recipe, changes) = flags.runs / f"{name}-{seed}", ARCHITECTURES[name]
-    if not (directory / "README.md").is_file():  # written last
-        fields = changes | {"seed": seed, "output_dir": str(directory), "max_new_tokens": 0}
-        fields |= {"max_steps": flags.max_steps, "eval_steps": flags.max_steps} if flags.max_steps else {}
-        fields |= {"data_dir": flags.data_dir} if flags.data_dir else {}
-        words = [word for field, value in fields.items() for word in (f"--{field}", in_words(value))]
-        command = [sys.executable, str(ACORN), "pretrain", recipe, *words]
-        with (flags.runs / f"{name}-{seed}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return directory
+    """Where an architecture lies, trained."""
+    recipe, changes = ARCHITECTURES[name]
+    fields = changes | {"seed": seed, "max_new_tokens": 0}
+    fields |= {"max_steps": flags.max_steps, "eval_steps": flags.max_steps} if flags.max_steps else {}
+    fields |= {"data_dir": flags.data_dir} if flags.data_dir else {}
+    words = [word for field, value in fields.items() for word in (f"--{field}", in_words(value))]
+    return grown(flags.runs / f"{name}-{seed}", lambda: load_recipe("pretrain", [recipe, *words]))
 
 
 def in_words(value: object) -> str:

@@ -114,6 +114,18 @@ def test_the_recipe_for_one_gpu_streams_parquet_shards_resumes_and_evaluates(fol
     assert found == pytest.approx(min(row["eval_loss"] for row in metrics(run)), abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_compiled_blocks_train_alike_and_are_compiled_for_rows_with_and_without_a_beginning(folder, attention) -> None:
+    argv = latest(*ARGV, *words(f"--attn_implementation {attention} --dropout 0"))
+    pretrain.main(latest(*argv, *words("--output_dir plain")))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        pretrain.main(latest(*argv, *words("--output_dir compiled --torch_compile true")))
+    for plain, compiled in zip(metrics(folder / "plain"), metrics(folder / "compiled"), strict=True):
+        assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+        assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)
+
+
 def test_lanes_are_refused(folder) -> None:
     flags = "--sampling lanes --memory_length 8 --position_encoding rope --streaming false --validation_characters none"
     assert "document_masking=True: rows in lanes go on" in refused(pretrain.main, *latest(*ARGV, *words(flags)))

@@ -4,19 +4,19 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from training.config.recipe import load_recipe_file, read_section
+from training.config.recipe import Recipe, load_recipe_file, read_section
 from training.data.corpus import Corpus
 from training.data.dataset import Tokens
+from training.grown import grown
 from training.model.loading import add_loading_flags, load_model_and_tokenizer, loading_options
 from training.model.sampling import context_left
-from training.run import Run, open_run
 from training.system.errors import UserError, log
 from training.system.files import making, write_picture
 from training.system.shell import shell
@@ -121,28 +121,20 @@ def _cell(value, form: str) -> str:
 
 
 def grow(out: Output, name: str, recipe: str, **sections: dict) -> Path:
-    """Train a recipe into `runs/NAME` of the experiment's directory, unless it lies there; return where.
+    """Train a recipe into `runs/NAME` of the experiment's directory, as `grown` does; return where.
 
-    sections: what differs from the recipe, such as model={"n_layer": 2}, training={"max_steps": 300}. A run that was
-    stopped goes on. What training prints goes to stderr.
+    sections: what differs from the recipe, such as model={"n_layer": 2}, training={"max_steps": 300}.
     """
-    directory = out.directory / RUNS / name
-    if (directory / "README.md").is_file():  # written last
-        log(f"{directory}: grown before")
-        return directory
-    log(f"{directory}: growing")
-    with redirect_stdout(sys.stderr):
-        if (directory / "recipe.yaml").is_file():
-            open_run(directory).go_on()
-        else:
-            changed = load_recipe_file(recipe)
-            sections["training"] = {"output_dir": str(directory)} | sections.get("training", {})
-            changed.update({section: read_section(section, values) for section, values in sections.items()})
-            changed.start_from_another(sections.get("data", {}))
-            changed.check()
-            changed.command = out.command
-            Run(changed).start()
-    return directory
+
+    def build() -> Recipe:
+        changed = load_recipe_file(recipe)
+        changed.update({section: read_section(section, values) for section, values in sections.items()})
+        changed.start_from_another(sections.get("data", {}))
+        changed.check()
+        changed.command = out.command
+        return changed
+
+    return grown(out.directory / RUNS / name, build)
 
 
 def grow_small(out: Output) -> Path:
