@@ -1,5 +1,7 @@
 """Figures of `acorn estimate`, against the models themselves and nanoGPT's published run."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from modeling import GPTConfig, GPTForCausalLM
 from tests.variants import VARIANTS
 from training.config.recipe import load_recipe_file
 from training.costs import estimate_recipe, evaluation_bytes, memory
+from training.data.corpus import FORMAT
 from training.estimate import duration, main
 from training.loop.evaluation import chunk_elements
 from training.model.devices import GPUS, device_peak_flops, known_gpu
@@ -75,14 +78,20 @@ def test_evaluation_is_counted_where_it_is_the_peak():
 
 
 def test_evaluations_are_a_share_of_the_work_that_is_said_where_it_is_known(tmp_path, capsys):
-    main(["gpt2-one-gpu", "--gpu", "h100"])
-    assert "10 times 5,000,000 characters: 1.4% of the work, were each a token" in capsys.readouterr().out
-    (tmp_path / "manifest.json").write_text('{"splits": {"validation": {"tokens": 76800}, "train": {"tokens": 1}}}')
-    words = ["shakespeare-char-cpu", "--max_steps", "100", "--data_dir", str(tmp_path)]  # steps of 768 tokens
-    main([*words, "--eval_steps", "60"])
-    assert "evaluation           2 times 76,800 tokens: 40.0% of the work" in capsys.readouterr().out
-    main([*words, "--eval_strategy", "epoch"])
-    assert "of the work" not in capsys.readouterr().out
+    manifest = {"format": FORMAT, "format_version": 1, "splits": {"validation": {"tokens": 76_800}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    prepared, streamed = ["--data_dir", str(tmp_path)], ["--streaming", "--validation_characters", "76800"]
+    words = "shakespeare-char-cpu --max_steps 100 --tokenizer byte".split()  # 76,800 tokens
+    said = [(prepared, "evaluation           2 times 76,800 tokens: 40.0% of the work\n")]
+    said += [(streamed, "2 times 76,800 characters: 40.0% of the work, were each a token\n")]
+    for source, line in said:
+        main([*words, "--eval_steps", "60", *source])
+        assert line in capsys.readouterr().out
+        main([*words, "--eval_strategy", "epoch", *source])
+        assert "of the work" not in capsys.readouterr().out
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is not of format acorn-corpus 1"):
+        main([*words, *prepared])
 
 
 def test_evaluation_holds_one_chunk_of_logits_whatever_its_batch():

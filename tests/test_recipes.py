@@ -1,5 +1,6 @@
 """Every shipped recipe fits its dataclasses, and flags lie over recipes in the way people expect."""
 
+import itertools
 import re
 import shlex
 
@@ -66,6 +67,14 @@ def test_a_recipe_fits_its_dataclasses(name: str, tmp_path, monkeypatch) -> None
         model = GPTForCausalLM(recipe.model_config(vocab_size=vocabulary_of(recipe)))
     assert model.num_parameters() > 1000
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [Recipe, FinetuneRecipe], ids=["pretrain", "finetune"])
+def test_every_recipe_says_what_it_reached_and_where_or_that_it_was_not_run(kind) -> None:
+    for path in kind.directory.glob("*.yaml"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+        assert re.search(r"\b[Nn]ot\b.*\brun\b|[Mm]easured.*(Xeon|EPYC|[AH]\d00)", comment), path
 
 
 @pytest.mark.parametrize("kind", [Recipe, FinetuneRecipe], ids=["pretrain", "finetune"])

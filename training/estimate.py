@@ -7,12 +7,11 @@ from .config.command_line import recipe_of, recipe_parser
 from .config.depth import block_parameters
 from .config.recipe import Recipe
 from .costs import SHARDED, Estimate, estimate_recipe
-from .data.corpus import MANIFEST
+from .data.corpus import MANIFEST, read_manifest
 from .data.streaming import held_out_characters, is_streamed
 from .model.devices import GPUS, fit_precision
 from .scaling import Point, draw_law, misfit, predict, read_points
 from .system.errors import UserError, run_main, unknown
-from .system.files import read_json
 
 EXAMPLES = (
     "  acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8\n"
@@ -101,8 +100,9 @@ def training_tokens(recipe: Recipe, points: list[Point]) -> int | None:
 
 def prepared_tokens(directory: str | None, split: str) -> int | None:
     """Tokens of a split that lies prepared in a directory; None where none does."""
-    manifest = read_json(Path(directory, MANIFEST)) if directory else {}
-    return manifest["splits"][split]["tokens"] if manifest else None
+    if not directory or not Path(directory, MANIFEST).is_file():
+        return None
+    return read_manifest(Path(directory))["splits"][split]["tokens"]
 
 
 def prediction(recipe: Recipe, estimate: Estimate, points: list[Point], picture: Path | None) -> str:
