@@ -1,6 +1,7 @@
 """The door: it opens at once, names the nearest verb, and turns mistakes into one line."""
 
 import errno
+import gc
 import os
 import re
 import shlex
@@ -80,6 +81,18 @@ def test_a_verb_gets_the_rest_of_the_line(monkeypatch) -> None:
     monkeypatch.setattr(list_recipes, "main", seen.append)
     acorn.main(["recipes", "--flag", "value"])
     assert seen == [["--flag", "value"]]
+
+
+def test_a_verb_is_imported_without_collecting(monkeypatch, tmp_path) -> None:
+    (tmp_path / "a_verb_of_this_test.py").write_text("import gc\nwas_on = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(acorn.VERBS, "try", ("a_verb_of_this_test", ""))
+    module = acorn.module_of("try")
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert (module.was_on, gc.isenabled(), frozen > 0) == (False, True, True)
+    assert acorn.module_of("try") is module
+    assert gc.get_freeze_count() == 0  # what a second call finds imported is left to the collector
 
 
 # acorn recipes
