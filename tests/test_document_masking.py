@@ -17,8 +17,9 @@ from inference import evaluate
 from training import pretrain
 from training.data.dataset import IGNORED, EvaluationRows, TokenArray, collate_rows
 from training.loop.lanes import SeparatedRows, tell_flash_attention
+from training.loop.trainer import GPTTrainer
 
-from .tiny_runs import TEXT, checkpoints, go_on, latest, metrics, refused, same_weights, tiny_argv
+from .tiny_runs import TEXT, checkpoints, go_on, latest, metrics, refused, same_weights, short_of_memory, tiny_argv
 from .variants import FULL, SLIDING, VARIANTS, random_model, tiny_config
 
 END, CONTEXT = 60, 24
@@ -115,12 +116,17 @@ def test_the_recipe_for_one_gpu_streams_parquet_shards_resumes_and_evaluates(fol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_compiled_blocks_train_alike_and_are_compiled_for_rows_with_and_without_a_beginning(folder, attention) -> None:
+@pytest.mark.parametrize(("attention", "backend"), [("eager", "inductor"), ("sdpa", "aot_eager")])
+def test_compiled_blocks_train_alike_and_are_compiled_for_rows_with_and_without_a_beginning(
+    folder, monkeypatch, attention: str, backend: str
+) -> None:
+    """In a micro-batch that did not fit too, which is compiled anew for the size that does."""
     argv = latest(*ARGV, *words(f"--attn_implementation {attention} --dropout 0"))
     pretrain.main(latest(*argv, *words("--output_dir plain")))
+    monkeypatch.setattr(GPTTrainer, "training_step", short_of_memory(2))
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        pretrain.main(latest(*argv, *words("--output_dir compiled --torch_compile true")))
+        compiling = f"--output_dir compiled --torch_compile true --torch_compile_backend {backend}"
+        pretrain.main(latest(*argv, *words(compiling)))
     for plain, compiled in zip(metrics(folder / "plain"), metrics(folder / "compiled"), strict=True):
         assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
         assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)

@@ -20,7 +20,7 @@ from training.run import empty_model
 from training.system.distributed import check_launch, check_partitions, check_writer
 from training.system.errors import UserError
 
-from .tiny_runs import grow, metrics, tiny_argv, write_text
+from .tiny_runs import grow, metrics, short_of_memory, tiny_argv, write_text
 from .two_processes import ROOT, as_launched, launch
 from .variants import tiny_config
 
@@ -185,14 +185,7 @@ def test_fitting_micro_batches_divide_evenly() -> None:
 
 def test_halving_the_micro_batch_after_running_out_of_memory_keeps_the_step(tmp_path, monkeypatch) -> None:
     whole = metrics(grow(tmp_path, name="whole"))
-    train_step = GPTTrainer.training_step
-
-    def short_of_memory(self, model, inputs, num_items_in_batch=None):
-        if inputs["input_ids"].shape[0] > 2:
-            raise RuntimeError("CUDA out of memory.")
-        return train_step(self, model, inputs, num_items_in_batch)
-
-    monkeypatch.setattr(GPTTrainer, "training_step", short_of_memory)
+    monkeypatch.setattr(GPTTrainer, "training_step", short_of_memory(2))
     halved = metrics(grow(tmp_path, "--auto_find_batch_size", "true", name="halved"))
     assert [row["tokens"] for row in halved] == [row["tokens"] for row in whole]
     for a, b in zip(whole, halved, strict=True):

@@ -14,6 +14,7 @@ from modeling import GPTConfig
 from training import pretrain, resume
 from training.config.command_line import given_values, recipe_parser
 from training.config.recipe import Recipe
+from training.loop.trainer import GPTTrainer
 from training.share.metrics_file import read_metrics
 from training.system.errors import UserError
 
@@ -71,6 +72,19 @@ def grow(folder: Path, *flags: str, name: str = "run", recipe: str = RECIPE) -> 
     with contextlib.chdir(folder):
         pretrain.main(tiny_argv(*flags, name=name, recipe=recipe))
     return folder / name
+
+
+def short_of_memory(most_rows: int):
+    """A `training_step` for GPTTrainer that runs out of memory at the end of a micro-batch of more rows."""
+    train_step = GPTTrainer.training_step
+
+    def step(self, model, inputs, num_items_in_batch=None):
+        loss = train_step(self, model, inputs, num_items_in_batch)
+        if len(inputs["input_ids"]) > most_rows:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    return step
 
 
 def go_on(run_dir: Path, *flags: str) -> None:

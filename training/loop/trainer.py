@@ -145,7 +145,10 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
         args = self.args
         fitting = fitting_micro_batches(self.rows_per_step, args.world_size)
         self._train_batch_size = max(size for size in fitting if size <= self._train_batch_size)
-        args.gradient_accumulation_steps = self.rows_per_step // (self._train_batch_size * args.world_size)
+        accumulation = self.rows_per_step // (self._train_batch_size * args.world_size)
+        if accumulation != args.gradient_accumulation_steps and args.compile_blocks is not None:
+            torch.compiler.reset()  # a second size would be compiled for any size, which is slower
+        args.gradient_accumulation_steps = accumulation
         self.memories = []
         loader = DataLoader(
             self.train_dataset,
