@@ -1,4 +1,4 @@
-"""Softmax attention: full or sliding, grouped heads, keys and values shared between layers, gates, value embeddings."""
+"""Softmax attention: full or sliding, grouped heads, keys and values shared between layers, value embeddings."""
 
 from collections.abc import Callable
 
@@ -116,8 +116,6 @@ class SoftmaxAttention(nn.Module):
         has_own = self.kv_source is None
         self.key_quantizer, self.value_quantizer = (build_quantizer(config, has_own) for _ in range(2))
         self._build_projections(config)
-        heads = config.num_attention_heads
-        self.g_proj = nn.Linear(config.hidden_size, heads, bias=config.bias) if config.attention_gate else None
         self.o_proj.is_residual_projection = True  # read by _init_weights, which meets leaves only
 
     def _build_projections(self, config) -> None:
@@ -152,7 +150,7 @@ class SoftmaxAttention(nn.Module):
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
         held = self._held(hidden_states, query, position_embeddings, shared_key_values, rotate_keys, kwargs)
         attended, weights = self._attend(*held, attention_mask, **kwargs)
-        return self._output(attended, hidden_states), weights
+        return self.o_proj(attended.flatten(2)), weights
 
     def _held(self, hidden_states, query, angles, shared_key_values, rotate_keys, kwargs) -> tuple[torch.Tensor, ...]:
         """The turned queries, and the keys and values of the cache and of the new tokens: its own, or another layer's.
@@ -211,17 +209,6 @@ class SoftmaxAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-
-    def _output(self, attended: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The projection of what the heads put out, each by a gate of its own (arXiv 2505.06708) where there are any.
-
-        attended: (batch, tokens, heads, head_dim), or flat already, as servers' attention functions give it.
-        """
-        attended = attended.flatten(2)
-        if self.g_proj is not None:
-            gates = self.g_proj(hidden_states).sigmoid()
-            attended = (attended.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(2)
-        return self.o_proj(attended)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads * head_dim) to (batch, heads, tokens, head_dim)."""

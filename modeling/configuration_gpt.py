@@ -59,9 +59,6 @@ class GPTConfig(PreTrainedConfig):
         (default: none; see BigramEmbedding in positions.py).
     value_embeddings: every other softmax layer with values of its own, the last among them, adds an embedding of its
         tokens to them, by a learned factor (see ValueEmbedding in attention.py).
-    attention_gate: each head of a softmax layer has a sigmoid gate on its output (arXiv 2505.06708).
-    embedding_skip: the input of each block is a learned mix of the residual stream and of the first block's input (as
-        in modded-nanogpt; a case of DenseFormer, arXiv 2402.02622).
     memory_length: tokens before each segment of `max_position_embeddings` tokens that evaluation and generation keep
         in sight (Transformer-XL, see segment_memory.py); 0: none.
     bias: in all linear layers and LayerNorms but the head, which has `lm_head_bias`.
@@ -119,8 +116,6 @@ class GPTConfig(PreTrainedConfig):
     v_head_dim: int | None = None
     bigram_vocab_size: int | None = None
     value_embeddings: bool = False
-    attention_gate: bool = False
-    embedding_skip: bool = False
     memory_length: int = 0
     bias: bool = True
     lm_head_bias: bool = False
@@ -201,8 +196,6 @@ class GPTConfig(PreTrainedConfig):
         if self.kv_lora_rank is not None:  # every device has the latents
             into_heads = "q_proj" if self.q_lora_rank is None else "q_b_proj"
             split = {into_heads: "colwise", "kv_b_proj": "colwise", "o_proj": "rowwise"}
-        if self.attention_gate and split:
-            split["g_proj"] = "colwise"
         widened = {"up_proj": "colwise", "down_proj": "rowwise", **({"gate_proj": "colwise"} if self.gated_mlp else {})}
         attention = {f"layers.*.self_attn.{name}": how for name, how in split.items()}
         return attention | {f"layers.*.mlp.{name}": how for name, how in widened.items()}
@@ -315,9 +308,8 @@ class GPTConfig(PreTrainedConfig):
         for field, unset in (("linear_attention", "elu"), ("linear_conv_kernel_dim", None)):
             if getattr(self, field) != unset and "linear_attention" not in self.layer_types:
                 raise ValueError(f"{field}={getattr(self, field)!r}: no layer of layer_types is linear_attention")
-        for field in ("value_embeddings", "attention_gate"):
-            if getattr(self, field) and set(self.layer_types) == {"linear_attention"}:
-                raise ValueError(f"{field}=true: no layer of layer_types is softmax attention; leave it out")
+        if self.value_embeddings and set(self.layer_types) == {"linear_attention"}:
+            raise ValueError("value_embeddings=true: no layer of layer_types is softmax attention; leave it out")
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             # Of a window of 1 a cache keeps the last 0 tokens, which transformers slices as all of them.
             raise ValueError(f"sliding_window={self.sliding_window}: sliding_attention needs a window of at least 2")

@@ -94,7 +94,7 @@ class LatentAttention(SoftmaxAttention):
         )
         query, (key, value) = torch.cat((plain, rotary), dim=-1), self._expanded(key, latent)
         attended, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        return self._output(attended, hidden_states), weights
+        return self.o_proj(attended.flatten(2)), weights
 
     def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary keys and latents, (batch, 1, tokens, rotary_dim) and (batch, 1, tokens, latent_dim)."""

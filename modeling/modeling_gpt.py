@@ -89,27 +89,6 @@ class PostNormBlock(PreNormBlock):
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
 
 
-class EmbeddingSkip(nn.Module):
-    """The input of each block, mixed of the residual stream and of the first block's input by two learned factors."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.of_stream, self.of_first = (nn.Parameter(torch.empty(config.num_hidden_layers)) for _ in range(2))
-
-    def init_weights(self) -> None:
-        init.ones_(self.of_stream)
-        init.zeros_(self.of_first)
-
-    def forward(self, hidden_states: torch.Tensor, first: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """hidden_states, first: (batch, tokens, hidden_size). Returns the same shape."""
-        return self.of_stream[layer_idx] * hidden_states + self.of_first[layer_idx] * first
-
-
-def no_skip(hidden_states: torch.Tensor, first: torch.Tensor, layer_idx: int) -> torch.Tensor:
-    """The residual stream as it is."""
-    return hidden_states
-
-
 # What a config's names pick, once, at construction.
 NORMS = {"layer_norm": layer_norm, "rms_norm": rms_norm}
 BLOCKS = {"pre": PreNormBlock, "post": PostNormBlock}
@@ -160,7 +139,7 @@ class GPTPreTrainedModel(PreTrainedModel):
                 init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, NoPositions | ShortConvolution | KVQuantizer | EmbeddingSkip):
+        elif isinstance(module, NoPositions | ShortConvolution | KVQuantizer):
             module.init_weights()
 
     def _init_linear(self, linear: nn.Linear) -> None:
@@ -226,7 +205,6 @@ class GPTModel(GPTPreTrainedModel):
         self.embed_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.value_embeddings = nn.ModuleDict({str(i): ValueEmbedding(config) for i in config.value_embedding_layers()})
-        self.skip = EmbeddingSkip(config) if config.embedding_skip else no_skip
         self.layers = nn.ModuleList(BLOCKS[config.norm_order](config, i) for i in range(config.num_hidden_layers))
         self.final_norm = NORMS[config.norm](config) if config.norm_order == "pre" else nn.Identity()
         self.gradient_checkpointing = False
@@ -264,13 +242,13 @@ class GPTModel(GPTPreTrainedModel):
         if position_ids is None:
             position_ids = self.positions.next(inputs_embeds, cache)
         inputs_embeds = self.bigrams(inputs_embeds, input_ids, position_ids, cache)
-        hidden_states = first = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
+        hidden_states = self.dropout(self.embed_norm(self.positions.add(inputs_embeds, position_ids)))
         angles = self.positions.angles(hidden_states, position_ids)
         values = {int(i): {"value_embedding": embed(input_ids)} for i, embed in self.value_embeddings.items()}
         shared_key_values = KVSharingDict()
         for i, (layer, layer_type) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             hidden_states = layer(
-                self.skip(hidden_states, first, i),
+                hidden_states,
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
                 position_embeddings=angles[layer_type],

@@ -86,7 +86,6 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
         {"bigram_vocab_size": 9, "memory_length": 8, **ROPE},
         "memory_length=8: a memory does not hold the tokens that bigram_vocab_size needs",
     ),
-    "gates on no layer": ({"attention_gate": True, **LINEAR}, "attention_gate=true: no layer of layer_types is soft"),
     "shared keys of a linear layer": (
         {"kv_sharing_modes": ["store", "reuse"], **LINEAR},
         r"kv_sharing_modes\[0\]='store': linear_attention has no keys to share",

@@ -1,4 +1,4 @@
-"""What value embeddings, gates, skips and their like do, and that all that handles a model's weights knows of them."""
+"""What tables of tokens and pairs do, and that all that handles a model's weights knows of them."""
 
 import pytest
 import torch
@@ -12,8 +12,7 @@ from training.system.errors import UserError
 from .test_optimizers import arguments, names_of
 from .variants import VARIANTS, random_model, tiny_config
 
-NAME = "tables_gates_and_skips"
-OFF = {"value_embeddings": False, "attention_gate": False, "embedding_skip": False}
+NAME = "shared_kv_between_sliding_layers"
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -23,31 +22,29 @@ def model() -> GPTForCausalLM:
 
 
 @torch.no_grad()
-def test_each_is_undone_by_its_own_weights(model, ids) -> None:
-    plain = GPTForCausalLM(tiny_config(**VARIANTS[NAME] | OFF)).eval()
+def test_each_table_is_undone_by_its_factor(model, ids) -> None:
+    plain = GPTForCausalLM(tiny_config(**VARIANTS[NAME] | {"value_embeddings": False})).eval()
     missing, _ = plain.load_state_dict(model.state_dict(), strict=False)
-    assert missing == [] and list(model.model.value_embeddings) == ["2", "0"]
-    neutral = {"factor": 0.0, "of_stream": 1.0, "of_first": 0.0, "g_proj.bias": 50.0}
-    own = {name: weight.clone() for name, weight in model.named_parameters() if name.endswith(tuple(neutral))}
-    for name in own:
-        model.get_parameter(name).fill_(next(value for end, value in neutral.items() if name.endswith(end)))
+    tables = model.model.value_embeddings
+    assert missing == [] and list(tables) == ["3", "0"]  # of the layers with values of their own every other one
+    factors = [table.factor.clone().squeeze() for table in tables.values()]
+    for table in tables.values():
+        table.factor.zero_()
     expected = plain(ids).logits
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
-    for name, weight in own.items():  # and each of them matters, in every layer that has it
-        changed = model.get_parameter(name)
-        before = changed.clone()
-        changed.copy_(weight)
-        assert (model(ids).logits - expected).abs().max() > 1e-3, name
-        changed.copy_(before)
+    for table, factor in zip(tables.values(), factors, strict=True):
+        table.factor.fill_(factor)
+        assert (model(ids).logits - expected).abs().max() > 1e-3
+        table.factor.zero_()
 
 
 @torch.no_grad()
 def test_a_value_embedding_is_added_to_the_values(model, ids) -> None:
-    attention, table, seen = model.model.layers[2].self_attn, model.model.value_embeddings["2"], []
+    attention, table, seen = model.model.layers[3].self_attn, model.model.value_embeddings["3"], []
     attention.v_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
     cache = model(ids, use_cache=True).past_key_values
     kept = (seen[0] + table.factor * table.weight[ids]).unflatten(-1, (2, 8)).transpose(1, 2)[:, :, -4:]
-    torch.testing.assert_close(cache.layers[2].values, kept, **CLOSE)  # the last 4 of its window
+    torch.testing.assert_close(cache.layers[3].values, kept, **CLOSE)  # the last 4 of its window
 
 
 def test_embeddings_instead_of_ids_are_refused_where_ids_are_looked_up_again(model) -> None:
@@ -101,18 +98,16 @@ def test_the_token_before_is_in_the_cache_whatever_becomes_of_it(pairs, ids) -> 
     assert torch.equal(pairs.generate(ids[:1], **drafts), greedy)
 
 
-def test_muon_takes_the_gates_and_adamw_the_tables_and_factors(model) -> None:
+def test_adamw_takes_the_tables_and_factors(model) -> None:
     hidden, rest = build_muon(model, arguments()).param_groups
-    assert any("g_proj.weight" in name for name in names_of(model, hidden))
-    others = {name for name in names_of(model, rest) if "value_embeddings" in name or "skip" in name}
-    assert len(others) == 6  # of two layers a table and a factor, and the skip's two
-    assert not any("value_embeddings" in name or "skip" in name for name in names_of(model, hidden))
+    assert sum("value_embeddings" in name for name in names_of(model, rest)) == 4  # of two layers a table and a factor
+    assert not any("value_embeddings" in name for name in names_of(model, hidden))
 
 
 @torch.no_grad()
 def test_tables_follow_heads_that_are_pooled_and_a_vocabulary_that_grows(model, ids) -> None:
-    table = model.model.value_embeddings["2"].weight
-    pooled = pool_heads(model, 1).model.value_embeddings["2"].weight
+    table = model.model.value_embeddings["3"].weight
+    pooled = pool_heads(model, 1).model.value_embeddings["3"].weight
     torch.testing.assert_close(pooled, (table[:, :8] + table[:, 8:]) / 2)
     expected = model(ids).logits
     model.resize_token_embeddings(70)

@@ -68,7 +68,7 @@ def test_a_sharded_model_trains_as_the_whole_one(tmp_path, optimizer) -> None:
     "overrides",
     [
         {"position_encoding": "rope", "norm": "rms_norm", "tie_word_embeddings": False},
-        {"norm_order": "post", "value_embeddings": True, "embedding_skip": True, "bigram_vocab_size": 50},
+        {"norm_order": "post", "value_embeddings": True, "bigram_vocab_size": 50},
     ],
     ids=["modern", "post-norm"],
 )

@@ -59,7 +59,7 @@ def rope_type(config: GPTConfig) -> str | None:
 
 NEVER_HELD = (
     "norm_order", "layer_types", "kv_sharing_modes", "kv_quantization", "kv_lora_rank", "memory_length", "lm_head_bias",
-    "logit_softcap", "bigram_vocab_size", "value_embeddings", "attention_gate", "embedding_skip",
+    "logit_softcap", "bigram_vocab_size", "value_embeddings",
 )  # fmt: skip
 NEVER = {name: OBSTACLES[name] for name in NEVER_HELD}
 NEVER["embedding_norm"] = (

@@ -113,8 +113,6 @@ OBSTACLES: dict[str, Obstacle] = {
     "kv_lora_rank": (lambda c: c.kv_lora_rank is not None, "every head has keys and values of its own"),
     "bigram_vocab_size": (lambda c: c.bigram_vocab_size is not None, "it embeds no pairs of tokens"),
     "value_embeddings": (lambda c: c.value_embeddings, "tokens are embedded once"),
-    "attention_gate": (lambda c: c.attention_gate, "its heads have no gates"),
-    "embedding_skip": (lambda c: c.embedding_skip, "its blocks read the residual stream alone"),
     "memory_length": (lambda c: c.memory_length > 0, "it has no memory of the segments before"),
     "lm_head_bias": (lambda c: c.lm_head_bias, "its head has no bias"),
     "logit_softcap": (lambda c: c.logit_softcap is not None, "it does not cap its logits"),

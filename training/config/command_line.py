@@ -38,8 +38,6 @@ MODEL_HELP = {
     "sliding_window": "Number of tokens that sliding attention looks back.",
     "bigram_vocab_size": "Rows of a hashed table of token pairs, added to the embeddings (default: none).",
     "value_embeddings": "Add embeddings of the tokens to the values of every other layer.",
-    "attention_gate": "A sigmoid gate on the output of each head of softmax attention.",
-    "embedding_skip": "Mix the first block's input into that of each block, by learned factors.",
     "memory_length": "Tokens before each segment that the model keeps in memory (Transformer-XL); 0: none.",
     "tie_word_embeddings": "Share the embedding with the output layer.",
     "attn_implementation": "Attention kernel: sdpa, eager, flash_attention_2, flex_attention (default: sdpa).",

@@ -29,8 +29,6 @@ def matrix_parameters(config: GPTConfig) -> int:
     attention = config.num_hidden_layers * every + (config.num_hidden_layers - reusing) * into_cache
     mlp = config.num_hidden_layers * (3 if config.gated_mlp else 2) * config.hidden_size * config.intermediate_size
     gated = config.layer_types.count("linear_attention") if config.linear_attention == "gated_delta" else 0
-    softmax = config.num_hidden_layers - config.layer_types.count("linear_attention")
-    attention += softmax * config.hidden_size * config.num_attention_heads if config.attention_gate else 0
     gates = gated * config.hidden_size * (config.num_attention_heads * config.head_dim + 2 * config.num_key_value_heads)
     return attention + gates + mlp + config.vocab_size * config.hidden_size
 
