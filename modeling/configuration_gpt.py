@@ -66,6 +66,8 @@ class GPTConfig(PreTrainedConfig):
         same); residual_init: `scaled` divides the output projections' by sqrt(2 * layers) (GPT-2), `zero` zeroes them;
         zero_init_head zeroes an untied head.
     logit_softcap: c in `c * tanh(logits / c)`.
+    num_nextn_predict_layers: heads that predict so many tokens after the next one in training, as an auxiliary loss
+        (multi-token prediction, see FurtherTokens in loss.py); generation and evaluation do without them.
 
     nanoGPT's names (`n_embd`, `n_layer`, `n_head`, `n_kv_head`, `block_size`, `dropout`) are accepted and readable.
     Values that do not fit together raise huggingface_hub's StrictDataclassClassValidationError, caused by a ValueError
@@ -128,6 +130,7 @@ class GPTConfig(PreTrainedConfig):
     residual_init: str = "scaled"
     zero_init_head: bool = False
     logit_softcap: float | int | None = None
+    num_nextn_predict_layers: int = 0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -279,6 +282,8 @@ class GPTConfig(PreTrainedConfig):
         self.refuse_below_one("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
         if self.bigram_vocab_size is not None:
             self.refuse_below_one("bigram_vocab_size")
+        if not 0 <= (heads := self.num_nextn_predict_layers) < self.max_position_embeddings:
+            raise ValueError(f"num_nextn_predict_layers={heads}: must be at least 0 and below max_position_embeddings")
         for field in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be in [0, 1)")

@@ -1,10 +1,18 @@
-"""The language-model loss, computed so that float32 logits exist for one chunk of tokens at a time."""
+"""The language-model loss, whose float32 logits exist for one chunk of tokens at a time; and heads beside it."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**26  # float32 logits of a chunk stay under 256 MiB
+FURTHER_WEIGHT = 0.3  # of the loss of a token after the next, DeepSeek-V3's at first; measured in FRONTIER.md
+
+
+def shifted(labels: torch.Tensor, by: int = 1, ignore_index: int = -100) -> torch.Tensor:
+    """labels: (batch, tokens). For each place what stands `by` places on, which at the end is nothing that counts."""
+    return nn.functional.pad(labels, (0, by), value=ignore_index)[..., by:]
 
 
 def causal_lm_loss(
@@ -22,7 +30,7 @@ def causal_lm_loss(
     over all micro-batches and processes of a step) where given, else by the labels that count.
     """
     if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shifted(labels, 1, ignore_index)
     logits, targets = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
 
     def summed(some_logits, some_targets):
@@ -45,3 +53,42 @@ def causal_lm_loss(
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+class FurtherTokens(nn.ModuleList):
+    """Heads that learn to predict the tokens after the next, as an auxiliary loss (arXiv 2404.19737, 2412.19437).
+
+    As in DeepSeek-V3 each goes on from the states of the one before and the token that came, by one matrix here in
+    place of a block, and all share the model's embedding and head.
+    """
+
+    def __init__(self, config):
+        size = config.hidden_size
+        super().__init__(nn.Linear(2 * size, size, bias=False) for _ in range(config.num_nextn_predict_layers))
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        to_logits: Callable[[torch.Tensor], torch.Tensor],
+        shift_labels: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        *how,
+    ) -> torch.Tensor:
+        """states: (batch, tokens, hidden_size), the model's last. Returns the weighted sum of the heads' losses.
+
+        Labels past a document's end, where positions start anew, do not count. how: causal_lm_loss's last arguments.
+        """
+        total = states.new_zeros(())
+        for by, head in enumerate(self, 1):
+            came = _normed(embed(shift_labels.clamp(min=0))).to(states.dtype)
+            states = _normed(states + head(torch.cat((states, came), dim=-1)))
+            shift_labels = shifted(shift_labels)
+            if position_ids is not None:
+                shift_labels = shift_labels.masked_fill(shifted(position_ids, by) != position_ids + by, -100)
+            total = total + causal_lm_loss(to_logits(states), None, shift_labels, *how)
+        return FURTHER_WEIGHT * total
+
+
+def _normed(states: torch.Tensor) -> torch.Tensor:
+    return nn.functional.rms_norm(states, states.shape[-1:])

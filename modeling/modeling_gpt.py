@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -21,9 +21,11 @@ from .configuration_gpt import AUTO_MAP, GPTConfig
 from .kv_quantization import KVQuantizer, build_cache
 from .latent_attention import LatentAttention
 from .linear_attention import ShortConvolution, build_linear_attention, forget_bias, with_state_layers
-from .loss import causal_lm_loss
+from .loss import FurtherTokens, causal_lm_loss, shifted
 from .positions import BigramEmbedding, NoPositions, build_positions, no_bigrams
 from .segment_memory import SegmentMemory, refuse_padding
+
+logger = logging.get_logger(__name__)
 
 
 def layer_norm(config: GPTConfig) -> nn.Module:
@@ -280,12 +282,14 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # heads of training, wherever they are not asked for
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.model = GPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.lm_head.is_head = True
+        self.mtp = FurtherTokens(config) if config.num_nextn_predict_layers else None
         self.post_init()
 
     @can_return_tuple
@@ -327,10 +331,10 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._softcapped(self.lm_head(outputs.last_hidden_state[:, keep]))
+        logits = self._logits(outputs.last_hidden_state[:, keep])
         loss = None
         if has_labels:
-            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch, label_smoothing)
+            loss = self._loss(outputs, logits, labels, shift_labels, position_ids, num_items_in_batch, label_smoothing)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if has_labels and not return_logits else logits,
@@ -339,11 +343,23 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    def _loss(self, outputs, logits, labels, shift_labels, position_ids, *how) -> torch.Tensor:
+        """The loss of the next tokens, and in training that of the heads for further ones; how: causal_lm_loss's."""
+        shift_labels = shifted(labels) if shift_labels is None else shift_labels
+        loss = causal_lm_loss(logits, None, shift_labels, *how)
+        if self.mtp is None or not self.training:
+            return loss
+        states, embed = outputs.last_hidden_state, self.model.embed_tokens
+        return loss + self.mtp(states, embed, self._logits, shift_labels, position_ids, *how)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
         """As in transformers, but generate()'s default is the cache that the model fills without it, too.
 
         A memory reads a prompt in segments. It could not take drafts back, for which there is another cache.
         """
+        if self.mtp is not None:
+            n = self.config.num_nextn_predict_layers
+            logger.warning_once(f"num_nextn_predict_layers={n}: these heads are for training; generate() drops them")
         is_default = generation_config.cache_implementation is None and model_kwargs.get(CACHE_NAME) is None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if is_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
@@ -355,8 +371,8 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
                 generation_config.prefill_chunk_size = self.config.max_position_embeddings
         with_state_layers(model_kwargs.get(CACHE_NAME), self.config)  # generate() asks it for its length
 
-    def _softcapped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = self.config.logit_softcap
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        logits, cap = self.lm_head(states), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -81,6 +81,8 @@ REFUSED = {  # what is wrong: arguments over TINY, what the message must say
         {"value_embeddings": True, "kv_lora_rank": 8, **ROPE},
         "value_embeddings=True: does not go with kv_lora_rank",
     ),
+    "fewer heads than none": ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1: must be at least 0"),
+    "heads past the context": ({"num_nextn_predict_layers": 32}, "num_nextn_predict_layers=32: must be .* below max"),
     "a table of no pairs": ({"bigram_vocab_size": 0}, "bigram_vocab_size=0: must be at least 1"),
     "pairs beside a memory": (
         {"bigram_vocab_size": 9, "memory_length": 8, **ROPE},

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, rms_norm
 
 from finetune.adapters import prompt
-from modeling import GPTForCausalLM
+from modeling import GPTForCausalLM, GPTModel, modeling_gpt
+from modeling.loss import FURTHER_WEIGHT
+from training.model.loading import load_causal_lm
 from training.model.optimizers import build_muon
 from training.model.pooling import pool_heads
+from training.model.sizes import flops_per_token
 from training.system.errors import UserError
 
 from .test_optimizers import arguments, names_of
@@ -115,3 +119,60 @@ def test_tables_follow_heads_that_are_pooled_and_a_vocabulary_that_grows(model, 
     assert torch.isfinite(model(torch.full_like(ids, 69)).logits).all()
     model.resize_token_embeddings(61)
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+
+
+# Heads for tokens after the next
+
+
+@pytest.fixture
+def further() -> GPTForCausalLM:
+    """A model in training, with two heads for further tokens."""
+    own = {"num_nextn_predict_layers": 2, "position_encoding": "rope", "logit_softcap": 2.0}
+    return random_model(tiny_config(**own)).train()
+
+
+def test_further_heads_add_their_losses_in_training_alone(further, ids) -> None:
+    found, states = further(ids, labels=ids).loss, further.model(ids).last_hidden_state
+    of_next, expected = further.eval()(ids, labels=ids).loss, 0.0
+    torch.testing.assert_close(of_next, cross_entropy(further(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    for by, head in enumerate(further.mtp, 1):  # by tokens after the next
+        came = rms_norm(further.model.embed_tokens(ids[:, by:]), (32,))
+        states = states[:, : came.shape[1]]
+        states = rms_norm(states + head(torch.cat((states, came), dim=-1)), (32,))
+        logits = 2 * torch.tanh(further.lm_head(states[:, :-1]) / 2)
+        expected += FURTHER_WEIGHT * cross_entropy(logits.flatten(0, 1), ids[:, by + 1 :].flatten())
+    torch.testing.assert_close(found, of_next + expected)
+    found.backward()
+    assert all(head.weight.grad.abs().sum() > 0 for head in further.mtp)
+    more = flops_per_token(further.config) - flops_per_token(tiny_config(position_encoding="rope"))
+    assert more == 6 * 2 * (2 * 32 * 32 + 61 * 32)
+
+
+@torch.no_grad()
+def test_further_tokens_are_of_the_same_document(further, ids) -> None:
+    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    labels[:, 5] = -100  # the end of the first document
+    alone = [further(ids[:, part], shift_labels=labels[:, part], num_items_in_batch=9).loss for part in
+             (slice(0, 6), slice(6, None))]  # fmt: skip
+    packed = torch.cat((torch.arange(6), torch.arange(ids.shape[1] - 6)))[None]
+    found = further(ids, shift_labels=labels, position_ids=packed, num_items_in_batch=9).loss
+    torch.testing.assert_close(found, sum(alone))
+
+
+def test_further_heads_are_saved_and_dropped_where_nothing_trains_them(further, ids, tmp_path, capsys, monkeypatch):
+    said, logits = [], further.eval()(ids).logits
+    monkeypatch.setattr(modeling_gpt.logger, "warning_once", said.append)
+    further.save_pretrained(tmp_path)
+    whole = GPTForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.mtp.parameters(), further.mtp.parameters(), strict=True))
+    _, report = GPTForCausalLM.from_pretrained(tmp_path, num_nextn_predict_layers=0, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    answer = whole.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert said == ["num_nextn_predict_layers=2: these heads are for training; generate() drops them"]
+    for _ in range(2):
+        loaded = load_causal_lm(str(tmp_path))
+    assert loaded.config.num_nextn_predict_layers == 0 and not any("mtp" in name for name in loaded.state_dict())
+    assert capsys.readouterr().err.count("num_nextn_predict_layers=2: these heads are for pretraining; dropped") == 1
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), answer)
+    assert torch.equal(loaded(ids).logits, logits) and len(said) == 1
+    assert torch.equal(GPTModel.from_pretrained(tmp_path)(ids)[0], further.model(ids)[0])

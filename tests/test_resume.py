@@ -72,7 +72,7 @@ def back_to(run_dir: Path, step: int) -> None:
         words("--optimizer muon"),
         words("--optimizer muon --bf16 true --force_precision true --sampling shuffled --max_grad_norm 0"),
         words("--optimizer normuon --muon_momentum_warmup_steps 6 --average_decay 0.9 --average_start 2"),
-        words("--weight_decay_schedule linear --average_decay 1 --average_start 0.5"),
+        words("--weight_decay_schedule linear --average_decay 1 --average_start 0.5 --num_nextn_predict_layers 2"),
         words("--eval_steps 3 --save_steps 4"),
         words("--eval_steps 6 --save_steps 4 --logging_steps 5"),
         words("--lr_scheduler_type reduce_lr_on_plateau --lr_scheduler_kwargs '{patience: 0}' --learning_rate 1"),

@@ -112,7 +112,8 @@ def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:
     step = 4 * hidden + (10 if is_half else 20) * max(stacks.values(), default=0)
     copies = 2 * matrix_parameters(model.config) if is_half else 0
     worked_on = copies + micro_batch * activation_bytes(model.config, is_half, args.gradient_checkpointing)
-    worked_on += loss_bytes(micro_batch * model.config.vocab_size, 2 if is_half else 4)
+    heads = 1 + model.config.num_nextn_predict_layers
+    worked_on += heads * loss_bytes(micro_batch * model.config.vocab_size, 2 if is_half else 4)
     gradients = 4 * parameters
     copies = 1 if args.average_decay is None else 3  # the average, and the weights themselves while it is evaluated
     return {

@@ -38,6 +38,7 @@ MODEL_HELP = {
     "sliding_window": "Number of tokens that sliding attention looks back.",
     "bigram_vocab_size": "Rows of a hashed table of token pairs, added to the embeddings (default: none).",
     "value_embeddings": "Add embeddings of the tokens to the values of every other layer.",
+    "num_nextn_predict_layers": "Heads that also learn to predict so many tokens after the next (default: 0).",
     "memory_length": "Tokens before each segment that the model keeps in memory (Transformer-XL); 0: none.",
     "tie_word_embeddings": "Share the embedding with the output layer.",
     "attn_implementation": "Attention kernel: sdpa, eager, flash_attention_2, flex_attention (default: sdpa).",

@@ -17,7 +17,7 @@ from modeling.compat import CACHE_NAME
 from modeling.configuration_gpt import OLD_MODEL_TYPE
 
 from ..data.tokenizers import add_nothing, load_tokenizer
-from ..system.errors import UserError, one_line, unknown
+from ..system.errors import UserError, log_once, one_line, unknown
 from ..system.files import read_json
 from ..system.pickles import UNREADABLE, why_unreadable
 from ..system.run_files import verify
@@ -55,7 +55,15 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
         raise UserError(f"model {name!r} {where}: {why}") from error
     refuse_incomplete_weights(name, report)
     check_special_tokens(name, model.generation_config)
+    drop_further_heads(name, model)
     return model
+
+
+def drop_further_heads(name: str, model) -> None:
+    """Let go of one of our models' heads for tokens after the next: nothing but pretraining has a use for them."""
+    if isinstance(model, GPTForCausalLM) and model.mtp is not None:
+        log_once(f"{name}: num_nextn_predict_layers={len(model.mtp)}: these heads are for pretraining; dropped")
+        model.mtp, model.config.num_nextn_predict_layers = None, 0
 
 
 def check_special_tokens(name: str, generation) -> None:

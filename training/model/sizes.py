@@ -8,7 +8,7 @@ def flops_per_token(config: GPTConfig, context_length: int | None = None) -> flo
 
     Counts as PaLM does (arXiv 2204.02311, appendix B), the whole attention square included, with sliding windows and
     shared keys taken into account; a linear layer's state counts as head_dim keys. Embeddings look up and do not
-    multiply.
+    multiply. Each head for a further token is a matrix of twice the width, and the model's head once more.
     """
     context = context_length or config.max_position_embeddings
     attended = {
@@ -19,7 +19,8 @@ def flops_per_token(config: GPTConfig, context_length: int | None = None) -> flo
     key_size, value_size = head_sizes(config)
     heads_size = config.num_attention_heads * (key_size + value_size)
     scores = sum(6 * heads_size * attended[layer_type] for layer_type in config.layer_types)
-    return 6 * matrix_parameters(config) + scores
+    further = config.num_nextn_predict_layers * config.hidden_size * (2 * config.hidden_size + config.vocab_size)
+    return 6 * (matrix_parameters(config) + further) + scores
 
 
 def matrix_parameters(config: GPTConfig) -> int:

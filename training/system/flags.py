@@ -73,7 +73,7 @@ _RANGES = {
     "repetition_penalty encoder_repetition_penalty": Range("from 0.01 to 100", lambda x: 0.01 <= x <= 100),
     "r": _whole(1, 2**20),
     # of the model GPTConfig knows the low end; more layers than these would not even be counted in a minute
-    "num_hidden_layers": Range("at most 10,000", lambda n: n <= 10_000),
+    "num_hidden_layers num_nextn_predict_layers": Range("at most 10,000", lambda n: n <= 10_000),
     "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size kv_lora_rank "
     "bigram_vocab_size q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim max_position_embeddings "
     "sliding_window": Range(f"at most {MOST:,}", lambda n: n <= MOST),
