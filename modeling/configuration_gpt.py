@@ -67,7 +67,8 @@ class GPTConfig(PreTrainedConfig):
         zero_init_head zeroes an untied head.
     logit_softcap: c in `c * tanh(logits / c)`.
     num_nextn_predict_layers: heads that predict so many tokens after the next one in training, as an auxiliary loss
-        (multi-token prediction, see FurtherTokens in loss.py); generation and evaluation do without them.
+        (multi-token prediction, see FurtherTokens in loss.py), which adds its gradient to that of the loss, and nothing
+        to its value; generation and evaluation do without them.
 
     nanoGPT's names (`n_embd`, `n_layer`, `n_head`, `n_kv_head`, `block_size`, `dropout`) are accepted and readable.
     Values that do not fit together raise huggingface_hub's StrictDataclassClassValidationError, caused by a ValueError

@@ -344,13 +344,17 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, outputs, logits, labels, shift_labels, position_ids, *how) -> torch.Tensor:
-        """The loss of the next tokens, and in training that of the heads for further ones; how: causal_lm_loss's."""
+        """The loss of the next tokens; in training its gradient is that of the heads for further ones, too.
+
+        So what is logged can be compared with an evaluation. how: causal_lm_loss's last arguments.
+        """
         shift_labels = shifted(labels) if shift_labels is None else shift_labels
         loss = causal_lm_loss(logits, None, shift_labels, *how)
         if self.mtp is None or not self.training:
             return loss
         states, embed = outputs.last_hidden_state, self.model.embed_tokens
-        return loss + self.mtp(states, embed, self._logits, shift_labels, position_ids, *how)
+        further = self.mtp(states, embed, self._logits, shift_labels, position_ids, *how)
+        return loss + (further - further.detach())
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
         """As in transformers, but generate()'s default is the cache that the model fills without it, too.
