@@ -111,6 +111,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     config_class = GPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # heads of training, wherever they are not asked for
     _skip_keys_device_placement = ["past_key_values", "cache", "shared_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -282,7 +283,6 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # heads of training, wherever they are not asked for
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)

@@ -5,6 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy, rms_norm
 
 from finetune.adapters import prompt
+from inference.formats.acorn import Acorn
+from inference.formats.base import open_source
 from modeling import GPTForCausalLM, GPTModel, modeling_gpt
 from modeling.loss import FURTHER_WEIGHT
 from training.model.loading import load_causal_lm
@@ -176,3 +178,4 @@ def test_further_heads_are_saved_and_dropped_where_nothing_trains_them(further, 
     assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), answer)
     assert torch.equal(loaded(ids).logits, logits) and len(said) == 1
     assert torch.equal(GPTModel.from_pretrained(tmp_path)(ids)[0], further.model(ids)[0])
+    assert Acorn().load(open_source(str(tmp_path))).mtp is None  # as exports read it

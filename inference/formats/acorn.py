@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from modeling import GPTConfig, GPTForCausalLM
-from training.model.loading import OUR_TYPES
+from training.model.loading import OUR_TYPES, without_further_heads
 
 from .base import Format, Source, load_strictly, save_tokenizer
 
@@ -19,7 +19,7 @@ class Acorn(Format):
         return source.config.get("model_type") in OUR_TYPES
 
     def load(self, source: Source) -> GPTForCausalLM:
-        return load_strictly(GPTForCausalLM, source.name)
+        return without_further_heads(source.name, load_strictly(GPTForCausalLM, source.name))
 
     def config(self, theirs: GPTForCausalLM, tokenizer=None) -> GPTConfig:
         return theirs.config

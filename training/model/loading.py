@@ -55,15 +55,15 @@ def load_causal_lm(name: str, dtype: str = "auto", trust_remote_code: bool = Fal
         raise UserError(f"model {name!r} {where}: {why}") from error
     refuse_incomplete_weights(name, report)
     check_special_tokens(name, model.generation_config)
-    drop_further_heads(name, model)
-    return model
+    return without_further_heads(name, model)
 
 
-def drop_further_heads(name: str, model) -> None:
-    """Let go of one of our models' heads for tokens after the next: nothing but pretraining has a use for them."""
+def without_further_heads(name: str, model):
+    """The model, if it is ours without its heads for tokens after the next: nothing but pretraining uses them."""
     if isinstance(model, GPTForCausalLM) and model.mtp is not None:
         log_once(f"{name}: num_nextn_predict_layers={len(model.mtp)}: these heads are for pretraining; dropped")
         model.mtp, model.config.num_nextn_predict_layers = None, 0
+    return model
 
 
 def check_special_tokens(name: str, generation) -> None:
