@@ -27,8 +27,8 @@ KINDS = (GPTTrainingArguments, FinetuneTrainingArguments)
 # What Acorn reads, or hands to a part of Trainer that its loop keeps.
 TAKES_EFFECT = frozenset(
     """
-    optimizer muon_learning_rate muon_momentum muon_momentum_warmup_steps muon_beta2 weight_decay_schedule
-    cautious_weight_decay average_decay average_start early_stopping_patience compile_scope peak_flops tokens_per_step
+    optimizer muon_learning_rate muon_momentum muon_momentum_warmup_steps muon_beta2
+    average_decay average_start early_stopping_patience compile_scope peak_flops tokens_per_step
     output_dir max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size
     gradient_accumulation_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
     adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor seed data_seed full_determinism

@@ -35,8 +35,7 @@ STEPS, SAVED, KILLED = 8, 4, 6
 FLAGS = ["--tokens_per_step", "64", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "9"]
 FLAGS += ["--use_cpu", "true", "--sample_during_training", "true", "--save_total_limit", "9", "--temperature", "0"]
 # What else a step changes, all of it at once: it is kept, shared out and gone on with as the weights are.
-CHANGING = "--muon_momentum_warmup_steps 3 --weight_decay_schedule linear --average_decay 0.8 --average_start 1".split()
-CHANGING += ["--cautious_weight_decay", "true", "--num_nextn_predict_layers", "1"]
+CHANGING = "--muon_momentum_warmup_steps 3 --average_decay 0.8 --average_start 1 --num_nextn_predict_layers 1".split()
 
 
 def pretrained(optimizer: str, name: str) -> list[str]:

@@ -13,7 +13,7 @@ from training.model.optimizers import (
     build_optimizer,
     decay_groups,
     orthogonalize,
-    set_schedules,
+    set_momentum,
 )
 
 ARGS = {
@@ -22,7 +22,6 @@ ARGS = {
     "muon_learning_rate": 0.02,
     "muon_momentum": 0.9,
     "muon_beta2": 0.9,
-    "cautious_weight_decay": False,
     "weight_decay": 0.1,
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
@@ -207,34 +206,14 @@ def test_normuon_remembers_the_sizes_of_a_neurons_steps() -> None:
     assert 0.25 * squares.sum() < optimizer.state[parameter]["row_squares"].sum() < 2 * squares.sum()
 
 
-def test_cautious_decay_shrinks_a_weight_only_where_its_step_does() -> None:
-    cautious, plain, bare = matrices([(8, 24)]), matrices([(8, 24)]), matrices([(8, 24)])
-    before = cautious[0].detach().clone()
-    for parameters, changes in ((cautious, {"cautious": True}), (plain, {}), (bare, {"weight_decay": 0.0})):
-        take_steps(muon_over(parameters, **{"weight_decay": 0.5} | changes), parameters, range(1))
-    step = bare[0] - before
-    shrinks = step * before < 0
-    assert 0.2 < shrinks.float().mean() < 0.8
-    assert torch.allclose(cautious[0][shrinks], plain[0][shrinks], atol=1e-7)
-    assert torch.equal(cautious[0][~shrinks], bare[0][~shrinks])
-
-
-@pytest.mark.parametrize(
-    ("schedule", "decays"),
-    [("constant", [0.1, 0.1, 0.1]), ("linear", [0.1, 0.05, 0.025]), ("learning_rate", [0.0, 0.05, 0.1])],
-)
-def test_decay_and_momentum_follow_the_step_alone(tiny_model, schedule: str, decays: list[float]) -> None:
-    args = arguments(weight_decay_schedule=schedule, muon_momentum_warmup_steps=4, max_steps=8)
+def test_momentum_follows_the_step_alone(tiny_model) -> None:
+    args = arguments(muon_momentum_warmup_steps=4)
     optimizer = build_optimizer(tiny_model(), args)
-    for group in optimizer.param_groups:
-        group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
-    for step, rate, decay, momentum in zip((0, 4, 6), (0.0, 0.5, 1.0), decays, (0.85, 0.9, 0.9), strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["initial_lr"]
-        set_schedules(optimizer, args, step)
-        hidden, rest = optimizer.param_groups
-        assert (hidden["weight_decay"], rest["weight_decay"]) == (pytest.approx(decay), 0.0)
+    hidden, rest = optimizer.param_groups
+    for step, momentum in ((2, 0.875), (0, 0.85), (4, 0.9), (6, 0.9)):
+        set_momentum(optimizer, args, step)
         assert hidden["momentum"] == pytest.approx(momentum)
+        assert rest["betas"] == (0.9, 0.95)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

@@ -20,7 +20,7 @@ class Arguments:
     """What the optimizers read."""
 
     learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon = 1e-3, 0.1, 0.9, 0.95, 1e-8
-    muon_learning_rate, muon_momentum, muon_beta2, cautious_weight_decay = 0.02, 0.95, 0.9, True
+    muon_learning_rate, muon_momentum, muon_beta2 = 0.02, 0.95, 0.9
 
     def __init__(self, optimizer: str):
         self.optimizer = optimizer

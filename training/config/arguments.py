@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..model.devices import ACCELERATE_PRECISIONS, choose_precision, plan_compilation
-from ..model.optimizers import DECAY_SCHEDULES, OPTIMIZERS
+from ..model.optimizers import OPTIMIZERS
 from ..system.errors import UserError
 from .checks import check_installed, check_needs, check_schedule, settle_metric
 from .publishing import check_hub_arguments, check_language, check_license
@@ -97,8 +97,6 @@ class GPTTrainingArguments(TrainingArguments):
     lr_scheduler_kwargs: dict | None = help_field("Arguments of the schedule, such as {min_lr_rate: 0.1}.")
     warmup_steps: float = help_field("Steps of linear warmup; below 1, the fraction of all steps.", 100)
     weight_decay: float = help_field("Weight decay of matrices (under muon: of the hidden matrices).", 0.1)
-    weight_decay_schedule: str = help_field(f"Weight decay in a run: {', '.join(DECAY_SCHEDULES)}.", "constant")
-    cautious_weight_decay: bool = help_field("Under muon: decay a weight only where its step shrinks it too.", False)
     average_decay: float | None = help_field("Evaluate and save an average of the weights: EMA's decay, or 1 for SWA.")
     average_start: float = help_field("Steps (below 1: share) before the average begins.", 0)
     adam_beta2: float = 0.95

@@ -21,7 +21,7 @@ from transformers.utils import import_utils
 from ..data.dataset import LANES, SAMPLERS
 from ..data.sources import SPLITTERS
 from ..model.loading import DTYPES
-from ..model.optimizers import DECAY_SCHEDULES, OPTIMIZERS
+from ..model.optimizers import OPTIMIZERS
 from ..system.errors import UserError, one_line, unknown
 from .presets import PRESETS
 
@@ -30,7 +30,6 @@ RISING = {"loss": False, "perplexity": False, "bits_per_byte": False, "token_acc
 CHOICES = {
     "preset": PRESETS,
     "optimizer": OPTIMIZERS,
-    "weight_decay_schedule": DECAY_SCHEDULES,
     "compile_scope": ("blocks", "model"),
     "eval_strategy": [choice.value for choice in IntervalStrategy],
     "logging_strategy": [choice.value for choice in IntervalStrategy],
@@ -102,7 +101,7 @@ def _checkpoints_activations(args) -> object:
 
 
 _NEEDS = {
-    "muon_learning_rate muon_momentum muon_momentum_warmup_steps cautious_weight_decay": Need(
+    "muon_learning_rate muon_momentum muon_momentum_warmup_steps": Need(
         "optimizer", "muon or normuon", lambda args: args.optimizer != "adamw"
     ),
     "muon_beta2": Need("optimizer", "normuon", lambda args: args.optimizer == "normuon"),

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from modeling.kv_quantization import KVQuantizer
 
 from ..model.devices import ACCELERATE_NAMES, device_peak_flops
-from ..model.optimizers import set_schedules
+from ..model.optimizers import set_momentum
 from ..model.sampling import sample_text
 from ..share.metrics_file import append_metrics
 from ..system.distributed import max_over_processes
@@ -34,11 +34,11 @@ COLUMNS = {  # of the table: header, width, format
 HANGUP = getattr(signal, "SIGHUP", None)  # comes when the terminal is closed; Windows has none
 
 
-class OptimizerSchedules(TrainerCallback):
-    """Before each step: what of the optimizer changes in the course of a run, beside the learning rate."""
+class MomentumWarmup(TrainerCallback):
+    """Before each step: Muon's momentum, which rises in a run's first ones."""
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        set_schedules(optimizer, args, state.global_step)
+        set_momentum(optimizer, args, state.global_step)
 
 
 def check_quantization_start(config, args) -> None:

@@ -17,7 +17,7 @@ from ..model.devices import allow_tf32
 from ..model.optimizers import build_optimizer
 from ..model.sizes import flops_per_token
 from .averaging import AverageCallback, AveragesWeights
-from .callbacks import ConsoleTable, OptimizerSchedules, QuantizationStart, StopOnSignal, check_quantization_start
+from .callbacks import ConsoleTable, MomentumWarmup, QuantizationStart, StopOnSignal, check_quantization_start
 from .checkpointing import CheckpointingTrainer, ResumeCallback
 from .evaluation import evaluate_rows
 from .fast_on_cpu import use_fast_dropout, use_fast_norms
@@ -129,7 +129,8 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
         self.stop_on_signal = StopOnSignal()
         self.console = ConsoleTable(self)
         self.add_callback(ResumeCallback(self))
-        self.add_callback(OptimizerSchedules())
+        if self.args.muon_momentum_warmup_steps:
+            self.add_callback(MomentumWarmup())
         if self.args.average_decay is not None:
             self.add_callback(AverageCallback(self))
         self.add_callback(self.stop_on_signal)
@@ -169,8 +170,6 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
         """Our table's optimizer instead of transformers' `optim`."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.args)
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_weight_decay", group["weight_decay"])  # its schedule's, as `initial_lr` is
         return self.optimizer
 
     def train(self, *args, **kwargs):

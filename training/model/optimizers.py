@@ -1,7 +1,6 @@
-"""Optimizer name to builder: AdamW with nanoGPT's decay groups, Muon and NorMuon; and what changes in a run."""
+"""Optimizer name to builder: AdamW with nanoGPT's decay groups, Muon and NorMuon; and Muon's momentum in a run."""
 
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -46,12 +45,11 @@ class Muon(torch.optim.Optimizer):
     Momentum of the hidden matrices is orthogonalised before it is applied (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/); matrices of equal shape, transposed ones too, go through one stacked
     Newton–Schulz. The step is scaled by sqrt(max(1, rows / columns)) as in the original. precision: the run's; under
-    auto Newton–Schulz is in what the parameters' device multiplies natively. A group marked `cautious` decays a weight
-    only where the step moves it towards zero anyway (Chen et al. 2025, arXiv 2510.12402).
+    auto Newton–Schulz is in what the parameters' device multiplies natively.
     """
 
     def __init__(self, groups: list[dict], adamw_kwargs: dict, precision: str = "auto"):
-        defaults = {"weight_decay": 0.0, "momentum": 0.95, "use_muon": False, "cautious": False}
+        defaults = {"weight_decay": 0.0, "momentum": 0.95, "use_muon": False}
         super().__init__(groups, defaults)
         self._adamw = torch.optim.AdamW([g for g in self.param_groups if not g["use_muon"]], **adamw_kwargs)
         self._dtype = newton_schulz_dtype(precision, self.param_groups[0]["params"][0].device)
@@ -89,19 +87,15 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov: look ahead along the momentum
 
-        decay = group["lr"] * group["weight_decay"]
-        if decay and not group["cautious"]:
-            torch._foreach_mul_(parameters, 1 - decay)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for indices in self._same_shape(updates).values():
             stacked = orthogonalize(torch.stack([_wide(_whole(updates[i])) for i in indices]), dtype=self._dtype)
             for i, update in zip(indices, stacked, strict=True):
                 parameter, (rows, columns) = parameters[i], parameters[i].shape
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
                 update = self._evened(parameter, (update.mT if rows > columns else update).to(parameter.dtype), group)
-                update = shard_like(update, parameter)
-                if decay and group["cautious"]:
-                    parameter.sub_(parameter * (parameter * update > 0), alpha=decay)
-                parameter.add_(update, alpha=-step_size)
+                parameter.add_(shard_like(update, parameter), alpha=-step_size)
 
     def _evened(self, parameter: nn.Parameter, update: torch.Tensor, group: dict) -> torch.Tensor:
         """What a subclass makes of the whole orthogonalised update."""
@@ -164,7 +158,6 @@ def build_muon(model: nn.Module, args, kind: type[Muon] = Muon, **more) -> torch
     hidden = [p for p in parameters if id(p) in inside]
     rest = [p for p in parameters if id(p) not in inside]
     muon = {"use_muon": True, "lr": args.muon_learning_rate, "momentum": args.muon_momentum, **more}
-    muon["cautious"] = getattr(args, "cautious_weight_decay", False)
     groups = [
         {"params": hidden, "weight_decay": args.weight_decay, **muon},
         {"params": rest, "weight_decay": 0.0, "lr": args.learning_rate, "use_muon": False},
@@ -189,25 +182,12 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     return OPTIMIZERS[args.optimizer](model, args)
 
 
-# ---- what changes in the course of a run, beside the learning rate: each a function of the step alone
-
 FIRST_MOMENTUM = 0.85
-# Name to the share of the weight decay, from the share of the run that is done and that of the peak learning rate.
-# The decay of a step is multiplied by the rate in any case: under learning_rate it falls with its square.
-DECAY_SCHEDULES: dict[str, Callable[[float, float], float]] = {
-    "constant": lambda done, rate: 1.0,
-    "linear": lambda done, rate: 1.0 - done,
-    "learning_rate": lambda done, rate: rate,
-}
 
 
-def set_schedules(optimizer: torch.optim.Optimizer, args, step: int) -> None:
-    """Set the weight decay and Muon's momentum of the step after so many."""
-    schedule, warm_up = DECAY_SCHEDULES[args.weight_decay_schedule], args.muon_momentum_warmup_steps
+def set_momentum(optimizer: torch.optim.Optimizer, args, step: int) -> None:
+    """Set Muon's momentum of the step after so many, by the step alone: it rises from FIRST_MOMENTUM."""
+    share = min(1.0, step / args.muon_momentum_warmup_steps)
     for group in optimizer.param_groups:
-        peak = group.get("initial_lr", 0.0)
-        rate = group["lr"] / peak if peak else 1.0
-        group["weight_decay"] = group["initial_weight_decay"] * schedule(step / args.max_steps, rate)
-        if group.get("use_muon") and warm_up:
-            share = min(1.0, step / warm_up)
+        if group.get("use_muon"):
             group["momentum"] = (1 - share) * FIRST_MOMENTUM + share * args.muon_momentum
