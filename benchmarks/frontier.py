@@ -40,6 +40,8 @@ from training.system.errors import UserError, quiet_libraries, run_main
 MARK = 1.8983  # nanoGPT's CPU recipe on the full validation split
 FIRST_SEED = 1337  # nanoGPT's
 QUIET = "--max_new_tokens 0"
+# Of a text of a million characters 30,000 are read, 7.7 times in the 300 steps of the recipe, and 20,000 held out.
+REPEATED = (0.05, "--validation_fraction 0.4")
 # What a contender of the optimizer track changes in the recipe; with --contender come its tuned rates.
 CONTENDERS = {"adamw": "--optimizer adamw", "muon": "", "normuon": "--optimizer normuon"}
 
@@ -201,11 +203,11 @@ def optimizer_track(flags: argparse.Namespace, workspace: Path) -> dict:
 
 def screen(flags: argparse.Namespace, workspace: Path) -> dict:
     """Each set of flags against none, seed by seed."""
-    share = 0.1 if flags.repeated else 1.0
+    share, held_out = REPEATED if flags.repeated else (1.0, "")
     board = Board(training_part(flags.text, flags.runs, share), flags.recipe, flags.runs, flags.seeds)
-    base, figures = board.losses(flags.flags), {}
+    base, figures = board.losses(merged(held_out, flags.flags)), {}
     for name, line in tqdm(named(getattr(flags, "try")).items(), unit="ingredient"):
-        losses = board.losses(merged(flags.flags, line))
+        losses = board.losses(merged(held_out, flags.flags, line))
         figures[name] = {"flags": line} | paired(losses, base) | summary(losses)
     return {"base": {"flags": flags.flags} | summary(base), "repeated": flags.repeated, "ingredients": figures}
 
@@ -242,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parsers["optimizer"].add_argument("--contender", action="append", default=[], help='another: "NAME: --flag value"')
     parsers["optimizer"].add_argument("--only", nargs="+", help="these contenders alone")
     parsers["screen"].add_argument("--try", action="append", default=[], required=True, help='"NAME: --flag value"')
-    parsers["screen"].add_argument("--repeated", action="store_true", help="on a tenth of the text, many times over")
+    parsers["screen"].add_argument("--repeated", action="store_true", help="30,000 characters, many times over")
     flags = parser.parse_args(argv)
     if not flags.text.is_file():
         raise UserError(f"text={str(flags.text)!r}: there is no such file")
