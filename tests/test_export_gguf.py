@@ -307,6 +307,7 @@ def test_what_the_recipes_grow() -> None:
         "gpt2-openwebtext-modern": "logit_softcap",
         "gpt2-openwebtext-small-state": "kv_sharing_modes",
         "linear-stdlib": "layer_types",
+        "shakespeare-char-best": "bigram_vocab_size",
         "shakespeare-char-small-state": "kv_sharing_modes",
         "stdlib-int2-cache": "kv_quantization",
         "stdlib-latent": "kv_sharing_modes",
