@@ -99,6 +99,8 @@ def draw_transfer(factors: list[float], losses: dict[int, list[float]], place: i
         axes.plot(factors, row, marker="o", label=f"{width} wide, {width // WIDTH} layers")
     axes.axvline(factors[place], color="grey", linewidth=0.5)
     axes.set(xscale="log", xlabel="learning rates, times those of the dial", ylabel="validation loss (nats a byte)")
+    axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+    axes.minorticks_off()
     axes.legend()
     write_picture(path, figure)
 
