@@ -81,7 +81,7 @@ class FinetuneTrainer(GPTTrainer):
         labels = inputs.pop("shift_labels")
         outputs = model(**inputs, use_cache=False)
         logits = outputs.logits[:, -labels.shape[1] :]  # virtual tokens come first
-        loss = causal_lm_loss(logits, None, labels, num_items_in_batch, self.args.label_smoothing_factor)
+        loss = causal_lm_loss(logits, labels, num_items_in_batch, self.args.label_smoothing_factor)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.args.world_size  # DDP averages the gradients of processes
         return (loss, outputs) if return_outputs else loss

@@ -17,20 +17,17 @@ def shifted(labels: torch.Tensor, by: int = 1, ignore_index: int = -100) -> torc
 
 def causal_lm_loss(
     logits: torch.Tensor,
-    labels: torch.Tensor | None = None,
-    shift_labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> torch.Tensor:
     """Cross entropy of next-token prediction, in nats a token.
 
-    logits: (batch, tokens, vocabulary) in any float type. labels: (batch, tokens), shifted here by one; shift_labels:
-    the same shape, shifted already by whoever cut the windows. The sum is divided by `num_items_in_batch` (the count
-    over all micro-batches and processes of a step) where given, else by the labels that count.
+    logits: (batch, tokens, vocabulary) in any float type. shift_labels: (batch, tokens), of each place the token after
+    it. The sum is divided by `num_items_in_batch` (the count over all micro-batches and processes of a step) where
+    given, else by the labels that count.
     """
-    if shift_labels is None:
-        shift_labels = shifted(labels, 1, ignore_index)
     logits, targets = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
 
     def summed(some_logits, some_targets):
@@ -86,7 +83,7 @@ class FurtherTokens(nn.ModuleList):
             shift_labels = shifted(shift_labels)
             if position_ids is not None:
                 shift_labels = shift_labels.masked_fill(shifted(position_ids, by) != position_ids + by, -100)
-            total = total + causal_lm_loss(to_logits(states), None, shift_labels, *how)
+            total = total + causal_lm_loss(to_logits(states), shift_labels, *how)
         return FURTHER_WEIGHT * total
 
 

@@ -349,7 +349,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         So what is logged can be compared with an evaluation. how: causal_lm_loss's last arguments.
         """
         shift_labels = shifted(labels) if shift_labels is None else shift_labels
-        loss = causal_lm_loss(logits, None, shift_labels, *how)
+        loss = causal_lm_loss(logits, shift_labels, *how)
         if self.mtp is None or not self.training:
             return loss
         states, embed = outputs.last_hidden_state, self.model.embed_tokens
