@@ -33,7 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from training.data.tokenizers import build_tokenizer
 from training.share.metrics_file import read_metrics
-from training.system.checkpoints import list_checkpoints
+from training.system.checkpoints import is_finished, list_checkpoints
 from training.system.errors import run_main
 from training.system.run_files import damage
 
@@ -257,7 +257,7 @@ class Experiment:
             attempt.kill()
             killed.append(aim)
             self.half_written += sum(damage(path) is not None for path in list_checkpoints(self.workspace / name))
-            if (self.workspace / name / "README.md").exists():  # written last: all that was left to do was to end
+            if is_finished(self.workspace / name):  # all that was left to do was to end
                 return killed
         self.finish(name)
         return killed

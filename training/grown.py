@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .config.recipe import Recipe
 from .run import Run, open_run
+from .system.checkpoints import is_finished
 from .system.errors import log
 
 
@@ -16,7 +17,7 @@ def grown(directory: Path, build: Callable[[], Recipe]) -> Path:
     build: makes the recipe of the run, and is called only where none lies there; its output_dir is set to the
     directory. What training prints goes to stderr.
     """
-    if (directory / "README.md").is_file():  # written last
+    if is_finished(directory):
         log(f"{directory}: grown before")
         return directory
     log(f"{directory}: growing")

@@ -11,7 +11,7 @@ from .config.depth import block_parameters
 from .config.recipe import load_run_recipe
 from .data.corpus import INPUTS
 from .share.metrics_file import read_metrics
-from .system.checkpoints import reading
+from .system.checkpoints import is_finished, reading
 from .system.errors import UserError
 from .system.files import read_json, write_picture
 from .system.shell import shell
@@ -90,7 +90,7 @@ def read_point(run_dir: Path) -> Point:
     """What one run says of itself."""
     recipe, rows = load_run_recipe(run_dir), read_metrics(run_dir)
     steps = recipe.training.get("max_steps", -1)
-    if not rows or rows[-1]["step"] < steps or not (run_dir / "README.md").is_file():
+    if not rows or rows[-1]["step"] < steps or not is_finished(run_dir):
         at = f"step {rows[-1]['step']:,}" if rows else "its beginning"
         raise UserError(f"from_runs: {run_dir} stopped at {at}; finish it with `{shell('acorn', 'resume', run_dir)}`")
     with reading(str(run_dir), "config.json"):

@@ -12,7 +12,7 @@ from training.data.sources import PYTHON_STDLIB
 from training.share.model_card import METRICS, add_results
 from training.share.report import card_of
 from training.share.uploads import refuse_no_model
-from training.system.checkpoints import run_of, step_of
+from training.system.checkpoints import is_finished, run_of, step_of
 from training.system.errors import UserError
 from training.system.files import write_whole
 from training.system.run_files import relist
@@ -36,7 +36,7 @@ def check_card(flags: argparse.Namespace) -> None:
     run_dir = run_of(directory)
     if run_dir is not None and run_dir != directory and step_of(directory) >= 0:
         raise UserError(f"--update_card: {directory} is a checkpoint, whose card a push makes; name the run, {run_dir}")
-    if run_dir == directory and not (directory / "README.md").is_file():  # it is written last: the run is not done
+    if run_dir == directory and not is_finished(directory):
         resume = shell("acorn", "resume", directory)
         raise UserError(f"--update_card: the run in {directory} is not finished, and has no card yet: `{resume}`")
     add_results(card_of(directory), directory.name, [])

@@ -214,6 +214,11 @@ def restore_best_model(checkpoint: Path) -> bool:
 # ---- runs with nothing left to do
 
 
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run came to its end: its report is written last, and removed when the run goes on."""
+    return (run_dir / "README.md").is_file()
+
+
 def stopped_early(checkpoint: Path, patience: int | None) -> bool:
     """Whether the run ended at this checkpoint because its validation loss no longer fell."""
     saved = read_state(checkpoint).get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
@@ -221,9 +226,9 @@ def stopped_early(checkpoint: Path, patience: int | None) -> bool:
 
 
 def refuse_finished(checkpoint: Path, args) -> None:
-    """Say so when there is nothing left to do: all steps are done and the report, written last, is there."""
+    """Say so when there is nothing left to do: all steps are done and the report is there."""
     step = read_state(checkpoint)["global_step"]
-    if not (checkpoint.parent / "README.md").is_file():
+    if not is_finished(checkpoint.parent):
         return
     if stopped_early(checkpoint, args.early_stopping_patience):
         raise UserError(
