@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.system.files import replace_whole
+from training.system.files import write_picture
 
 from .attention import Expected, Head, Look, in_percent
 from .position_tables import PositionTable
@@ -34,7 +34,7 @@ def draw_look(look: Look, tables: list[PositionTable] | str, heads: list[Head], 
         draw_expected(left.subplots(), look)
         draw_positions(right, tables)
         draw_attention(below.subplots(), look, heads, layers, per_layer, cell)
-        replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+        write_picture(path, figure, dpi=110)
 
 
 # ---- what comes next

@@ -65,9 +65,9 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
-def write_picture(path: Path, figure) -> None:
-    """Write a matplotlib Figure as a whole PNG file."""
-    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+def write_picture(path: Path, figure, dpi: int = 120) -> None:
+    """Write a matplotlib Figure as a whole PNG file, of so many pixels an inch."""
+    replace_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
