@@ -205,9 +205,10 @@ def screen(flags: argparse.Namespace, workspace: Path) -> dict:
     """Each set of flags against none, seed by seed."""
     share, held_out = REPEATED if flags.repeated else (1.0, "")
     board = Board(training_part(flags.text, flags.runs, share), flags.recipe, flags.runs, flags.seeds)
-    base, figures = board.losses(merged(held_out, flags.flags)), {}
+    common, figures = merged(held_out, flags.flags), {}
+    base = board.losses(common)
     for name, line in tqdm(named(getattr(flags, "try")).items(), unit="ingredient"):
-        losses = board.losses(merged(held_out, flags.flags, line))
+        losses = board.losses(merged(common, line))
         figures[name] = {"flags": line} | paired(losses, base) | summary(losses)
     return {"base": {"flags": flags.flags} | summary(base), "repeated": flags.repeated, "ingredients": figures}
 
