@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from training.model.optimizers import (
     OPTIMIZERS,
@@ -214,6 +215,22 @@ def test_momentum_follows_the_step_alone(tiny_model) -> None:
         set_momentum(optimizer, args, step)
         assert hidden["momentum"] == pytest.approx(momentum)
         assert rest["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("schedule", "end"), [("polynomial", {"lr_end": 1e-4}), ("cosine_with_min_lr", {"min_lr": 1e-4})]
+)
+def test_a_schedule_that_ends_at_a_rate_ends_at_its_share_of_each_rate(tiny_model, name: str, schedule, end) -> None:
+    args = arguments(optimizer=name)
+    optimizer = build_optimizer(tiny_model(), args)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = get_scheduler(schedule, optimizer, 0, 4, scheduler_specific_kwargs=end)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    ends = [group["lr"] for group in optimizer.param_groups]
+    assert ends == pytest.approx([rate * 1e-4 / args.learning_rate for rate in rates])
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

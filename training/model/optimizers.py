@@ -49,7 +49,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], adamw_kwargs: dict, precision: str = "auto"):
-        defaults = {"weight_decay": 0.0, "momentum": 0.95, "use_muon": False}
+        # Schedules that end at a rate, not at a share, take it for a share of this one: AdamW's, where it has a group.
+        defaults = {"lr": groups[-1]["lr"], "weight_decay": 0.0, "momentum": 0.95, "use_muon": False}
         super().__init__(groups, defaults)
         self._adamw = torch.optim.AdamW([g for g in self.param_groups if not g["use_muon"]], **adamw_kwargs)
         self._dtype = newton_schulz_dtype(precision, self.param_groups[0]["params"][0].device)
