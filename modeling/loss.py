@@ -6,13 +6,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+IGNORED = -100  # the label that counts nowhere: cross_entropy's own
 CHUNK_ELEMENTS = 2**26  # float32 logits of a chunk stay under 256 MiB
 FURTHER_WEIGHT = 0.3  # of the loss of a token after the next, DeepSeek-V3's at first; measured in FRONTIER.md
 
 
-def shifted(labels: torch.Tensor, by: int = 1, ignore_index: int = -100) -> torch.Tensor:
+def shifted(labels: torch.Tensor, by: int = 1) -> torch.Tensor:
     """labels: (batch, tokens). For each place what stands `by` places on, which at the end is nothing that counts."""
-    return nn.functional.pad(labels, (0, by), value=ignore_index)[..., by:]
+    return nn.functional.pad(labels, (0, by), value=IGNORED)[..., by:]
 
 
 def causal_lm_loss(
@@ -20,7 +21,6 @@ def causal_lm_loss(
     shift_labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
 ) -> torch.Tensor:
     """Cross entropy of next-token prediction, in nats a token.
 
@@ -36,7 +36,7 @@ def causal_lm_loss(
             some_targets,
             reduction="sum",
             label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
+            ignore_index=IGNORED,
         )
 
     rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
@@ -46,7 +46,7 @@ def causal_lm_loss(
         chunks = zip(logits.split(rows), targets.split(rows), strict=True)
         total = sum(checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
     if num_items_in_batch is None:
-        num_items_in_batch = (targets != ignore_index).sum().clamp(min=1)
+        num_items_in_batch = (targets != IGNORED).sum().clamp(min=1)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
@@ -82,7 +82,7 @@ class FurtherTokens(nn.ModuleList):
             states = _normed(states + head(torch.cat((states, came), dim=-1)))
             shift_labels = shifted(shift_labels)
             if position_ids is not None:
-                shift_labels = shift_labels.masked_fill(shifted(position_ids, by) != position_ids + by, -100)
+                shift_labels = shift_labels.masked_fill(shifted(position_ids, by) != position_ids + by, IGNORED)
             total = total + causal_lm_loss(to_logits(states), shift_labels, *how)
         return FURTHER_WEIGHT * total
 
