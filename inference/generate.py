@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def encode(flags: argparse.Namespace, model, tokenizer, prompts: list[Prompt]) -> list[list[int]]:
     """The ids of each prompt; one that the model cannot read whole is refused."""
-    others = {"make_cache": flags.compile or flags.cache or None, **{name: getattr(flags, name) for name in DRAFTS}}
+    others = {"make_cache": flags.cache, **{name: getattr(flags, name) for name in DRAFTS}}
     is_window, has_memory = flags.beyond_context != "extrapolate", reads_on(model, others)
     if not is_window and has_memory:
         raise UserError("beyond_context=extrapolate: the model goes on with its memory; leave it out")

@@ -18,7 +18,11 @@ from training.system.errors import UserError
 from .tiny_runs import grow, refused
 from .variants import TINY, VARIANTS, random_model, tiny_config
 
-UNCOMPILABLE = {"rope_dynamic", "rope_dynamic_past_context"}
+UNCOMPILABLE = {
+    "rope_dynamic": r"rope_parameters\.rope_type=dynamic",
+    "rope_dynamic_past_context": r"rope_parameters\.rope_type=dynamic",
+    "memory": "memory_length=16: a memory has no fixed cache",
+}
 GREEDY = {"ends": [], "do_sample": False}
 
 
@@ -84,7 +88,7 @@ def test_compiled_ids_are_those_of_the_model(name: str, prompt) -> None:
     expected = [continue_ids(model, prompt, length, **GREEDY) for length in (20, 45)]
     beams = continue_ids(model, prompt, 15, num_beams=3, **GREEDY)
     if name in UNCOMPILABLE:
-        with pytest.raises(UserError, match=r"rope_parameters\.rope_type=dynamic"):
+        with pytest.raises(UserError, match=UNCOMPILABLE[name]):
             compiled(model, backend="eager")
         return
     options = compiled(model, backend="eager")
@@ -120,6 +124,8 @@ def test_an_adapter_and_a_stock_model_are_compiled_too(tiny_model, prompt) -> No
 def test_what_cannot_be_compiled_is_refused(tiny_model) -> None:
     with pytest.raises(UserError, match="peft_type=PROMPT_TUNING"):
         compiled(get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    with pytest.raises(UserError, match="memory_length=8: a memory has no fixed cache"):
+        compiled(tiny_model(position_encoding="rope", memory_length=8))
     mamba = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(UserError, match="MambaForCausalLM"):
         compiled(MambaForCausalLM(mamba))

@@ -11,6 +11,7 @@ from transformers.cache_utils import StaticLayer
 from modeling import GPTConfig
 from modeling.compat import CACHE_NAME
 from training.model.loading import without_adapter
+from training.model.sampling import reads_on
 from training.model.sizes import text_config
 from training.model.windows import rope_types
 from training.system.errors import UserError, log, one_line
@@ -123,6 +124,9 @@ def refuse_uncompilable(model, base) -> None:
         raise UserError(f"compile: not with virtual tokens (peft_type={kind}), which come with a cache of their own")
     if not base._can_compile_fullgraph:
         raise UserError(f"compile: transformers has no fixed cache or no compiled step for {type(base).__name__}")
+    if reads_on(model, {}):
+        memory = base.config.memory_length
+        raise UserError(f"compile: not with memory_length={memory}: a memory has no fixed cache; leave --compile out")
     for kind in rope_types(base.config):
         if kind in ("dynamic", "longrope"):
             why = "its frequencies depend on how long the text is, which a compiled step does not know"
