@@ -211,7 +211,8 @@ class CodedLayer(HoldsRows, UnrotatedLayer):
     def __init__(self, sliding_window: int | None = None):
         super().__init__()
         self.sliding_window = sliding_window
-        self.is_sliding, self.is_croppable = sliding_window is not None, sliding_window is None
+        self.is_sliding, self.is_croppable = sliding_window is not None, True
+        self.record_past = False
         self.held: tuple[torch.Tensor, ...] = ()
 
     @property
@@ -232,7 +233,7 @@ class CodedLayer(HoldsRows, UnrotatedLayer):
 
     def keep(self, turned, query_states, scaling):
         """Of a sliding window what the next tokens can see; copied, as a slice would keep the memory of the whole."""
-        if self.is_sliding:
+        if self.is_sliding and not self.record_past:
             self.change_rows(lambda part: part[:, :, 1 - self.sliding_window :].clone())
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -249,12 +250,23 @@ class CodedLayer(HoldsRows, UnrotatedLayer):
     def reset(self) -> None:
         self.seen, self.held = 0, ()
 
+    def activate_past_recording(self) -> None:
+        """Let a window go beyond its size until the next `crop`, so that drafts can be taken back."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; as in transformers, their number comes negative, or as the length to keep."""
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
-        if kept < self.seen:
-            self.change_rows(lambda part: part[:, :, :kept])
-            self.seen = kept
+        """Forget the last tokens; as in transformers, their number comes negative, or as the length to keep.
+
+        Raises ValueError where a window has let go of what would be in it again.
+        """
+        kept = min(self.seen, tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove)
+        length = self.length - (self.seen - kept)
+        if self.is_sliding and length < min(kept, self.sliding_window - 1):
+            raise ValueError("the window has let go of earlier tokens: call activate_past_recording() before")
+        begin = max(0, length + 1 - self.sliding_window) if self.is_sliding else 0
+        if (begin, length) != (0, self.length):
+            self.change_rows(lambda part: part[:, :, begin:length].clone())
+        self.seen = kept
 
     def offload(self) -> None:
         self.change_rows(lambda part: part.to("cpu", non_blocking=True))

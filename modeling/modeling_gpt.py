@@ -367,10 +367,12 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         is_default = generation_config.cache_implementation is None and model_kwargs.get(CACHE_NAME) is None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if is_default and type(model_kwargs.get(CACHE_NAME)) is DynamicCache:
-            has_drafts = generation_mode == GenerationMode.ASSISTED_GENERATION
+            has_drafts = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
             cache = (build_cache if has_drafts else default_cache)(self.config)
             if type(cache) is not DynamicCache:  # a plain one may be made ready for drafts already: it stays
                 model_kwargs[CACHE_NAME] = cache
+                if generation_config.is_assistant:
+                    cache.activate_past_recording()
             if isinstance(cache, SegmentMemory):
                 generation_config.prefill_chunk_size = self.config.max_position_embeddings
         with_state_layers(model_kwargs.get(CACHE_NAME), self.config)  # generate() asks it for its length

@@ -193,6 +193,21 @@ def test_rows_and_tokens_of_the_cache_can_be_taken() -> None:
     assert (layer.get_seq_length(), layer.state(), layer.state_bits()) == (0, {}, 0)
 
 
+def test_a_window_gives_drafts_back_where_it_was_told_that_they_come() -> None:
+    layer, given = CodedLayer(sliding_window=4), {"quantizers": [quantizer("int2", 32)] * 2, "rotate": as_they_are}
+    layer.update(states(6), states(6, seed=1), **given)
+    with pytest.raises(ValueError, match="the window has let go"):
+        layer.crop(-1)
+    layer.activate_past_recording()
+    drafts = states(3, seed=2)
+    layer.update(drafts, drafts, **given)
+    layer.crop(-2)
+    assert (layer.length, layer.get_seq_length()) == (3, 7)
+    keys, _ = layer.update(drafts, drafts, **given)
+    expected = torch.cat((states(6)[:, :, 4:], drafts[:, :, :1], drafts), dim=2)
+    assert torch.equal(keys, quantizer("int2", 32)(expected))
+
+
 @torch.no_grad()
 def test_only_layers_of_keys_and_values_hold_codes(ids: torch.Tensor) -> None:
     model = random_model(tiny_config(kv_sharing_modes=["store", "reuse"], kv_quantization="int2"))

@@ -289,7 +289,7 @@ def test_what_was_trained_without_a_memory_is_refused(plain, monkeypatch) -> Non
             "train_memory_length=8: position_encoding",
         ),
         ("--activation_checkpointing true", "memory_length=24: activation_checkpointing"),
-        pytest.param("--torch_compile true", "memory_length=24: torch_compile", marks=pytest.mark.slow),
+        ("--torch_compile true", "memory_length=24: torch_compile"),
         ("--memory_length 0", "memory_reset_probability=0.2: has no effect without memory_length"),
         ("--memory_length -3", "memory_length=-3: must be a whole number from 0"),
         ("--memory_length 2.5", "memory_length"),

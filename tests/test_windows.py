@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from packaging import version
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from training.model.loading import with_cache_names
@@ -51,8 +52,11 @@ def test_a_padded_batch_is_its_rows(name: str, strategy: dict, prompts) -> None:
 @pytest.mark.parametrize("name", [name for name in WINDOWED if name.values[0] not in WITHOUT_KEYS])
 def test_drafts_change_nothing(name: str, prompts) -> None:
     model = endless(name)
-    if "sliding_attention" in model.config.layer_types and transformers.__version__.startswith("5.17"):
+    old = version.parse(transformers.__version__)
+    if "sliding_attention" in model.config.layer_types and old < version.parse("5.18"):
         pytest.skip("transformers 5.17 cannot take back what a sliding window has let go; `acorn generate` refuses it")
+    if "reuse" in (model.config.kv_sharing_modes or ()) and old < version.parse("5.23"):
+        pytest.skip("before 5.23 transformers cannot crop layers without keys; `acorn generate` refuses it")
     for prompt in prompts[1:]:
         start = torch.tensor([prompt])
         greedy = continue_ids(model, start, 40, do_sample=False)

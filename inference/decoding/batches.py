@@ -157,8 +157,13 @@ def refuse_drafts(job: Job, longest: int) -> None:
     layers = getattr(text_config(job.model.config), "layer_types", None) or ()
     if "linear_attention" in layers:
         raise UserError("drafts: linear_attention holds a state, which no token can be taken back from; leave them out")
-    if "sliding_attention" in layers and version.parse(transformers.__version__) < version.parse("5.18"):
-        raise UserError(f"drafts: with sliding windows they need transformers 5.18, not {transformers.__version__}")
+    modes = getattr(text_config(job.model.config), "kv_sharing_modes", None) or ()
+    for what, needed, is_there in (
+        ("sliding windows", "5.18", "sliding_attention" in layers),
+        ("shared keys and values", "5.23", "reuse" in modes),
+    ):
+        if is_there and version.parse(transformers.__version__) < version.parse(needed):
+            raise UserError(f"drafts: with {what} they need transformers {needed}, not {transformers.__version__}")
     context = context_left(job.model) - job.generation.get("prompt_lookup_num_tokens", 0)
     if reads_on(job.model, {}) and longest + job.max_new_tokens > context:
         raise UserError("drafts: not past the context of a model with a memory, which cannot take them back; shorten "

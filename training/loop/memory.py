@@ -59,7 +59,7 @@ def check_memory(config, data, args) -> int:
     if args.activation_checkpointing or args.gradient_checkpointing:
         raise UserError(f"{what}: activation_checkpointing would run each block twice, and its memory would move on "
                         "twice; leave one of them out")  # fmt: skip
-    if args.torch_compile:
+    if args.torch_compile or args.compile_blocks is not None:
         raise UserError(f"{what}: torch_compile would compile each length of the memory anew; leave one of them out")
     return length
 
