@@ -193,8 +193,12 @@ def prompt(arguments, model: nn.Module) -> PromptTuningConfig:
 
 
 def prefix(arguments, model: nn.Module) -> PrefixTuningConfig:
-    """Trained keys and values in front of every layer's (arXiv 2101.00190)."""
+    """Trained keys and values in front of every layer's (arXiv 2101.00190), in a plain cache."""
     config = model.config
+    for field in ("kv_quantization", "memory_length"):
+        if value := getattr(config, field, None):
+            why = "needs a cache of its own kind, which takes no trained keys and values"
+            raise UserError(f"adapter=prefix: {field}={value!r} {why}; choose prompt or lora")
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     latents = ["latents (kv_lora_rank)"] if getattr(config, "kv_lora_rank", None) else []
     shared = ["shared ones"] if any(getattr(config, "kv_sharing_modes", None) or ()) else []

@@ -38,7 +38,7 @@ from .adapters import attach, count_parameters, quantization, virtual_tokens
 from .arguments import FinetuneRecipe, refuse_ungrown
 from .data import Examples, read_data
 from .packing import held_out_rows, keeps_documents_apart
-from .trainer import FinetuneTrainer, refuse_optimizer
+from .trainer import FinetuneTrainer, refuse_checkpointing, refuse_optimizer
 
 DEFAULT_BLOCK = 1024
 FACTS = "finetune.json"
@@ -57,6 +57,7 @@ class FinetuneRun(Run):
         refuse_ungrown(self.model.model_name_or_path)
         check_attention(self.model.attn_implementation, self.args.device.type)
         quantization(self.adapter.adapter, self.args.precision)  # refuses what this machine cannot do
+        refuse_checkpointing(self.args, self.adapter)
         if not self.args.force_precision:
             refuse_emulated_dtype(self.model.dtype, self.args.device.type)
 

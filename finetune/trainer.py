@@ -104,6 +104,13 @@ class FinetuneTrainer(GPTTrainer):
             record_base(directory, *self.base)
 
 
+def refuse_checkpointing(args, adapter) -> None:
+    """A checkpointed block runs without the cache, and a prefix is one."""
+    if adapter.adapter == "prefix" and (args.activation_checkpointing or args.gradient_checkpointing):
+        why = "a checkpointed block runs without the cache, which holds the prefix"
+        raise UserError(f"activation_checkpointing=True: {why}; leave it out, or choose adapter=prompt or lora")
+
+
 def refuse_optimizer(args, adapter, model) -> None:
     """Muon is for the matrices of whole Acorn models alone."""
     if args.optimizer != "adamw" and (adapter.adapter != "full" or model.config.model_type not in OUR_TYPES):

@@ -209,9 +209,11 @@ def test_ia3_on_an_unknown_model_asks_for_names() -> None:
     [
         ({"kv_sharing_modes": ["store", "reuse"]}, "shared ones"),
         ({"position_encoding": "rope", "kv_lora_rank": 8}, "latents"),
+        ({"kv_quantization": "int4"}, "kv_quantization='int4' needs .*choose prompt or lora"),
+        ({"position_encoding": "rope", "memory_length": 16}, "memory_length=16 needs .*choose prompt or lora"),
     ],
 )
-def test_prefix_is_refused_where_layers_share_keys(fields: dict, named: str) -> None:
+def test_prefix_is_refused_where_no_plain_cache_holds_it(fields: dict, named: str) -> None:
     with pytest.raises(UserError, match=f"adapter=prefix: .*{named}"):
         attach(our_model(**fields), arguments("prefix"), "somewhere")
 

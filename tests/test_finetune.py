@@ -228,6 +228,7 @@ def test_help_names_every_adapter_and_flag(capsys) -> None:
         (["gpt2", *TEXT, "--max_steps", "0"], "max_steps=0"),
         (["gpt2", *TEXT, "--lora_alpha", "nan"], "lora_alpha=nan"),
         (["gpt2", *TEXT, "--optimizer", "muon"], "only for adapter=full on an Acorn model"),
+        (["gpt2", *TEXT, "--adapter", "prefix", "--gradient_checkpointing", "true"], "activation_checkpointing=True:"),
         (["gpt2", *TEXT, "--tokenizer_vocab_size", "300"], "keeps the model's tokenizer"),
         (["gpt2", *TEXT, "--tokenizer", "char"], "keeps the model's tokenizer"),
         (["gpt2", *TEXT, "--max_new_tokens", "-1"], "max_new_tokens"),

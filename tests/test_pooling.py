@@ -16,6 +16,8 @@ from .foreign import stock_gpt2
 from .tiny_runs import refused
 from .variants import random_model, tiny_config
 
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -46,8 +48,9 @@ def test_a_pooled_head_is_the_mean_of_its_group(source: Path, tmp_path: Path, kv
 
 
 @torch.no_grad()
-def test_heads_that_are_alike_lose_nothing(ids: torch.Tensor) -> None:
-    model = random_model(tiny_config(num_key_value_heads=2, position_encoding="rope", kv_sharing_modes=[None, "store"]))
+@pytest.mark.parametrize("fields", [{"kv_sharing_modes": [None, "store"]}, LINEAR], ids=["shared", "linear"])
+def test_heads_that_are_alike_lose_nothing(fields: dict, ids: torch.Tensor) -> None:
+    model = random_model(tiny_config(num_key_value_heads=2, position_encoding="rope", **fields))
     pooled = pool_heads(model, 1)
     for layer in model.model.layers:
         for name in ("k_proj", "v_proj"):
@@ -97,11 +100,14 @@ def test_counts_that_do_not_pool(source: Path, tmp_path: Path, count: str, named
     [
         ({"num_key_value_heads": 1}, "has 1, which do not pool into so many; there is nothing to pool"),
         ({"position_encoding": "rope", "kv_lora_rank": 8}, "share a latent (kv_lora_rank=8) already"),
+        ({**LINEAR, "linear_attention": "gated_delta"}, "linear_attention='gated_delta': gates"),
+        ({**LINEAR, "linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim=3: gates"),
     ],
 )
-def test_heads_that_are_one_already(fields: dict, named: str, tmp_path: Path) -> None:
+def test_heads_that_do_not_pool(fields: dict, named: str, tmp_path: Path) -> None:
     random_model(tiny_config(**fields)).save_pretrained(tmp_path / "src")
     said = refused(
         convert.main, str(tmp_path / "src"), str(tmp_path / "dst"), "--to", "acorn", "--num_key_value_heads", "1"
     )
     assert named in said
+    assert not (tmp_path / "dst").exists()

@@ -12,10 +12,17 @@ POOLED = ("k_proj", "v_proj", "key_quantizer", "value_quantizer")
 
 
 def refuse_unpoolable(name: str, config: GPTConfig, num_key_value_heads: int) -> None:
-    """Refuse a number of heads that those of the model cannot be pooled into, each group as large as the others."""
+    """Refuse a number of heads that those of the model cannot be pooled into, each group as large as the others.
+
+    Linear layers pool where a head is no more than its query, key and value.
+    """
     has, what = config.num_key_value_heads, f"num_key_value_heads={num_key_value_heads}"
     if config.kv_lora_rank is not None:
         raise UserError(f"{what}: all heads of {name} share a latent (kv_lora_rank={config.kv_lora_rank}) already")
+    for field, plain in (("linear_attention", "elu"), ("linear_conv_kernel_dim", None)):
+        if (value := getattr(config, field)) != plain:
+            why = "gates and convolutions of linear layers do not pool"
+            raise UserError(f"{what}: {name} has {field}={value!r}: {why}; pretrain a model with so many heads")
     choices = [count for count in range(1, has) if has % count == 0]
     if num_key_value_heads not in choices:
         mend = f"choose one of {', '.join(map(str, choices))}" if choices else "there is nothing to pool"
