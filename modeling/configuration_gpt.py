@@ -1,6 +1,7 @@
 """GPTConfig: the one strict place where every architecture choice is named, defaulted and checked."""
 
 import copy
+import inspect
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -175,6 +176,16 @@ class GPTConfig(PreTrainedConfig):
             self.rope_parameters = None  # transformers fills its defaults in, which would say "rope" to a reader
         self.auto_map = dict(AUTO_MAP)
         self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; fields among kwargs are derived from and checked as if they stood in the dictionary."""
+        own = {name: kwargs.pop(name) for name in [*kwargs] if cls.attribute_map.get(name, name) in FIELDS}
+        config_dict = config_dict | {cls.attribute_map.get(name, name): value for name, value in own.items()}
+        kinds, window = config_dict.get("layer_types"), own.get("sliding_window")
+        if kinds and window is not None and "sliding_attention" not in kinds:
+            raise ValueError(f"sliding_window={window}: no layer is sliding_attention; give layer_types, too")
+        return super().from_dict(config_dict, **kwargs)
 
     def _derive_latent_heads(self):
         """Sizes that were not given; `head_dim` and `num_key_value_heads` are those of the keys that a cache holds."""
@@ -355,5 +366,7 @@ class GPTConfig(PreTrainedConfig):
         own = [i for i, (kind, mode) in enumerate(layers) if kind != "linear_attention" and mode != "reuse"]
         return own[::-2] if self.value_embeddings else []
 
+
+FIELDS = inspect.get_annotations(GPTConfig)  # without those that all configurations have
 
 __all__ = ["GPTConfig"]

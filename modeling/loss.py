@@ -68,17 +68,21 @@ class FurtherTokens(nn.ModuleList):
         states: torch.Tensor,
         embed: Callable[[torch.Tensor], torch.Tensor],
         to_logits: Callable[[torch.Tensor], torch.Tensor],
+        input_ids: torch.Tensor | None,
         shift_labels: torch.Tensor,
         position_ids: torch.Tensor | None,
         *how,
     ) -> torch.Tensor:
         """states: (batch, tokens, hidden_size), the model's last. Returns the weighted sum of the heads' losses.
 
-        Labels past a document's end, where positions start anew, do not count. how: causal_lm_loss's last arguments.
+        What came is read off the labels, and where those do not count off input_ids, (batch, tokens). Labels past a
+        document's end, where positions start anew, do not count. how: causal_lm_loss's last arguments.
         """
         total = states.new_zeros(())
+        next_ids = shift_labels if input_ids is None else shifted(input_ids).where(shift_labels < 0, shift_labels)
         for by, head in enumerate(self, 1):
-            came = _normed(embed(shift_labels.clamp(min=0))).to(states.dtype)
+            came = _normed(embed(next_ids.clamp(min=0))).to(states.dtype)
+            next_ids = shifted(next_ids)
             states = _normed(states + head(torch.cat((states, came), dim=-1)))
             shift_labels = shifted(shift_labels)
             if position_ids is not None:

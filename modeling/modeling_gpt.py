@@ -238,6 +238,8 @@ class GPTModel(GPTPreTrainedModel):
         if use_cache and cache is None:
             cache = default_cache(self.config)
         refuse_padding(attention_mask, cache)
+        if self.gradient_checkpointing and self.training and getattr(cache, "holds_unrotated", False):
+            raise ValueError(f"gradient checkpointing would fill a {type(cache).__name__} twice; leave one of them out")
         cache = with_state_layers(cache, self.config)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = build_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
@@ -334,7 +336,8 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         logits = self._logits(outputs.last_hidden_state[:, keep])
         loss = None
         if has_labels:
-            loss = self._loss(outputs, logits, labels, shift_labels, position_ids, num_items_in_batch, label_smoothing)
+            how = num_items_in_batch, label_smoothing
+            loss = self._loss(outputs, logits, labels, shift_labels, input_ids, position_ids, *how)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if has_labels and not return_logits else logits,
@@ -343,7 +346,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def _loss(self, outputs, logits, labels, shift_labels, position_ids, *how) -> torch.Tensor:
+    def _loss(self, outputs, logits, labels, shift_labels, input_ids, position_ids, *how) -> torch.Tensor:
         """The loss of the next tokens; in training its gradient is that of the heads for further ones, too.
 
         So what is logged can be compared with an evaluation. how: causal_lm_loss's last arguments.
@@ -353,7 +356,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         if self.mtp is None or not self.training:
             return loss
         states, embed = outputs.last_hidden_state, self.model.embed_tokens
-        further = self.mtp(states, embed, self._logits, shift_labels, position_ids, *how)
+        further = self.mtp(states, embed, self._logits, input_ids, shift_labels, position_ids, *how)
         return loss + (further - further.detach())
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs) -> None:
@@ -374,7 +377,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
                 if generation_config.is_assistant:
                     cache.activate_past_recording()
             if isinstance(cache, SegmentMemory):
-                generation_config.prefill_chunk_size = self.config.max_position_embeddings
+                generation_config.prefill_chunk_size = cache.prefill_size(model_kwargs.get("inputs_embeds"))
         with_state_layers(model_kwargs.get(CACHE_NAME), self.config)  # generate() asks it for its length
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:

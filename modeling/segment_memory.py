@@ -105,10 +105,17 @@ class UnrotatedLayer(DynamicLayer):
 
 
 def refuse_padding(attention_mask: torch.Tensor | dict | None, cache: Cache | None) -> None:
-    """Refuse padded rows, at their beginning, with a cache that would lose track of where the padding is."""
+    """Refuse padded rows with a cache that would lose track of where the padding is.
+
+    That is at a text's beginning one that drops tokens, and past its first segment a memory.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return
     is_first = getattr(cache, "has_gaps", False) and cache.get_seq_length() == 0
-    if is_first and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and not attention_mask.all():
-        raise ValueError("padded rows do not go with a cache that drops tokens; give rows of one length, or one by one")
+    is_past = isinstance(cache, SegmentMemory) and cache.is_past_a_segment(attention_mask.shape[1])
+    if (is_first or is_past) and not attention_mask.all():
+        why = "a memory, whose segments begin with the padding" if is_past else "a cache that drops tokens"
+        raise ValueError(f"padded rows do not go with {why}; give rows of one length, or one by one")
 
 
 def memory_obstacle(config) -> str:
@@ -163,13 +170,26 @@ class SegmentMemory(UnrotatedCache):
 
     def __init__(self, config, memory_length: int | None = None, reach: int | None = None):
         length = config.memory_length if memory_length is None else memory_length
-        segment = config.max_position_embeddings
+        self.segment_length = segment = config.max_position_embeddings
         reach = config.memory_length if reach is None else reach
         super().__init__(layers=[MemoryLayer(length, segment) for _ in range(config.num_hidden_layers)])
         # Of how many tokens up to itself, itself among them, each sees no more; None: all that is held.
         self.sight = reach + segment // 2 if 0 < reach < length else None
         # (batch,): how many of the tokens that are held a row has read since it began
         self.known: torch.Tensor | int = 0
+
+    def is_past_a_segment(self, tokens: int) -> bool:
+        """Whether a text of so many tokens, which is not read by `begin_segment`, is longer than a segment."""
+        return not torch.is_tensor(self.known) and tokens > self.segment_length
+
+    def prefill_size(self, inputs_embeds: torch.Tensor | None) -> int | None:
+        """In pieces of how many tokens generate() is to read a prompt; it cannot cut one of inputs_embeds up."""
+        if inputs_embeds is None:
+            return self.segment_length
+        if (tokens := inputs_embeds.shape[1]) > self.segment_length:
+            why = f"{tokens} tokens are read in segments of {self.segment_length}"
+            raise ValueError(f"inputs_embeds: {why}; give input_ids, or read all but the last segment before")
+        return None
 
     def begin_segment(self, is_new: torch.Tensor, tokens: int) -> torch.Tensor:
         """Make ready for one more segment of a batch whose rows go on where they stood.

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,21 @@ def test_a_configuration_of_an_older_acorn_loads(tmp_path, caplog, monkeypatch) 
     assert "label_smoothing" not in config.to_dict()
     assert config.model_type == load_config(str(tmp_path)).model_type == config.to_dict()["model_type"] == "acorn_gpt"
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sliding_window": 4}, "sliding_window=4: no layer is sliding_attention"),
+        ({"n_layer": 1}, "layer_types has 2 entries for num_hidden_layers=1"),
+        ({"norm": "foo"}, "norm='foo': choose one of"),
+        ({"memory_length": 8}, "memory_length=8: position_encoding='learned'"),
+    ],
+    ids=str,
+)
+def test_what_changes_a_saved_configuration_is_checked(changes: dict, named: str, tmp_path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, StrictDataclassError), match=re.escape(named)):
+        GPTConfig.from_pretrained(tmp_path, **changes)
+    changed = GPTConfig.from_pretrained(tmp_path, kv_quantization="int2", dtype="bfloat16")
+    assert (changed.kv_quantization_group, changed.dtype) == (8, "bfloat16")

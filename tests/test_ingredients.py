@@ -161,6 +161,19 @@ def test_further_tokens_are_of_the_same_document(further, ids) -> None:
     torch.testing.assert_close(torch.autograd.grad(found, heads), torch.autograd.grad(sum(alone), heads))
 
 
+def test_what_came_is_known_where_labels_do_not_count(further, ids) -> None:
+    """At the border of a prompt, whose labels are left out, its heads read the token that came, not the first one."""
+    ids = ids.clamp(min=1)
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < 10, -100)
+    heads, gradients = list(further.mtp.parameters()), []
+    for _ in range(2):
+        gradients.append(torch.autograd.grad(further(ids, labels=labels).loss, heads))
+        with torch.no_grad():
+            further.lm_head.weight = torch.nn.Parameter(further.lm_head.weight.clone())  # not tied any more
+            further.model.embed_tokens.weight[0] += 1
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_further_heads_are_saved_and_dropped_where_nothing_trains_them(further, ids, tmp_path, capsys, monkeypatch):
     said, logits = [], further.eval()(ids).logits
     monkeypatch.setattr(modeling_gpt.logger, "warning_once", said.append)

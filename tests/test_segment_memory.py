@@ -175,6 +175,24 @@ def test_padding_is_not_remembered(text: torch.Tensor) -> None:
     together = model.generate(rows, attention_mask=mask, **options)
     alone = model.generate(rows[1:, 3:], **options)
     assert torch.equal(together[1:, 3:], alone)
+    with pytest.raises(ValueError, match="padded rows do not go with a memory"):
+        model.generate(rows, attention_mask=mask, **options | {"max_new_tokens": 9})
+
+
+def test_embeddings_are_read_up_to_a_segment(text: torch.Tensor) -> None:
+    model, options = build(), {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    inputs = model.model.embed_tokens(text[:, : SEGMENT - 1])
+    written = model.generate(inputs_embeds=inputs, **options)
+    assert torch.equal(written, model.generate(text[:, : SEGMENT - 1], **options)[:, SEGMENT - 1 :])
+    with pytest.raises(ValueError, match=f"inputs_embeds: {SEGMENT + 1} tokens are read in segments of {SEGMENT}"):
+        model.generate(inputs_embeds=model.model.embed_tokens(text[:, : SEGMENT + 1]), **options)
+
+
+def test_a_checkpointed_layer_would_fill_a_memory_twice(text: torch.Tensor) -> None:
+    model = build().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing would fill a SegmentMemory twice"):
+        model(text[:, :SEGMENT], labels=text[:, :SEGMENT], past_key_values=SegmentMemory(model.config))
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic", "given", "none"])

@@ -55,7 +55,8 @@ class AveragesWeights(Trainer):
     @torch.no_grad()
     def take_into_average(self, step: int) -> None:
         """Count the weights after so many steps in."""
-        if step <= self.args.average_start and self.average is None:
+        if step <= self.args.average_start:
+            self.let_go_of_average()  # a run that goes on for longer may begin it later
             return
         self._taken += 1
         if self.average is None:
