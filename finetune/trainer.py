@@ -12,6 +12,7 @@ from training.data.corpus import Corpus, Inputs
 from training.loop.lanes import SeparatedRows
 from training.loop.trainer import GPTTrainer
 from training.model.loading import OUR_TYPES, record_base, without_warnings
+from training.system.distributed import checkpoints_by_fsdp
 from training.system.errors import UserError
 
 from .adapters import build_loraplus, count_parameters
@@ -105,10 +106,12 @@ class FinetuneTrainer(GPTTrainer):
 
 
 def refuse_checkpointing(args, adapter) -> None:
-    """A checkpointed block runs without the cache, and a prefix is one."""
-    if adapter.adapter == "prefix" and (args.activation_checkpointing or args.gradient_checkpointing):
-        why = "a checkpointed block runs without the cache, which holds the prefix"
-        raise UserError(f"activation_checkpointing=True: {why}; leave it out, or choose adapter=prompt or lora")
+    """A prefix is a cache, which checkpointed blocks run without in transformers, and fill twice in FSDP."""
+    by_argument, by_fsdp = args.activation_checkpointing or args.gradient_checkpointing, checkpoints_by_fsdp(args)
+    if adapter.adapter == "prefix" and (by_argument or by_fsdp):
+        name = "activation_checkpointing" if by_argument else "fsdp_activation_checkpointing"
+        why = "a block that is computed twice loses its place in the cache that holds the prefix"
+        raise UserError(f"{name}=True: {why}; make it false, or choose adapter=prompt or lora")
 
 
 def refuse_optimizer(args, adapter, model) -> None:

@@ -17,6 +17,7 @@ from finetune.adapters import (
     quantization,
 )
 from finetune.arguments import AdapterArguments, FinetuneTrainingArguments, load_finetune_recipe
+from finetune.trainer import refuse_checkpointing
 from training.system.errors import UserError
 
 from .tiny_bases import BASES, our_model, stock_model
@@ -216,6 +217,15 @@ def test_ia3_on_an_unknown_model_asks_for_names() -> None:
 def test_prefix_is_refused_where_no_plain_cache_holds_it(fields: dict, named: str) -> None:
     with pytest.raises(UserError, match=f"adapter=prefix: .*{named}"):
         attach(our_model(**fields), arguments("prefix"), "somewhere")
+
+
+def test_prefix_is_refused_where_fsdp_checkpoints(monkeypatch, tmp_path) -> None:
+    args = FinetuneTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    refuse_checkpointing(args, arguments("prefix"))
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    refuse_checkpointing(args, arguments("prompt"))
+    with pytest.raises(UserError, match=r"fsdp_activation_checkpointing=True: .*choose adapter=prompt or lora"):
+        refuse_checkpointing(args, arguments("prefix"))
 
 
 # settings

@@ -107,6 +107,12 @@ def shares_weights_out(args) -> bool:
     return bool(args.fsdp or _launches("FSDP") or _is_zero(args))
 
 
+def checkpoints_by_fsdp(args) -> bool:
+    """Whether FSDP computes blocks twice, by argument or by launcher."""
+    by_launcher = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
+    return by_launcher or bool((args.fsdp_config or {}).get("activation_checkpointing"))
+
+
 def check_writer(checkpoint: Path, args) -> None:
     """Refuse to go from DeepSpeed's own form of a state to ours, or back; all other launches read each other's."""
     by_zero, now_zero = (checkpoint / "latest").is_file(), _is_zero(args)
