@@ -181,7 +181,7 @@ def prompt(arguments, model: nn.Module) -> PromptTuningConfig:
     """Trained embeddings in front of the text (arXiv 2104.08691), started from the vocabulary or from a text."""
     tables = [name for name in ("bigram_vocab_size", "value_embeddings") if getattr(model.config, name, None)]
     if tables:
-        raise UserError(f"adapter=prompt: its virtual tokens are none that {tables[0]} looks up; choose prefix or lora")
+        raise UserError(f"adapter=prompt: its virtual tokens are none that {tables[0]} looks up; choose lora")
     text = arguments.prompt_tuning_init_text or None
     return PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
