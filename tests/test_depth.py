@@ -196,6 +196,9 @@ def test_estimate_foretells_the_loss_of_a_larger_size(run_dir, tmp_path, capsys)
     message = refusal(estimate.main, [*words, "--from_runs", *names[:2]])
     assert "from_runs: 2 sizes are too few" in message
     assert "--picture a.png: draws a fit to --from_runs" in refusal(estimate.main, [*words, "--picture", "a.png"])
+    for path, why in (("a.csv", "must end in .png"), ("no/a.png", "there is no directory"), (tmp_path, "must end in")):
+        message = refusal(estimate.main, [*words, "--from_runs", "nowhere", "--picture", str(path)])
+        assert message.startswith(f"--picture={path}: {why}")
 
 
 def copy_with(run_dir, place, times: int):

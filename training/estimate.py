@@ -12,6 +12,7 @@ from .data.streaming import held_out_characters, is_streamed
 from .model.devices import GPUS, fit_precision
 from .scaling import Point, draw_law, misfit, predict, read_points
 from .system.errors import UserError, run_main, unknown
+from .system.files import check_output
 
 EXAMPLES = (
     "  acorn estimate gpt2-openwebtext --gpu a100-40gb --num_gpus 8\n"
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--from_runs", nargs="+", help="finished runs of smaller sizes, to predict the loss from")
     parser.add_argument("--picture", type=Path, help="PNG of that prediction's fit")
     flags = parser.parse_args(argv)
+    if flags.picture:
+        check_output("--picture", flags.picture, (".png",))
     if flags.picture and not flags.from_runs:
         raise UserError(f"--picture {flags.picture}: draws a fit to --from_runs; name some, or leave it out")
     if flags.gpu not in GPUS:
