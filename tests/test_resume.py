@@ -264,6 +264,15 @@ def test_a_run_without_checkpoint_starts_again(grown, folder, capsys) -> None:
         assert same_weights(young, grown)
 
 
+def test_a_finished_run_without_checkpoints_keeps_its_model(folder, monkeypatch, capsys) -> None:
+    run = grow(folder, "--save_strategy", "no", name="unsaved")
+    assert "acorn resume" not in capsys.readouterr().out
+    before = contents(run)
+    for more in ([], ["--max_steps", "12"]):
+        assert "is finished and has no checkpoint to go on from" in refused(resume.main, str(run), *more)
+    assert contents(run) == before
+
+
 def test_pretrain_too_starts_again_over_what_a_kill_left(folder) -> None:
     (folder / "killed-at-once").mkdir()
     (folder / "killed-at-once" / ".recipe.yaml.123.tmp").write_text("name: ru")

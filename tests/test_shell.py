@@ -74,8 +74,9 @@ def test_every_command_is_printed_by_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
-def test_what_to_type_next_can_be_pasted(kind: str, tmp_path) -> None:
+def test_what_to_type_next_can_be_pasted(kind: str, tmp_path, monkeypatch) -> None:
     """A data row is the prompt of what finetuning prints: it must not run."""
+    monkeypatch.setattr("training.share.report.list_checkpoints", lambda run_dir: [run_dir / "checkpoint-4"])
     run_dir, prompt = Path("my runs/$(touch HACKED)"), "`touch HACKED`\n$(touch HACKED) it's"
     facts = {"perplexity_before": 3.0, "perplexity_after": 2.0, "best_step": 4, "trained_parameters": 1}
     facts |= {

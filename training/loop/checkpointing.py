@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from ..system.checkpoints import (
     SAVING,
     find_checkpoint,
+    is_finished,
     move_into_root,
     processes_of,
     read_state,
@@ -219,6 +220,9 @@ def choose_checkpoint(run_dir: Path, wanted: str, fresh_state: bool, args) -> Pa
     """The checkpoint to go on from; one that lacks a part of its state is refused, unless that may start afresh."""
     checkpoint = find_checkpoint(run_dir, wanted)
     if checkpoint is None:
+        if is_finished(run_dir):  # it would begin anew, over the model that is there
+            another = f"--model_name_or_path {shell(run_dir)} begins another run with its model"
+            raise UserError(f"{run_dir}: is finished and has no checkpoint to go on from; {another}")
         return None
     check_writer(checkpoint, args)
     missing = " and no ".join(missing_state(checkpoint))

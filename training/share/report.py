@@ -12,7 +12,7 @@ from ..model.loading import OUR_TYPES
 from ..model.sampling import Rendered
 from ..model.sizes import context_of
 from ..system.addresses import public_name
-from ..system.checkpoints import run_of, step_of
+from ..system.checkpoints import list_checkpoints, run_of, step_of
 from ..system.errors import UserError, one_line
 from ..system.files import read_json, write_picture
 from ..system.shell import shell
@@ -192,7 +192,7 @@ def next_steps(run_dir: Path, prompt: str, step: int, what: str = "model", *more
     commands = [
         *(chat if isinstance(prompt, Rendered) else [shell("acorn", "generate", run_dir, prompt=prompt)]),
         shell("acorn", "evaluate", run_dir),
-        shell("acorn", "resume", run_dir, max_steps=2 * step),
+        *([shell("acorn", "resume", run_dir, max_steps=2 * step)] if list_checkpoints(run_dir) else []),
         *(shell("acorn", *words) for words in more),
         shell("acorn", "push", run_dir, "YOU/NAME", "--dry_run", **push),
     ]
