@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from training.share.metrics_file import read_metrics
 
@@ -110,7 +111,8 @@ def run(command: list[str], directory: Path) -> tuple[str, float]:
 
 def alternate(rounds: int, *contenders) -> list[list[float]]:
     """Each contender once a round, in turn; one list of figures a contender."""
-    figures = [[contender() for contender in contenders] for _ in range(rounds)]
+    bar = tqdm(range(rounds), unit="round", leave=False, file=sys.stderr, disable=None)  # on a terminal alone
+    figures = [[contender() for contender in contenders] for _ in bar]
     return [list(column) for column in zip(*figures, strict=True)]
 
 

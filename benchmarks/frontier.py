@@ -35,7 +35,7 @@ from training.data.dataset import IGNORED, EvaluationRows, collate_rows
 from training.grown import grown
 from training.model.loading import load_causal_lm
 from training.share.metrics_file import read_metrics
-from training.system.errors import UserError, quiet_libraries, run_main
+from training.system.errors import UserError, quiet_libraries, run_main, unknown
 
 MARK = 1.8983  # nanoGPT's CPU recipe on the full validation split
 FIRST_SEED = 1337  # nanoGPT's
@@ -187,15 +187,17 @@ def data_track(flags: argparse.Namespace, workspace: Path) -> dict:
 
 def optimizer_track(flags: argparse.Namespace, workspace: Path) -> dict:
     """For each contender the losses of its runs of so many steps, and the steps of each seed to the mark."""
+    contenders, all_steps = CONTENDERS | named(flags.contender), sorted(set(flags.steps))
+    if missing := [name for name in flags.only or () if name not in contenders]:
+        raise unknown("contender", missing[0], contenders)
     board, figures = Board(training_part(flags.text, flags.runs), flags.recipe, flags.runs, flags.seeds), {}
-    contenders = CONTENDERS | named(flags.contender)
     for name in tqdm(flags.only or contenders, unit="contender"):
-        lines = [merged(contenders[name], f"--max_steps {steps}") for steps in flags.steps]
+        lines = [merged(flags.flags, contenders[name], f"--max_steps {steps}") for steps in all_steps]
         losses = [board.losses(line) for line in lines]  # of each number of steps, by seed
-        crossed = [steps_to(flags.mark, flags.steps, list(own)) for own in zip(*losses, strict=True)]
+        crossed = [steps_to(flags.mark, all_steps, list(own)) for own in zip(*losses, strict=True)]
         reached = [steps for steps in crossed if steps is not None]
         figures[name] = {"flags": contenders[name], "steps_to_mark": crossed, "reached": len(reached)}
-        figures[name] |= {str(steps): summary(found) for steps, found in zip(flags.steps, losses, strict=True)}
+        figures[name] |= {str(steps): summary(found) for steps, found in zip(all_steps, losses, strict=True)}
         if reached:
             figures[name]["mean_steps"] = round(statistics.mean(reached), 1)
     return {"mark": flags.mark, "contenders": figures}
@@ -203,11 +205,12 @@ def optimizer_track(flags: argparse.Namespace, workspace: Path) -> dict:
 
 def screen(flags: argparse.Namespace, workspace: Path) -> dict:
     """Each set of flags against none, seed by seed."""
+    ingredients = named(getattr(flags, "try"))  # a malformed one is refused before anything is trained
     share, held_out = REPEATED if flags.repeated else (1.0, "")
     board = Board(training_part(flags.text, flags.runs, share), flags.recipe, flags.runs, flags.seeds)
     common, figures = merged(held_out, flags.flags), {}
     base = board.losses(common)
-    for name, line in tqdm(named(getattr(flags, "try")).items(), unit="ingredient"):
+    for name, line in tqdm(ingredients.items(), unit="ingredient"):
         losses = board.losses(merged(common, line))
         figures[name] = {"flags": line} | paired(losses, base) | summary(losses)
     return {"base": {"flags": flags.flags} | summary(base), "repeated": flags.repeated, "ingredients": figures}
@@ -241,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parsers["time"].add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parsers["data"].add_argument("--tune", action="store_true", help="on the last tenth of the training part")
     parsers["optimizer"].add_argument("--mark", type=float, required=True, help="the loss to come to")
-    parsers["optimizer"].add_argument("--steps", type=int, nargs="+", required=True, help="of a run, from few to many")
+    parsers["optimizer"].add_argument("--steps", type=int, nargs="+", required=True, help="of a run, in any order")
     parsers["optimizer"].add_argument("--contender", action="append", default=[], help='another: "NAME: --flag value"')
     parsers["optimizer"].add_argument("--only", nargs="+", help="these contenders alone")
     parsers["screen"].add_argument("--try", action="append", default=[], required=True, help='"NAME: --flag value"')

@@ -2,11 +2,12 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from benchmarks import frontier
+from benchmarks import contenders, frontier
 from training.system.errors import UserError
 
 from .tiny_runs import TEXT, TINY, refused
@@ -60,6 +61,46 @@ def test_a_screen_trains_on_the_training_part_and_each_run_once(tmp_path, capsys
     tokens = next((tmp_path / "runs").glob("tokens-*"))
     first, second, both = (frontier.ensemble_loss(chosen, tokens) for chosen in (runs[:1], runs[1:2], runs[:2]))
     assert math.isfinite(first) and both < max(first, second)
+
+
+def test_contenders_take_the_common_flags_and_steps_in_any_order(tmp_path, capsys, monkeypatch) -> None:
+    lines = []
+
+    def losses(board: frontier.Board, flags: str) -> list[float]:
+        lines.append(flags)
+        return [8 / int(flags.split()[-1])] * len(board.seeds)
+
+    monkeypatch.setattr(frontier.Board, "losses", losses)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    argv = ["optimizer", "--text", str(tmp_path / "text.txt"), "--runs", str(tmp_path / "runs"), "--mark", "1"]
+    argv += ["--steps", "8", "4", "8", "--flags", "--weight_decay 0.3 --warmup_steps 1", "--only", "muon", "own"]
+    frontier.main([*argv, "--contender", "own: --weight_decay 0.1"])
+    common = "--weight_decay {} --warmup_steps 1 --max_steps {}"
+    assert lines == [common.format(*pair) for pair in ((0.3, 4), (0.3, 8), (0.1, 4), (0.1, 8))]
+    assert json.loads(capsys.readouterr().out)["contenders"]["muon"]["steps_to_mark"] == [8.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("track", "named"),
+    [
+        (["optimizer", "--mark", "1", "--steps", "8", "--only", "muon", "sgd"], "'sgd': choose from adamw, muon, nor"),
+        (["optimizer", "--mark", "1", "--steps", "8", "--contender", "a --b 1"], "'a --b 1': give a name and flags"),
+        (["screen", "--try", "even --optimizer normuon"], "'even --optimizer normuon': give a name and flags"),
+    ],
+)
+def test_what_is_malformed_is_refused_before_a_run(tmp_path, monkeypatch, track: list[str], named: str) -> None:
+    monkeypatch.setattr(frontier.Board, "run", lambda *_: pytest.fail("a run began"))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    argv = [*track, "--text", str(tmp_path / "text.txt"), "--runs", str(tmp_path / "runs")]
+    assert named in refused(frontier.main, *argv)
+
+
+def test_rounds_show_their_progress_on_a_terminal(capsys, monkeypatch) -> None:
+    assert contenders.alternate(2, lambda: 1.0, lambda: 2.0) == [[1.0, 1.0], [2.0, 2.0]]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    contenders.alternate(2, lambda: 1.0)
+    assert "0/2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "named"), [("--seeds 1", "seeds=1"), ("--text nowhere.txt", "text='nowhere.txt'")])
