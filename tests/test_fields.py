@@ -189,6 +189,11 @@ def test_a_schedule_that_can_not_be(kind: str, kwargs, named: str) -> None:
         arguments(lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs)
 
 
+def test_a_momentum_that_would_fall_in_its_rise() -> None:
+    with pytest.raises(UserError, match=r"muon_momentum_warmup_steps=4: .* rises from 0.85 to muon_momentum=0.5"):
+        arguments(optimizer="muon", muon_momentum=0.5, muon_momentum_warmup_steps=4)
+
+
 # what takes effect: the objects that are built differ
 
 

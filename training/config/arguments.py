@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..model.devices import ACCELERATE_PRECISIONS, choose_precision, plan_compilation
-from ..model.optimizers import OPTIMIZERS
+from ..model.optimizers import FIRST_MOMENTUM, OPTIMIZERS
 from ..system.errors import UserError
 from .checks import check_installed, check_needs, check_schedule, settle_metric
 from .publishing import check_hub_arguments, check_language, check_license
@@ -153,6 +153,11 @@ class GPTTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         check_schedule(self)
+        if self.muon_momentum_warmup_steps and self.muon_momentum <= FIRST_MOMENTUM:
+            rise = f"the momentum rises from {FIRST_MOMENTUM} to muon_momentum={self.muon_momentum}"
+            raise UserError(
+                f"muon_momentum_warmup_steps={self.muon_momentum_warmup_steps}: {rise}; raise that, or leave it out"
+            )
         self.compile_blocks = plan_compilation(self)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file has no use for a bar
