@@ -105,6 +105,19 @@ def test_flags_are_heard_and_what_follows_from_them_follows() -> None:
         ("quickstart --tokens_per_parameter 3", "tokens_per_parameter: has no effect without depth"),
         ("stdlib-depth --tokens_per_parameter 0", "tokens_per_parameter=0.0: must be a finite number above 0"),
         ("stdlib-depth --tokens_per_parameter 3 --max_steps 9", "tokens_per_parameter=3: max_steps=9 sets the steps"),
+        (
+            "stdlib-depth --tokens_per_parameter 0.001",
+            "tokens; raise tokens_per_parameter, lower block_size, or say --max",
+        ),
+        ("quickstart --depth 2 --tokens_per_parameter 1e300", "tokens_per_parameter=1e+300: are 3.93e+305 tokens"),
+        (
+            "quickstart --depth 64 --tokens_per_parameter 1e308 --streaming",
+            "tokens_per_parameter=1e+308: are inf tokens",
+        ),
+        (
+            "stdlib-depth --tokens_per_parameter 1e9 --tokens_per_step 128",
+            "tokens_per_parameter=1e+09: are 3.93e+14 tokens",
+        ),
         ("stdlib-depth --num_train_epochs 2", "num_train_epochs=2: depth=2 sets the steps"),
         ("stdlib-depth --tokens_per_parameter 0.001", "0.001 tokens for each of 393,216 parameters are 3 steps"),
         ("stdlib-depth --n_head 3", "hidden_size=128 is not divisible by num_attention_heads=3"),

@@ -17,6 +17,7 @@ from modeling import GPTConfig
 
 from ..model.sizes import matrix_parameters
 from ..system.errors import UserError
+from ..system.flags import MOST
 
 WIDTH = 64  # a layer, and a head
 TOKENS_PER_PARAMETER = 20.0
@@ -117,12 +118,13 @@ class Dial:
     def turn(self, text: int | None = None) -> dict:
         """Choose the training for a text of so many tokens (None: of as many as are wanted); return what was chosen."""
         wanted = self.ratio * self.parameters
+        self._refuse_many(wanted)
         tokens = wanted if text is None else min(wanted, MOST_EPOCHS * text)
         step = self.said.get("tokens_per_step") or self.context * batch_rows(tokens, self.context)
         steps = self.said.get("max_steps", -1)
         if steps < 1:
             steps = round(tokens / step)
-            self._refuse_few(steps, step, text)
+            self._refuse_few(steps, step, wanted, text)
         rates = self._rates() | self.said
         rate = rates.get("muon_learning_rate", rates["learning_rate"])
         values = {
@@ -154,16 +156,29 @@ class Dial:
             raise UserError(f"depth={self.depth}: knows no learning rates of optimizer={optimizer!r}; take {known}")
         return RATES[optimizer](self.depth)
 
-    def _refuse_few(self, steps: int, step: int, text: int | None) -> None:
+    def _refuse_many(self, tokens: float) -> None:
+        """Refuse more steps, or more tokens in one, than a flag can say, whatever the text."""
+        step = self.said.get("tokens_per_step") or self.context * batch_rows(min(tokens, MOST**2), self.context)
+        steps = tokens / step if self.said.get("max_steps", -1) < 1 else 0
+        if max(step, steps) > MOST:
+            why = f"are {tokens:.3g} tokens, and a run has at most {MOST:,} steps, of at most as many"
+            raise UserError(f"tokens_per_parameter={self.ratio:g}: {why}; lower it")
+
+    def _refuse_few(self, steps: int, step: int, wanted: float, text: int | None) -> None:
+        """Refuse a run that would teach nothing, and say what would make it longer."""
         if steps >= FEWEST_STEPS:
             return
-        if text is None:
-            why = f"{self.ratio:g} tokens for each of {self.parameters:,} parameters are"
+        if text is None or wanted <= MOST_EPOCHS * text:
+            why, more = (
+                f"{self.ratio:g} tokens for each of {self.parameters:,} parameters",
+                "raise tokens_per_parameter",
+            )
         else:
-            epochs = self.ratio * self.parameters / text
-            why = f"would read the {text:,} tokens of this text {epochs:,.0f} times; {MOST_EPOCHS} times, the most, are"
-        mend = "lower depth or tokens_per_step, give more text, or say --max_steps"
-        raise UserError(f"depth={self.depth}: {why} {steps} steps of {step:,} tokens; {mend}")
+            times, more = f"{wanted / text:,.0f} times; {MOST_EPOCHS} times, the most,", "give more text"
+            why = f"would read the {text:,} tokens of this text {times}"
+        less = "lower tokens_per_step" if step > self.context else "lower block_size"
+        mend = f"{more}, {less}, or say --max_steps instead"
+        raise UserError(f"depth={self.depth}: {why} are {steps} steps of {step:,} tokens; {mend}")
 
     def _describe(self, training: dict, rates: dict, tokens: int, text: int | None) -> str:
         each = f"{tokens / self.parameters:.3g} tokens for each of {self.parameters:,} parameters in the blocks"
