@@ -215,10 +215,11 @@ class GPTTrainingArguments(TrainingArguments):
                 setattr(self, f"{what}_steps", min(self.max_steps, math.ceil(steps_an_epoch)))
         for name in ("muon_momentum_warmup_steps", "average_start", "kv_quantization_start"):
             value = getattr(self, name)
-            setattr(self, name, round(value * self.max_steps) if 0 < value < 1 else int(value))
-        for name in ("average_start", "kv_quantization_start"):
-            if (start := getattr(self, name)) >= self.max_steps > 0:
-                raise UserError(f"{name}={start}: the run ends with step {self.max_steps}; lower it")
+            steps = round(value * self.max_steps) if 0 < value < 1 else int(value)
+            setattr(self, name, steps)
+            if name.endswith("_start") and steps >= self.max_steps > 0:
+                what = f"{name}={value:g}" + (f", step {steps}" if value < 1 else "")
+                raise UserError(f"{what}: the run ends with step {self.max_steps}; lower it")
         decay = (self.lr_scheduler_kwargs or {}).get("num_decay_steps")
         if decay is not None and 0 < decay < 1:
             self.lr_scheduler_kwargs = {**self.lr_scheduler_kwargs, "num_decay_steps": round(decay * self.max_steps)}
