@@ -43,7 +43,7 @@ QUIET = "--max_new_tokens 0"
 # Of a text of a million characters 30,000 are read, 7.7 times in the 300 steps of the recipe, and 20,000 held out.
 REPEATED = (0.05, "--validation_fraction 0.4")
 # What a contender of the optimizer track changes in the recipe; with --contender come its tuned rates.
-CONTENDERS = {"adamw": "--optimizer adamw", "muon": "", "normuon": "--optimizer normuon"}
+CONTENDERS = {"adamw": "--optimizer adamw", "muon": "--optimizer muon", "normuon": "--optimizer normuon"}
 
 
 # ---- runs
@@ -77,10 +77,13 @@ def merged(*lines: str) -> str:
     """Flags of several lines as one, a later value in the place of an earlier one."""
     values: dict[str, list[str]] = {}
     for line in lines:
+        name = None
         for word in line.split():
             if word.startswith("--"):
                 name = word
                 values[name] = []
+            elif name is None:
+                raise UserError(f"flags={line!r}: must begin with a flag, as in --max_steps 100")
             else:
                 values[name].append(word)
     return " ".join(" ".join([name, *given]) for name, given in values.items())

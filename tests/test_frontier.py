@@ -75,8 +75,8 @@ def test_contenders_take_the_common_flags_and_steps_in_any_order(tmp_path, capsy
     argv = ["optimizer", "--text", str(tmp_path / "text.txt"), "--runs", str(tmp_path / "runs"), "--mark", "1"]
     argv += ["--steps", "8", "4", "8", "--flags", "--weight_decay 0.3 --warmup_steps 1", "--only", "muon", "own"]
     frontier.main([*argv, "--contender", "own: --weight_decay 0.1"])
-    common = "--weight_decay {} --warmup_steps 1 --max_steps {}"
-    assert lines == [common.format(*pair) for pair in ((0.3, 4), (0.3, 8), (0.1, 4), (0.1, 8))]
+    muon, own = "--weight_decay 0.3 --warmup_steps 1 --optimizer muon", "--weight_decay 0.1 --warmup_steps 1"
+    assert lines == [f"{line} --max_steps {steps}" for line in (muon, own) for steps in (4, 8)]
     assert json.loads(capsys.readouterr().out)["contenders"]["muon"]["steps_to_mark"] == [8.0] * 8
 
 
@@ -85,6 +85,7 @@ def test_contenders_take_the_common_flags_and_steps_in_any_order(tmp_path, capsy
     [
         (["optimizer", "--mark", "1", "--steps", "8", "--only", "muon", "sgd"], "'sgd': choose from adamw, muon, nor"),
         (["optimizer", "--mark", "1", "--steps", "8", "--contender", "a --b 1"], "'a --b 1': give a name and flags"),
+        (["data", "--flags", "tiny"], "flags='tiny': must begin with a flag"),
         (["screen", "--try", "even --optimizer normuon"], "'even --optimizer normuon': give a name and flags"),
     ],
 )
