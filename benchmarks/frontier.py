@@ -253,6 +253,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parsers["screen"].add_argument("--try", action="append", default=[], required=True, help='"NAME: --flag value"')
     parsers["screen"].add_argument("--repeated", action="store_true", help="30,000 characters, many times over")
     flags = parser.parse_args(argv)
+    flags.flags = merged(flags.flags)
     if not flags.text.is_file():
         raise UserError(f"text={str(flags.text)!r}: there is no such file")
     if flags.seeds < 2:
