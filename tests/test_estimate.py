@@ -8,9 +8,11 @@ from torch import nn
 
 from modeling import GPTConfig, GPTForCausalLM
 from tests.variants import VARIANTS
+from training.config.command_line import load_recipe
 from training.config.recipe import load_recipe_file
-from training.costs import estimate_recipe, evaluation_bytes, memory
+from training.costs import config_of, estimate_recipe, evaluation_bytes, memory
 from training.data.corpus import FORMAT
+from training.data.tokenizers import build_byte
 from training.estimate import duration, main
 from training.loop.evaluation import chunk_elements
 from training.model.devices import GPUS, device_peak_flops, known_gpu
@@ -89,6 +91,10 @@ def test_evaluations_are_a_share_of_the_work_that_is_said_where_it_is_known(tmp_
         assert line in capsys.readouterr().out
         main([*words, "--eval_strategy", "epoch", *source])
         assert "of the work" not in capsys.readouterr().out
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 999}))
+    assert config_of(load_recipe("estimate", ["shakespeare-char-cpu", *prepared])).vocab_size == 999
+    build_byte().save_pretrained(tmp_path / "bytes")
+    assert config_of(load_recipe("estimate", ["quickstart", "--tokenizer", str(tmp_path / "bytes")])).vocab_size == 257
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is not of format acorn-corpus 1"):
         main([*words, *prepared])

@@ -14,7 +14,8 @@ from modeling.loss import CHUNK_ELEMENTS
 
 from .config.checks import check_attention
 from .config.recipe import Recipe
-from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE
+from .data.corpus import find_manifest
+from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE, load_tokenizer
 from .loop.evaluation import chunk_elements
 from .model.sizes import attention_numbers, flops_per_token, matrix_parameters
 from .system.distributed import shares_weights_out
@@ -89,10 +90,18 @@ def number_of_evaluations(args) -> int | None:
 
 def config_of(recipe: Recipe) -> GPTConfig:
     """The model's shape, with the vocabulary that the recipe's tokenizer will have."""
-    data = recipe.data_arguments()
-    vocab_size = data.tokenizer_vocab_size or VOCABULARIES.get(data.tokenizer)
+    vocab_size = vocabulary_of(recipe.data_arguments())
     vocab_size = max(vocab_size, recipe.model.get("vocab_size", 0)) if vocab_size else None  # as the run takes it
     return recipe.model_config(**({"vocab_size": vocab_size} if vocab_size else {}))
+
+
+def vocabulary_of(data) -> int | None:
+    """Entries that a tokenizer has or, before it is built, will have; None of one that would have to be downloaded."""
+    if manifest := find_manifest(data.data_dir):
+        return manifest.get("vocab_size")
+    if data.tokenizer not in VOCABULARIES and Path(data.tokenizer).is_dir():
+        return len(load_tokenizer(data.tokenizer))
+    return data.tokenizer_vocab_size or VOCABULARIES.get(data.tokenizer)
 
 
 def memory(model: GPTForCausalLM, args, micro_batch: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from .config.command_line import recipe_of, recipe_parser
 from .config.depth import block_parameters
 from .config.recipe import Recipe
 from .costs import SHARDED, Estimate, estimate_recipe
-from .data.corpus import MANIFEST, read_manifest
+from .data.corpus import find_manifest
 from .data.streaming import held_out_characters, is_streamed
 from .model.devices import GPUS, fit_precision
 from .scaling import Point, draw_law, misfit, predict, read_points
@@ -103,9 +103,8 @@ def training_tokens(recipe: Recipe, points: list[Point]) -> int | None:
 
 def prepared_tokens(directory: str | None, split: str) -> int | None:
     """Tokens of a split that lies prepared in a directory; None where none does."""
-    if not directory or not Path(directory, MANIFEST).is_file():
-        return None
-    return read_manifest(Path(directory))["splits"][split]["tokens"]
+    manifest = find_manifest(directory)
+    return manifest["splits"][split]["tokens"] if manifest else None
 
 
 def prediction(recipe: Recipe, estimate: Estimate, points: list[Point], picture: Path | None) -> str:

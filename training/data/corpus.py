@@ -117,6 +117,11 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
+def find_manifest(directory: str | None) -> dict:
+    """The manifest of prepared tokens, empty where none lie there."""
+    return read_manifest(Path(directory)) if directory and Path(directory, MANIFEST).is_file() else {}
+
+
 def _shards(directory: Path, manifest: dict, *splits: str) -> list[tuple[Path, dict]]:
     """Return the path of each shard of the splits, and what the manifest says of it."""
     listed = [shard for split in splits for shard in manifest["splits"][split]["shards"]]
