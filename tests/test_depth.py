@@ -199,9 +199,12 @@ def test_a_law_is_found_again_and_what_it_foretells_is_within_its_bounds() -> No
     assert low < loss < high
 
 
-def test_estimate_foretells_the_loss_of_a_larger_size(run_dir, tmp_path, capsys) -> None:
+def test_estimate_foretells_the_loss_of_a_larger_size(run_dir, tmp_path, monkeypatch, capsys) -> None:
     names = [str(copy_with(run_dir, tmp_path / f"run{times}", times)) for times in (1, 2, 4)]
-    words = ["stdlib-depth", "--depth", "2", "--tokens_per_parameter", "0.1"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(run_dir.parent / "text.txt", "moved.txt")  # which is known by what it holds
+    said = "stdlib-depth --depth 2 --tokens_per_parameter 0.1".split()
+    words = [*said, "--text_files", "moved.txt", "--tokenizer", "byte"]
     estimate.main([*words, "--from_runs", *names, "--picture", str(tmp_path / "fit.png")])
     printed = capsys.readouterr().out
     assert "loss at the end" in printed and "from                 3 runs" in printed
@@ -209,6 +212,18 @@ def test_estimate_foretells_the_loss_of_a_larger_size(run_dir, tmp_path, capsys)
     message = refusal(estimate.main, [*words, "--from_runs", *names[:2]])
     assert "from_runs: 2 sizes are too few" in message
     assert "--picture a.png: draws a fit to --from_runs" in refusal(estimate.main, [*words, "--picture", "a.png"])
+    text = ["--text_files", "text.txt"]  # by the run's own name it is not read again
+    prepared = ["--data_dir", load_run_recipe(run_dir).data["data_dir"]]
+    for same in ([*text, "--tokenizer", "byte"], [*text, "--tokenizer", str(run_dir)], prepared):
+        estimate.main([*said, *same, "--from_runs", *names])
+    (tmp_path / "moved.txt").write_text("another text")
+    for words_of, why in (
+        (said, "dataset='python-stdlib' of stdlib-depth is None in"),
+        (["gpt2-openwebtext"], "dataset='Skylion007/openwebtext' of gpt2-openwebtext is None in"),
+        (words, "text_files=['moved.txt'] of stdlib-depth is ['text.txt'] in"),
+        ([*said, *text], "tokenizer='bpe' of stdlib-depth is 'byte' in"),
+    ):
+        assert why in refusal(estimate.main, [*words_of, "--from_runs", *names])
     for path, why in (("a.csv", "must end in .png"), ("no/a.png", "there is no directory"), (tmp_path, "must end in")):
         message = refusal(estimate.main, [*words, "--from_runs", "nowhere", "--picture", str(path)])
         assert message.startswith(f"--picture={path}: {why}")

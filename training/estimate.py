@@ -10,7 +10,7 @@ from .costs import SHARDED, Estimate, estimate_recipe
 from .data.corpus import find_manifest
 from .data.streaming import held_out_characters, is_streamed
 from .model.devices import GPUS, fit_precision
-from .scaling import Point, draw_law, misfit, predict, read_points
+from .scaling import Point, draw_law, misfit, predict, read_points, refuse_other_text
 from .system.errors import UserError, run_main, unknown
 from .system.files import check_output
 
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         raise unknown("sharding", flags.sharding, SHARDED)
     recipe = recipe_of(flags, "estimate")
     points = read_points(flags.from_runs or [])
+    if points:
+        refuse_other_text(recipe, flags.from_runs)
     if recipe.dial is not None:
         recipe.dial.turn(training_tokens(recipe, points))
     fit_precision(recipe.training, GPUS[flags.gpu].has_bf16)

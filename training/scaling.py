@@ -8,9 +8,12 @@ import numpy as np
 from modeling import GPTConfig
 
 from .config.depth import block_parameters
-from .config.recipe import load_run_recipe
-from .data.corpus import INPUTS
+from .config.recipe import SOURCE_KEYS, Recipe, load_run_recipe
+from .data.corpus import INPUTS, find_manifest, load_corpus, text_digest
+from .data.sources import fingerprint_sources, named_sources
+from .data.tokenizers import DEFAULT_BPE_VOCAB_SIZE, load_tokenizer, tokenizer_hash
 from .share.metrics_file import read_metrics
+from .system.addresses import each_text, public_name
 from .system.checkpoints import is_finished, reading
 from .system.errors import UserError
 from .system.files import read_json, write_picture
@@ -78,12 +81,59 @@ def read_points(run_dirs: list[str]) -> list[Point]:
     sizes = {point.compute for point in points}
     if len(sizes) < FEWEST_SIZES:
         raise UserError(f"from_runs: {len(sizes)} sizes are too few for a fit; name finished runs of {FEWEST_SIZES}")
-    inputs = [read_json(Path(name, INPUTS)) for name in run_dirs]
-    for name, held in zip(run_dirs, inputs, strict=True):
-        other = next((what for what in held.keys() & inputs[0].keys() if held[what] != inputs[0][what]), None)
-        if other is not None:
-            raise UserError(f"from_runs: {other} of {name} is not that of {run_dirs[0]}: their losses do not compare")
+    for name in run_dirs:
+        refuse_unlike(name, run_dirs[0], read_json(Path(run_dirs[0], INPUTS)))
     return points
+
+
+def refuse_unlike(run_dir: str, other: str, inputs: dict) -> None:
+    """Refuse a run that was not grown from the inputs of another, as far as both are known."""
+    held = read_json(Path(run_dir, INPUTS))
+    changed = next((what for what in inputs if what in held and held[what] != inputs[what]), None)
+    if changed is not None:
+        raise UserError(f"from_runs: {changed} of {run_dir} is not that of {other}: their losses do not compare")
+
+
+def refuse_other_text(recipe: Recipe, run_dirs: list[str]) -> None:
+    """Refuse runs of another text or tokenizer than a recipe names, as far as that is known before it is prepared."""
+    data = recipe.data_arguments()
+    if find_manifest(data.data_dir) and not named_sources(data):
+        prepared = load_corpus(data.data_dir).inputs
+        for run_dir in run_dirs:
+            refuse_unlike(run_dir, f"data_dir={data.data_dir}", prepared)
+        return
+    asked = text_in_words(data)
+    for run_dir in run_dirs:
+        held = text_in_words(load_run_recipe(Path(run_dir)).data_arguments())
+        others = [key for key in asked if key in held and asked[key] != held[key]]
+        for key in sorted(others, key=lambda key: asked[key] is None):  # what the recipe names says most
+            if not has_contents(key, data, read_json(Path(run_dir, INPUTS))):
+                what = f"{key}={asked[key]!r} of {recipe.name} is {held[key]!r} in {run_dir}"
+                raise UserError(f"from_runs: {what}: their losses do not compare; name the runs' own")
+
+
+def text_in_words(data) -> dict:
+    """What data arguments, or the prepared tokens that they name instead, say of a text and its tokenizer."""
+    sources, manifest = named_sources(data), find_manifest(data.data_dir)
+    if sources:
+        words = {key: each_text(getattr(data, key), public_name) or None for key in SOURCE_KEYS}
+        words |= {"dataset_config": data.dataset_config, "dataset_split": data.dataset_split}
+        tokenizer, size = data.tokenizer, data.tokenizer_vocab_size
+    elif manifest:
+        sources, words = [manifest["sources"]["kind"]], {}
+        tokenizer, size = manifest["tokenizer"]["name"], manifest["tokenizer_choice"].get("vocab_size")
+    else:
+        return {}
+    words |= {"kind of source": sources[0], "tokenizer": tokenizer}
+    return words | ({"tokenizer_vocab_size": size or DEFAULT_BPE_VOCAB_SIZE} if tokenizer == "bpe" else {})
+
+
+def has_contents(key: str, data, inputs: dict) -> bool:
+    """Whether files of this disk, under another name, are what a run was grown from."""
+    if key in ("text_files", "data_files") and getattr(data, key):
+        return text_digest(fingerprint_sources(data)) == inputs.get("the text")
+    is_folder = key == "tokenizer" and Path(data.tokenizer).is_dir()
+    return is_folder and tokenizer_hash(load_tokenizer(data.tokenizer)) == inputs.get("the tokenizer")
 
 
 def read_point(run_dir: Path) -> Point:
