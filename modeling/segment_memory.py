@@ -107,14 +107,14 @@ class UnrotatedLayer(DynamicLayer):
 def refuse_padding(attention_mask: torch.Tensor | dict | None, cache: Cache | None) -> None:
     """Refuse padded rows with a cache that would lose track of where the padding is.
 
-    That is at a text's beginning one that drops tokens, and past its first segment a memory.
+    That is at a text's beginning one that drops tokens, and a memory where it has let go of any.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return
     is_first = getattr(cache, "has_gaps", False) and cache.get_seq_length() == 0
-    is_past = isinstance(cache, SegmentMemory) and cache.is_past_a_segment(attention_mask.shape[1])
-    if (is_first or is_past) and not attention_mask.all():
-        why = "a memory, whose segments begin with the padding" if is_past else "a cache that drops tokens"
+    is_memory = isinstance(cache, SegmentMemory) and cache.has_let_go(attention_mask.shape[1])
+    if (is_first or is_memory) and not attention_mask.all():
+        why = "a memory, whose segments begin with the padding" if is_memory else "a cache that drops tokens"
         raise ValueError(f"padded rows do not go with {why}; give rows of one length, or one by one")
 
 
@@ -169,7 +169,7 @@ class SegmentMemory(UnrotatedCache):
     """
 
     def __init__(self, config, memory_length: int | None = None, reach: int | None = None):
-        length = config.memory_length if memory_length is None else memory_length
+        self.memory_length = length = config.memory_length if memory_length is None else memory_length
         self.segment_length = segment = config.max_position_embeddings
         reach = config.memory_length if reach is None else reach
         super().__init__(layers=[MemoryLayer(length, segment) for _ in range(config.num_hidden_layers)])
@@ -178,9 +178,10 @@ class SegmentMemory(UnrotatedCache):
         # (batch,): how many of the tokens that are held a row has read since it began
         self.known: torch.Tensor | int = 0
 
-    def is_past_a_segment(self, tokens: int) -> bool:
-        """Whether a text of so many tokens, which is not read by `begin_segment`, is longer than a segment."""
-        return not torch.is_tensor(self.known) and tokens > self.segment_length
+    def has_let_go(self, tokens: int) -> bool:
+        """Whether the last of so many tokens of a text no longer sees all; `begin_segment` tells that apart by row."""
+        kept = self.segment_length * (self.memory_length // self.segment_length + 1)
+        return self.get_seq_length() > 0 and tokens > kept and not torch.is_tensor(self.known)
 
     def prefill_size(self, inputs_embeds: torch.Tensor | None) -> int | None:
         """In pieces of how many tokens generate() is to read a prompt; it cannot cut one of inputs_embeds up."""

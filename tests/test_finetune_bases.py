@@ -47,6 +47,7 @@ def test_a_run_goes_on_on_its_own_base_or_not_at_all(with_own_base) -> None:
     assert contents(with_own_base) == before
     for path in with_own_base.glob("checkpoint-*"):  # nor does it begin again
         shutil.rmtree(path)
+    (with_own_base / "README.md").unlink()  # as if it had been killed before its first
     with pytest.raises(UserError, match="the base model changed since the run began"):
         go_on(with_own_base)
 
