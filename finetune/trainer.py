@@ -107,9 +107,8 @@ class FinetuneTrainer(GPTTrainer):
 
 def refuse_checkpointing(args, adapter) -> None:
     """A prefix is a cache, which checkpointed blocks run without in transformers, and fill twice in FSDP."""
-    by_argument, by_fsdp = args.activation_checkpointing or args.gradient_checkpointing, checkpoints_by_fsdp(args)
-    if adapter.adapter == "prefix" and (by_argument or by_fsdp):
-        name = "activation_checkpointing" if by_argument else "fsdp_activation_checkpointing"
+    if adapter.adapter == "prefix" and (args.checkpoints_activations or checkpoints_by_fsdp(args)):
+        name = "activation_checkpointing" if args.checkpoints_activations else "fsdp_activation_checkpointing"
         why = "a block that is computed twice loses its place in the cache that holds the prefix"
         raise UserError(f"{name}=True: {why}; make it false, or choose adapter=prompt or lora")
 

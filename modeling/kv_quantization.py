@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .segment_memory import HoldsRows, UnrotatedCache, UnrotatedLayer
+from .segment_memory import HoldsRows, UnrotatedCache, UnrotatedLayer, kept_of
 
 # The bits of a code, and the distance between the evenly spaced levels that loses least of a normal distribution, in
 # its standard deviations (Max, "Quantizing for minimum distortion", 1960).
@@ -255,11 +255,8 @@ class CodedLayer(HoldsRows, UnrotatedLayer):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; as in transformers, their number comes negative, or as the length to keep.
-
-        Raises ValueError where a window has let go of what would be in it again.
-        """
-        kept = min(self.seen, tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove)
+        """Forget the last tokens; ValueError where a window has let go of what would be in it again."""
+        kept = kept_of(self.seen, tokens_to_remove)
         length = self.length - (self.seen - kept)
         if self.is_sliding and length < min(kept, self.sliding_window - 1):
             raise ValueError("the window has let go of earlier tokens: call activate_past_recording() before")

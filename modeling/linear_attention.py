@@ -14,7 +14,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .compat import CACHE_NAME
 from .positions import POSITIONS
-from .segment_memory import HoldsRows
+from .segment_memory import HoldsRows, kept_of
 
 CHUNK = 64  # tokens: work within a chunk grows with it, the number of steps through the state falls
 TINY = 1e-20  # what a normaliser is at least: of a row of padding it is zero
@@ -194,10 +194,10 @@ class TokenLayer(StateLayer):
         self.tensors = self.tensors if self.is_compileable else {}
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; as in transformers, their number comes negative, or as the length to keep."""
+        """Forget the last tokens."""
         if self.is_compileable:
             raise ValueError("bigram_vocab_size: a static cache holds the last token alone, which cannot be taken back")
-        self.seen = min(self.seen, tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove)
+        self.seen = kept_of(self.seen, tokens_to_remove)
         self.change_rows(lambda ids: ids[:, : self.seen])
 
 

@@ -234,13 +234,7 @@ class GPTModel(GPTPreTrainedModel):
         neither kind of input, and for learned positions past the context.
         """
         inputs_embeds = self._embedded(input_ids, inputs_embeds)
-        cache = given_cache(cache, past_key_values)
-        if use_cache and cache is None:
-            cache = default_cache(self.config)
-        refuse_padding(attention_mask, cache)
-        if self.gradient_checkpointing and self.training and getattr(cache, "holds_unrotated", False):
-            raise ValueError(f"gradient checkpointing would fill a {type(cache).__name__} twice; leave one of them out")
-        cache = with_state_layers(cache, self.config)
+        cache = self._cache(given_cache(cache, past_key_values), use_cache, attention_mask)
         # Only positions that were given can start anew within a row; looking for that in our own would cost each step.
         masks = build_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         rotations = self.positions.key_rotations(cache, position_ids)
@@ -267,6 +261,15 @@ class GPTModel(GPTPreTrainedModel):
             last_hidden_state=self.final_norm(hidden_states),
             **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None, attention_mask) -> Cache | None:
+        """The cache with what the layers need, a new one where one is only asked for; ValueError for what it cannot."""
+        if use_cache and cache is None:
+            cache = default_cache(self.config)
+        refuse_padding(attention_mask, cache)
+        if self.gradient_checkpointing and self.training and getattr(cache, "holds_unrotated", False):
+            raise ValueError(f"gradient checkpointing would fill a {type(cache).__name__} twice; leave one of them out")
+        return with_state_layers(cache, self.config)
 
     def _embedded(self, input_ids, inputs_embeds) -> torch.Tensor:
         """The embeddings of the tokens, or those that were given in place of them; ValueError as `forward` has it."""

@@ -34,6 +34,11 @@ class HoldsRows(ABC):
         self.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
 
+def kept_of(seen: int, tokens_to_remove: int) -> int:
+    """How many of the tokens seen a `crop` leaves; as in transformers the number comes negative, or is that to keep."""
+    return min(seen, tokens_to_remove if tokens_to_remove > 0 else seen + tokens_to_remove)
+
+
 class UnrotatedCache(Cache):
     """A cache all of whose layers are UnrotatedLayers, or hold nothing."""
 
@@ -169,8 +174,8 @@ class SegmentMemory(UnrotatedCache):
     """
 
     def __init__(self, config, memory_length: int | None = None, reach: int | None = None):
-        self.memory_length = length = config.memory_length if memory_length is None else memory_length
-        self.segment_length = segment = config.max_position_embeddings
+        length = config.memory_length if memory_length is None else memory_length
+        segment = config.max_position_embeddings
         reach = config.memory_length if reach is None else reach
         super().__init__(layers=[MemoryLayer(length, segment) for _ in range(config.num_hidden_layers)])
         # Of how many tokens up to itself, itself among them, each sees no more; None: all that is held.
@@ -180,15 +185,17 @@ class SegmentMemory(UnrotatedCache):
 
     def has_let_go(self, tokens: int) -> bool:
         """Whether the last of so many tokens of a text no longer sees all; `begin_segment` tells that apart by row."""
-        kept = self.segment_length * (self.memory_length // self.segment_length + 1)
+        first = self.layers[0]
+        kept = first.segment_length * (first.memory_length // first.segment_length + 1)
         return self.get_seq_length() > 0 and tokens > kept and not torch.is_tensor(self.known)
 
     def prefill_size(self, inputs_embeds: torch.Tensor | None) -> int | None:
         """In pieces of how many tokens generate() is to read a prompt; it cannot cut one of inputs_embeds up."""
+        segment = self.layers[0].segment_length
         if inputs_embeds is None:
-            return self.segment_length
-        if (tokens := inputs_embeds.shape[1]) > self.segment_length:
-            why = f"{tokens} tokens are read in segments of {self.segment_length}"
+            return segment
+        if (tokens := inputs_embeds.shape[1]) > segment:
+            why = f"{tokens} tokens are read in segments of {segment}"
             raise ValueError(f"inputs_embeds: {why}; give input_ids, or read all but the last segment before")
         return None
 
@@ -230,6 +237,7 @@ __all__ = [
     "SegmentMemory",
     "UnrotatedCache",
     "UnrotatedLayer",
+    "kept_of",
     "memory_obstacle",
     "refuse_padding",
 ]

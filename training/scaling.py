@@ -81,8 +81,9 @@ def read_points(run_dirs: list[str]) -> list[Point]:
     sizes = {point.compute for point in points}
     if len(sizes) < FEWEST_SIZES:
         raise UserError(f"from_runs: {len(sizes)} sizes are too few for a fit; name finished runs of {FEWEST_SIZES}")
-    for name in run_dirs:
-        refuse_unlike(name, run_dirs[0], read_json(Path(run_dirs[0], INPUTS)))
+    inputs = read_json(Path(run_dirs[0], INPUTS))
+    for name in run_dirs[1:]:
+        refuse_unlike(name, run_dirs[0], inputs)
     return points
 
 

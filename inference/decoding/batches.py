@@ -154,10 +154,10 @@ def refuse_drafts(job: Job, longest: int) -> None:
     """
     if has_virtual_tokens(job.model):
         raise UserError("drafts: do not go together with an adapter of virtual tokens (prompt, prefix); leave one out")
-    layers = getattr(text_config(job.model.config), "layer_types", None) or ()
+    config = text_config(job.model.config)
+    layers, modes = (getattr(config, name, None) or () for name in ("layer_types", "kv_sharing_modes"))
     if "linear_attention" in layers:
         raise UserError("drafts: linear_attention holds a state, which no token can be taken back from; leave them out")
-    modes = getattr(text_config(job.model.config), "kv_sharing_modes", None) or ()
     for what, needed, is_there in (
         ("sliding windows", "5.18", "sliding_attention" in layers),
         ("shared keys and values", "5.23", "reuse" in modes),

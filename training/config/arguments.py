@@ -224,6 +224,16 @@ class GPTTrainingArguments(TrainingArguments):
         if decay is not None and 0 < decay < 1:
             self.lr_scheduler_kwargs = {**self.lr_scheduler_kwargs, "num_decay_steps": round(decay * self.max_steps)}
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch compiles the model: block by block by ourselves, or whole by Accelerate."""
+        return self.torch_compile or self.compile_blocks is not None
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether blocks are computed twice, by whichever of its two names that was asked for."""
+        return bool(self.activation_checkpointing or self.gradient_checkpointing)
+
     def _settle_checkpointing(self) -> None:
         """Both names of activation checkpointing are one, in versions of transformers that know one of them as well."""
         for new, old in _CHECKPOINTING:

@@ -96,10 +96,6 @@ def _compiles(args) -> bool:
     return bool(args.torch_compile or args.torch_compile_mode or args.torch_compile_backend)
 
 
-def _checkpoints_activations(args) -> object:
-    return args.activation_checkpointing or args.gradient_checkpointing
-
-
 _NEEDS = {
     "muon_learning_rate muon_momentum muon_momentum_warmup_steps": Need(
         "optimizer", "muon or normuon", lambda args: args.optimizer != "adamw"
@@ -114,7 +110,7 @@ _NEEDS = {
     "liger_kernel_config": Need("use_liger_kernel", "true", lambda args: args.use_liger_kernel),
     "compile_scope": Need("torch_compile", "true", _compiles),
     "activation_checkpointing_kwargs gradient_checkpointing_kwargs": Need(
-        "activation_checkpointing", "true", _checkpoints_activations
+        "activation_checkpointing", "true", lambda args: args.checkpoints_activations
     ),
     "run_name project": Need("report_to", "a tracker", lambda args: args.report_to not in ([], ["none"])),
     "trackio_space_id": Need("report_to", "trackio", lambda args: args.report_to not in ([], ["none"])),

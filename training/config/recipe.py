@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import yaml
 
 from modeling import GPTConfig
+from modeling.configuration_gpt import FIELDS
 
 from ..data.corpus import Corpus
 from ..data.preparation import DECIDED
@@ -277,7 +277,7 @@ def known_keys(kind: type[Recipe] = Recipe) -> dict[str, dict[str, typing.Any]]:
 
 def architecture_keys() -> dict[str, typing.Any]:
     """The keys of GPTConfig, under our names and nanoGPT's, and their types."""
-    own = {name: hint for name, hint in inspect.get_annotations(GPTConfig).items() if name != "auto_map"}
+    own = {name: hint for name, hint in FIELDS.items() if name != "auto_map"}
     aliases = {alias: own[name] for alias, name in GPTConfig.attribute_map.items()}
     return {**own, **aliases, **MODEL_EXTRAS, **DIAL}
 

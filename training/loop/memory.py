@@ -56,10 +56,10 @@ def check_memory(config, data, args) -> int:
     if not in_lanes:
         how = "a stream's rows" if data.streaming else f"rows of sampling={data.sampling!r}"
         raise UserError(f"{what}: {how} do not go on where those of the step before ended; give --sampling lanes")
-    if args.activation_checkpointing or args.gradient_checkpointing:
+    if args.checkpoints_activations:
         raise UserError(f"{what}: activation_checkpointing would run each block twice, and its memory would move on "
                         "twice; leave one of them out")  # fmt: skip
-    if args.torch_compile or args.compile_blocks is not None:
+    if args.is_compiled:
         raise UserError(f"{what}: torch_compile would compile each length of the memory anew; leave one of them out")
     return length
 

@@ -83,7 +83,7 @@ class GPTTrainer(PushesToHub, AveragesWeights, CarriesMemory, CheckpointingTrain
         )
         if args.device.type == "cpu":
             use_fast_dropout(model)
-            if args.compile_blocks is None and not args.torch_compile:
+            if not args.is_compiled:
                 use_fast_norms(model)
         if data.document_masking:
             tell_flash_attention(model)

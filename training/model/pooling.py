@@ -19,8 +19,8 @@ def refuse_unpoolable(name: str, config: GPTConfig, num_key_value_heads: int) ->
     has, what = config.num_key_value_heads, f"num_key_value_heads={num_key_value_heads}"
     if config.kv_lora_rank is not None:
         raise UserError(f"{what}: all heads of {name} share a latent (kv_lora_rank={config.kv_lora_rank}) already")
-    for field, plain in (("linear_attention", "elu"), ("linear_conv_kernel_dim", None)):
-        if (value := getattr(config, field)) != plain:
+    for field in ("linear_attention", "linear_conv_kernel_dim"):
+        if (value := getattr(config, field)) != getattr(GPTConfig, field):
             why = "gates and convolutions of linear layers do not pool"
             raise UserError(f"{what}: {name} has {field}={value!r}: {why}; pretrain a model with so many heads")
     choices = [count for count in range(1, has) if has % count == 0]

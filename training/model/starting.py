@@ -1,12 +1,12 @@
 """A run that starts from another model's weights: what it takes over of its architecture, and what may be another."""
 
-import inspect
 from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling import GPTConfig, GPTForCausalLM
+from modeling.configuration_gpt import FIELDS
 
 from ..system.errors import UserError, one_line
 from ..system.pickles import UNREADABLE
@@ -67,7 +67,7 @@ def refuse_context(name: str, trained: GPTConfig, context: int) -> None:
 
 def least_keys(config: GPTConfig) -> dict:
     """The fields of a configuration that differ from GPTConfig's defaults and follow from no other field."""
-    names = [name for name in inspect.get_annotations(GPTConfig) if name not in OF_TOKENIZER]
+    names = [name for name in FIELDS if name not in OF_TOKENIZER]
     keys = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(GPTConfig, name)}
     keys["vocab_size"] = config.vocab_size  # or else it would be the tokenizer's
     for name in DERIVED:
